@@ -1,0 +1,90 @@
+"""Every op as its formula, in plain torch: the specification that the other implementations are tested against.
+
+Readable before fast: each function materializes whatever the formula names. All of them are differentiable in every
+tensor argument and run in the dtype of their inputs, float64 included. Arguments are those of the public functions,
+where shapes, units and errors are documented.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, temperature: float | Tensor = 1.0, scale: float | None = None):
+    """``softmax(q k^T * scale / temperature + mask) v``, where query i sees keys 0 to i."""
+    length = q.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    return _attend(q, k, v, seen, temperature, scale)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    positions: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Row by row: append k and v to the cache at ``positions[b]``, then attend to everything up to each query."""
+    new = q.shape[2]
+    rows = []
+    for b, start in enumerate(positions.tolist()):
+        end = start + new
+        cache_k[b, :, start:end] = k[b]
+        cache_v[b, :, start:end] = v[b]
+        seen = torch.ones(new, end, dtype=torch.bool, device=q.device).tril(diagonal=start)
+        row = slice(b, b + 1)
+        row_temperature = temperature[row] if isinstance(temperature, Tensor) else temperature
+        rows.append(_attend(q[row], cache_k[row, :, :end], cache_v[row, :, :end], seen, row_temperature, scale))
+    return torch.cat(rows) if rows else torch.empty_like(q)
+
+
+def affine_forward(x: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False) -> tuple[Tensor, Tensor]:
+    """``z = (x - mu) exp(-alpha)``, ``logdet = -sum alpha``."""
+    if shift:
+        mu, alpha = _shift(mu), _shift(alpha)
+    return (x - mu) * torch.exp(-alpha), -_sum_per_sample(alpha)
+
+
+def affine_inverse(z: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False) -> tuple[Tensor, Tensor]:
+    """``x = z exp(alpha) + mu``, ``logdet = sum alpha``."""
+    if shift:
+        mu, alpha = _shift(mu), _shift(alpha)
+    return z * torch.exp(alpha) + mu, _sum_per_sample(alpha)
+
+
+def guided_affine_inverse(
+    z: Tensor, mu: Tensor, alpha: Tensor, mu_ref: Tensor, alpha_ref: Tensor, weight: float | Tensor
+) -> Tensor:
+    """``x = z exp(a) + m`` with ``v = (1 + w) v(cond) - w v(ref)`` for ``v`` in ``{a, m}``."""
+    if isinstance(weight, Tensor):
+        weight = per_token(weight, z)
+    guided_mu = (1 + weight) * mu - weight * mu_ref
+    guided_alpha = (1 + weight) * alpha - weight * alpha_ref
+    return z * torch.exp(guided_alpha) + guided_mu
+
+
+def per_token(weight: Tensor, tokens: Tensor) -> Tensor:
+    """A weight ``()``, ``(N,)`` or ``(B, N)``, viewed so that it broadcasts against tokens ``(B, N, ...)``."""
+    return weight.reshape(*weight.shape, *[1] * (tokens.dim() - 2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, temperature: float | Tensor, scale: float | None) -> Tensor:
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(-1, 1, 1, 1)
+    logits = (q @ k.transpose(-1, -2)) * scale / temperature
+    return logits.masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+def _shift(parameter: Tensor) -> Tensor:
+    """Token i gets the parameters at i - 1; token 0 gets zeros, with which an affine map is the identity."""
+    return torch.cat((torch.zeros_like(parameter[:, :1]), parameter[:, :-1]), dim=1)
+
+
+def _sum_per_sample(alpha: Tensor) -> Tensor:
+    return alpha.reshape(alpha.shape[0], -1).sum(1)

@@ -1,0 +1,32 @@
+"""Writing files so that nothing is lost: beside, flushed to the disk, then renamed over what was there."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.
+
+    On an error the half-written file is removed and what was at ``path`` stays.
+
+    Raises:
+        OSError: the file cannot be written; where the disk is full the message says so and what is safe.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno, f"no space left to write {path}; what was there before is unchanged"
+            ) from error
+        raise

@@ -1,0 +1,187 @@
+"""The flow: blocks of affine autoregressive maps over tokens, in alternating order, under a Gaussian prior.
+
+Block t maps tokens x to z by ``z_0 = x_0`` and ``z_i = (x_i - mu_i) exp(-alpha_i)``, where a causal transformer
+computes (mu_i, alpha_i) from x_<i. Odd blocks run from the last token to the first. Forward is one pass per block; the
+inverse runs a block's transformer token by token, and is the business of :mod:`tarflow.decoding`.
+
+Source: TarFlow (arXiv 2412.06329).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tarflow_kernels import affine_forward
+
+from .decoding import get_decoder
+from .guidance import Guidance
+from .transformer import CausalTransformer
+
+
+class TokenFlow(nn.Module):
+    """A normalizing flow over token sequences ``(B, N, D)`` of any modality.
+
+    Args:
+        num_tokens, token_dim: N and D.
+        channels, num_blocks, layers_per_block: width of the transformers, number of blocks, layers of each.
+        head_dim, expansion: size of an attention head, factor of the hidden layer of the MLPs.
+        num_classes: 0 for an unconditional flow.
+        volume_preserving: alpha = 0 throughout; the prior then keeps a variance per coordinate, averaged in training.
+
+    Labels are int64 ``(B,)``, below num_classes, where -1 is a dropped label; None for an unconditional flow. On a GPU
+    their range is not checked, because looking would stall it.
+    """
+
+    prior_variance: Tensor
+
+    def __init__(
+        self,
+        num_tokens: int,
+        token_dim: int,
+        channels: int,
+        num_blocks: int,
+        layers_per_block: int,
+        *,
+        head_dim: int = 64,
+        expansion: int = 4,
+        num_classes: int = 0,
+        volume_preserving: bool = False,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.volume_preserving = volume_preserving
+        self.blocks = nn.ModuleList(
+            Block(
+                CausalTransformer(
+                    num_tokens,
+                    token_dim,
+                    channels,
+                    layers_per_block,
+                    head_dim=head_dim,
+                    expansion=expansion,
+                    num_classes=num_classes,
+                    volume_preserving=volume_preserving,
+                ),
+                reverse=bool(t % 2),
+            )
+            for t in range(num_blocks)
+        )
+        self.register_buffer("prior_variance", torch.ones(num_tokens, token_dim))
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to latent: z ``(B, N, D)`` and the log-det of the map in nats, ``(B,)``, both at least float32."""
+        self._check(tokens, labels)
+        z = tokens
+        logdet = tokens.new_zeros(len(tokens), dtype=torch.promote_types(tokens.dtype, torch.float32))
+        for block in self.blocks:
+            z, block_logdet = block(z, labels)
+            logdet = logdet + block_logdet
+        return z, logdet
+
+    def log_prob(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``log p(z) + logdet`` in nats, ``(B,)``."""
+        z, logdet = self(tokens, labels)
+        return self.log_prior(z) + logdet
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The log-density of latents ``(B, N, D)`` in nats, ``(B,)``."""
+        variance = self.prior_variance
+        return -0.5 * (z.square() / variance + (2 * math.pi * variance).log()).sum((1, 2))
+
+    def inverse(
+        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
+    ) -> Tensor:
+        """Latent to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a map beside it."""
+        tokens = z
+        for tokens in self.trajectory(z, labels, guidance, decoder):
+            pass
+        return tokens
+
+    def trajectory(
+        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
+    ) -> Iterator[Tensor]:
+        """The tokens after each block on the way from latent to data."""
+        self._check(z, labels)
+        if guidance is not None:
+            guidance.check(self.num_classes)
+        get_decoder(decoder)
+        return self._trajectory(z, labels, guidance, decoder)
+
+    def _trajectory(self, tokens, labels, guidance, decoder):
+        for block in reversed(self.blocks):
+            with torch.inference_mode():
+                tokens = block.inverse(tokens, labels, guidance, decoder)
+            yield tokens
+
+    def sample_prior(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """Latents ``(num, N, D)`` drawn from the prior, on the device of the flow."""
+        variance = self.prior_variance
+        eps = torch.randn(num, *variance.shape, generator=generator, device=variance.device, dtype=variance.dtype)
+        return eps * variance.sqrt()
+
+    @torch.no_grad()
+    def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
+        """Move the variance of the prior towards that of a batch of latents; volume-preserving flows only.
+
+        A batch that is not finite changes nothing.
+        """
+        moment = z.square().mean(0)
+        self.prior_variance.lerp_(torch.where(moment.isfinite().all(), moment, self.prior_variance), rate)
+
+    def _check(self, tokens: Tensor, labels: Tensor | None) -> None:
+        if tokens.dim() != 3 or tokens.shape[1:] != self.prior_variance.shape:
+            num_tokens, token_dim = self.prior_variance.shape
+            raise ValueError(f"tokens: expected shape (B, {num_tokens}, {token_dim}); got {tuple(tokens.shape)}")
+        if not tokens.is_floating_point():
+            raise TypeError(f"tokens: expected a floating-point tensor; got {tokens.dtype}")
+        check_labels(labels, len(tokens), self.num_classes)
+
+
+class Block(nn.Module):
+    """One affine autoregressive map, in raster order or, with ``reverse``, from the last token to the first."""
+
+    def __init__(self, transformer: CausalTransformer, reverse: bool):
+        super().__init__()
+        self.transformer = transformer
+        self.reverse = reverse
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``z_i = (x_i - mu_i) exp(-alpha_i)``, ``logdet = -sum alpha``; both orders in and out are raster."""
+        x = self._permute(x)
+        mu, alpha = self.transformer(x, labels)
+        z, logdet = affine_forward(x, mu, alpha, shift=True)
+        return self._permute(z), logdet
+
+    def inverse(
+        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
+    ) -> Tensor:
+        """``x_i = z_i exp(alpha_i) + mu_i``, by the decoder of that name."""
+        return self._permute(get_decoder(decoder)(self.transformer, self._permute(z), labels, guidance))
+
+    def _permute(self, tokens: Tensor) -> Tensor:
+        return tokens.flip(1) if self.reverse else tokens
+
+
+def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> None:
+    """Raise where labels do not fit a batch and a model: TypeError for the type, ValueError for all else."""
+    if not num_classes:
+        if labels is not None:
+            raise ValueError(f"labels: expected None for an unconditional model; got {_describe(labels)}")
+        return
+    expected = f"int64 of shape ({batch},) in [-1, {num_classes}), -1 for a dropped label"
+    if labels is None:
+        raise ValueError(f"labels: expected {expected}; got None")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected {expected}; got {_describe(labels)}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels: expected {expected}; got shape {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in labels.aminmax())
+        if low < -1 or high >= num_classes:
+            raise ValueError(f"labels: expected {expected}; got values from {low} to {high}")
+
+
+def _describe(labels) -> str:
+    return f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)

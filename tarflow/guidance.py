@@ -1,0 +1,64 @@
+"""Guidance: moving the affine parameters of each token away from those of a less informed reference branch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """``v <- (1 + w_i) v(cond) - w_i v(ref)`` for token i of N and each guided v of alpha and mu.
+
+    The reference branch is the same transformer with less to go by: without its label (label guidance), with its
+    attention logits divided by ``temperature`` (temperature guidance, which needs no labels), or both. Source: TarFlow
+    (arXiv 2412.06329), section 3.4.
+
+    Args:
+        weight: w; 0 is no guidance.
+        schedule: ``"linear"`` is ``w_i = w * i / (N - 1)``, ``"constant"`` is ``w_i = w``.
+        temperature: tau of the reference branch; 1 leaves its attention as it is.
+        parameters: which of the affine parameters are guided.
+        drop_label: whether the reference branch drops the label. A model without classes has none to drop.
+
+    Raises:
+        ValueError: a negative or non-finite weight, a temperature that is not positive, an unknown name.
+    """
+
+    weight: float = 2.0
+    schedule: Literal["linear", "constant"] = "linear"
+    temperature: float = 1.0
+    parameters: Literal["both", "alpha", "mu"] = "both"
+    drop_label: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight: expected a finite number >= 0; got {self.weight}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number > 0; got {self.temperature}")
+        for name, value, known in (
+            ("schedule", self.schedule, ("linear", "constant")),
+            ("parameters", self.parameters, ("both", "alpha", "mu")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+    def weights(self, num_tokens: int) -> Tensor:
+        """w_i for every token, ``(N,)`` float32.
+
+        >>> Guidance(weight=3.0, schedule="linear").weights(4)
+        tensor([0., 1., 2., 3.])
+        """
+        if self.schedule == "constant":
+            return torch.full((num_tokens,), self.weight)
+        return torch.arange(num_tokens) * (self.weight / max(num_tokens - 1, 1))
+
+    def check(self, num_classes: int) -> None:
+        """Raise ValueError where the two branches of a model would be the same."""
+        if self.weight and self.temperature == 1 and not (self.drop_label and num_classes):
+            raise ValueError(
+                "guidance: the reference branch equals the conditional one; expected a model with classes whose label "
+                f"is dropped, or a temperature other than 1; got num_classes={num_classes}, "
+                f"drop_label={self.drop_label}, temperature={self.temperature}"
+            )

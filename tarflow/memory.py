@@ -1,0 +1,47 @@
+"""How much memory a model needs, from its shapes, and how many samples fit into what a device has."""
+
+import os
+from typing import Protocol
+
+import torch
+
+
+class Shapes(Protocol):
+    """What the estimates need to know of a model; :class:`tarflow.TarFlowConfig` has it."""
+
+    num_tokens: int
+    channels: int
+    num_blocks: int
+    layers_per_block: int
+    expansion: int
+
+
+def training_bytes(shapes: Shapes, num_parameters: int, batch_size: int, activation_itemsize: int = 4) -> int:
+    """Weights, gradients, the two moments of Adam and the average of the weights, all float32, and activations."""
+    return 5 * 4 * num_parameters + batch_size * activation_bytes(shapes, activation_itemsize)
+
+
+def activation_bytes(shapes: Shapes, itemsize: int = 4) -> int:
+    """What autograd keeps of one sample: per layer two norms' inputs and outputs, qkv, attention, the MLP twice."""
+    per_token = (4 + 3 + 1 + 2 * shapes.expansion) * shapes.channels * itemsize
+    return shapes.num_blocks * shapes.layers_per_block * shapes.num_tokens * per_token
+
+
+def cache_bytes(shapes: Shapes, branches: int = 1, itemsize: int = 4) -> int:
+    """The key-value cache of one sample in the block being decoded."""
+    return 2 * branches * shapes.layers_per_block * shapes.num_tokens * shapes.channels * itemsize
+
+
+def chunk_size(bytes_per_sample: int, device: torch.device) -> int:
+    """How many samples may be in flight if they are to take half of the memory that is free."""
+    return max(1, free_bytes(device) // 2 // bytes_per_sample)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device; for a system that does not tell, four gibibytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30

@@ -1,0 +1,96 @@
+"""Checkpoints of the paper's own code (apple/ml-tarflow): its state dicts, renamed to ours."""
+
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .model import TarFlow, TarFlowConfig
+
+HEAD_DIM = 64  # the published code has no other, and no shape tells
+
+_RENAMED = (
+    (r"attn_blocks\.(\d+)\.attention\.norm\.", r"layers.\1.attention_norm."),
+    (r"attn_blocks\.(\d+)\.attention\.", r"layers.\1."),
+    (r"attn_blocks\.(\d+)\.mlp\.norm\.", r"layers.\1.mlp_norm."),
+    (r"attn_blocks\.(\d+)\.mlp\.main\.", r"layers.\1.mlp."),
+)
+
+
+def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> TarFlow:
+    """A model from a published checkpoint, its configuration inferred from the shapes of the weights.
+
+    Args:
+        source: path of a ``.pth`` file, read without executing code from it, or the state dict of the published
+            ``Model``.
+        in_channels: of the images; the one thing that the shapes leave open.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a state dict of the published model, or does not fit ``in_channels``.
+    """
+    if isinstance(source, Mapping):
+        state = source
+    else:
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {error}") from error
+    if not isinstance(state, Mapping) or "blocks.0.proj_in.weight" not in state:
+        raise ValueError("source: expected the state dict of a published TarFlow, with blocks.0.proj_in.weight")
+    model = TarFlow(infer_config(state, in_channels))
+    model.load_checked({_rename(name): _convert(name, t) for name, t in state.items() if _is_kept(name)}, "source")
+    return model
+
+
+def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowConfig:
+    """The configuration behind a published state dict."""
+    channels, token_dim = state["blocks.0.proj_in.weight"].shape
+    patch_size = math.isqrt(token_dim // in_channels)
+    if in_channels * patch_size**2 != token_dim:
+        raise ValueError(
+            f"in_channels: expected a number for which patches of {token_dim} values are square; got {in_channels}"
+        )
+    side = math.isqrt(len(state["blocks.0.pos_embed"]))
+    classes = state.get("blocks.0.class_embed")
+    return TarFlowConfig(
+        image_size=side * patch_size,
+        in_channels=in_channels,
+        patch_size=patch_size,
+        channels=channels,
+        num_blocks=_count(state, r"blocks\.(\d+)\."),
+        layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
+        num_classes=0 if classes is None else len(classes),
+        head_dim=HEAD_DIM,
+        expansion=len(state["blocks.0.attn_blocks.0.mlp.main.0.weight"]) // channels,
+        volume_preserving=len(state["blocks.0.proj_out.weight"]) == token_dim,
+    )
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
+
+
+def _is_kept(name: str) -> bool:
+    return not name.endswith("attn_mask")
+
+
+def _rename(name: str) -> str:
+    if name == "var":
+        return "flow.prior_variance"
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"^blocks\.(\d+)\.", r"flow.blocks.\1.transformer.", name)
+
+
+def _convert(name: str, tensor: Tensor) -> Tensor:
+    """Ours has positions in the order in which a block generates, and class embeddings without the token dimension."""
+    if name.endswith("class_embed"):
+        return tensor[:, 0]
+    if name.endswith("pos_embed") and int(name.split(".")[1]) % 2:
+        return tensor.flip(0)
+    return tensor

@@ -1,0 +1,295 @@
+"""Each dataset gives the pixels and labels of its files, or one error; batches can be taken up at any step."""
+
+import gzip
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tarflow import datasets
+from tarflow.datasets import Images, batches, load
+
+DEBIAN = datasets.DEBIAN_FASHION_MNIST
+SUBSET = Path(datasets.__file__).parent / "data" / "fashion_mnist_subset.npz"
+IDX_NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+
+
+@pytest.fixture
+def no_debian(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
+
+
+def numbered(size, channels=1):
+    """A dataset whose i-th image and label say i."""
+    numbers = torch.arange(size)
+    images = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, 2, 2)
+    return Images(images, numbers, tuple(map(str, numbers.tolist())), False, "numbers")
+
+
+def pixels(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def idx(values):
+    return bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+
+
+def write_idx(folder, suffix=".gz", train=5, test=3):
+    """The four files; the test images are not the training images."""
+    folder.mkdir(exist_ok=True)
+    contents = [pixels(0, train, 28, 28), np.arange(train), pixels(1, test, 28, 28), np.arange(test)]
+    for name, values in zip(IDX_NAMES, contents, strict=True):
+        raw = idx(values)
+        (folder / f"{name}{suffix}").write_bytes(gzip.compress(raw) if suffix else raw)
+
+
+def write_pictures(folder, classes, count, seed=0, size=(60, 30)):
+    for number in range(len(classes) * count):
+        path = folder / classes[number % len(classes)] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(seed + number, size[1], size[0], 3)).save(path)
+
+
+@pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("test", 100)])
+def test_shipped_subset_is_balanced(no_debian, split, per_class):
+    subset = load(split=split)
+    assert subset.images.shape == (10 * per_class, 1, 28, 28)
+    assert subset.labels.bincount().tolist() == [per_class] * 10
+    assert (subset.num_classes, subset.in_channels, subset.image_size, subset.flip) == (10, 1, 28, False)
+    assert f"{10 * per_class:,}-image {split} subset shipped with tarflow" in subset.source
+
+
+def test_shipped_splits_share_no_image_and_stay_small(no_debian):
+    train, test = ({image.numpy().tobytes() for image in load(split=split).images} for split in ("train", "test"))
+    assert (len(train), len(test)) == (10_000, 1_000)
+    assert not train & test
+    assert SUBSET.stat().st_size < 6e6
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the full data: apt-get install dataset-fashion-mnist")
+def test_shipped_subset_stands_in_the_training_split(no_debian):
+    full = load(data_dir=DEBIAN)
+    assert full.images.shape == (60_000, 1, 28, 28)
+    with np.load(SUBSET) as arrays:
+        for split in ("train", "test"):
+            subset, indices = load(split=split), torch.from_numpy(arrays[f"{split}_indices"]).long()
+            assert all(map(torch.equal, (subset.images, subset.labels), full.fetch(indices)))
+
+
+def test_the_folder_asked_for_comes_before_debians_and_that_before_the_subset(monkeypatch, tmp_path):
+    write_idx(tmp_path / "debian", train=5)
+    write_idx(tmp_path / "mine", train=7)
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    installed, asked = load(), load(data_dir=tmp_path / "mine")
+    assert (len(installed), len(asked)) == (5, 7)
+    assert str(tmp_path / "debian") in installed.source
+    assert str(tmp_path / "mine") in asked.source
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_idx_files_hold_these_images(tmp_path, suffix):
+    write_idx(tmp_path, suffix)
+    for split, seed, count in (("train", 0, 5), ("test", 1, 3)):
+        dataset = load("mnist", split, str(tmp_path))
+        assert np.array_equal(dataset.images[:, 0], pixels(seed, count, 28, 28))
+        assert dataset.labels.tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("name", IDX_NAMES)
+def test_a_missing_idx_file_is_named(tmp_path, name):
+    write_idx(tmp_path)
+    (tmp_path / f"{name}.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"data_dir: .* missing {name}$"):
+        load("fashion-mnist", data_dir=tmp_path)
+
+
+WHOLE = idx(pixels(0, 5, 28, 28))
+
+
+BAD_IDX = {
+    "empty": b"",
+    "not gzip": b"not gzip",
+    "cut": gzip.compress(WHOLE)[:-100],
+    "damaged": gzip.compress(WHOLE)[:2000] + bytes(100) + gzip.compress(WHOLE)[2100:],
+    "empty inside": gzip.compress(b""),
+    "half a header": gzip.compress(WHOLE[:10]),
+    "short": gzip.compress(WHOLE[:-1]),
+    "long": gzip.compress(WHOLE + b"0"),
+    "labels": gzip.compress(idx(np.arange(5))),
+}
+
+
+@pytest.mark.parametrize("raw", BAD_IDX.values(), ids=BAD_IDX)
+def test_a_bad_idx_file_is_named(tmp_path, raw):
+    write_idx(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: expected"):
+        load("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("labels", [np.arange(4), np.array([0, 1, 2, 3, 10])], ids=["too few", "out of range"])
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, labels):
+    write_idx(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    with pytest.raises(ValueError, match=rf"labels: expected .* from MNIST, .* {tmp_path}"):
+        load("mnist", data_dir=tmp_path)
+
+
+def test_cifar10_reads_the_binary_version(tmp_path):
+    images, labels = pixels(0, 12, 3, 32, 32), np.arange(12, dtype=np.uint8) % 10
+    records = np.concatenate([labels[:, None], images.reshape(12, -1)], axis=1)
+    for number in range(5):
+        records[2 * number : 2 * number + 2].tofile(tmp_path / f"data_batch_{number + 1}.bin")
+    records[10:].tofile(tmp_path / "test_batch.bin")
+    train, test = (load("cifar10", split, tmp_path) for split in ("train", "test"))
+    assert np.array_equal(torch.cat([train.images, test.images]), images)
+    assert np.array_equal(torch.cat([train.labels, test.labels]), labels)
+    assert (len(train), len(test), train.class_names[9], train.flip) == (10, 2, "truck", True)
+    (tmp_path / "data_batch_3.bin").write_bytes(records[4:6].tobytes()[:-1])
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin: expected records of 3073 bytes"):
+        load("cifar10", "train", tmp_path)
+
+
+def test_imagenet64_reads_the_published_batches(tmp_path):
+    images, labels = pixels(0, 11, 3, 64, 64), np.arange(990, 1001)
+    names = [f"train_data_batch_{number}.npz" for number in range(1, 11)] + ["val_data.npz"]
+    for name, image, label in zip(names, images, labels, strict=True):
+        np.savez(tmp_path / name, data=image.reshape(1, -1), labels=[label], mean=np.zeros(12288))
+    train, test = (load("imagenet64", split, tmp_path) for split in ("train", "test"))
+    assert np.array_equal(torch.cat([train.images, test.images]), images)
+    assert np.array_equal(torch.cat([train.labels, test.labels]) + 1, labels)
+    assert (len(train), train.num_classes, train.flip) == (10, 1000, True)
+    (tmp_path / "val_data.npz").write_bytes((tmp_path / "val_data.npz").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"val_data\.npz: expected an \.npz file with labels"):
+        load("imagenet64", "test", tmp_path)
+
+
+def test_folder_gives_the_centred_square_resized(tmp_path):
+    write_pictures(tmp_path / "train", ["cat", "ant"], 3)
+    write_pictures(tmp_path / "val", ["cat"], 1, seed=9)
+    train, test = (load("folder", split, tmp_path, image_size=10) for split in ("train", "test"))
+    images, labels = train.fetch(torch.arange(6))
+    assert train.class_names == test.class_names == ("ant", "cat")
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test.fetch(torch.tensor([0]))[1].tolist() == [1]
+    for path, image in zip(train.paths, images, strict=True):
+        resized = Image.open(path).resize((20, 10), Image.Resampling.LANCZOS)
+        assert np.array_equal(image.permute(1, 2, 0), resized.crop((5, 0, 15, 10)))
+
+
+def test_folder_makes_every_image_rgb(tmp_path):
+    gray = pixels(0, 8, 8)
+    (tmp_path / "a").mkdir()
+    for number, mode in enumerate(("L", "RGB", "RGBA", "P")):
+        Image.fromarray(gray).convert(mode).save(tmp_path / "a" / f"{number}.png")
+    images = [load("folder", split, tmp_path, image_size=8) for split in ("train", "test")]
+    images = torch.cat([dataset.fetch(torch.arange(len(dataset)))[0] for dataset in images])
+    assert np.array_equal(images, np.broadcast_to(gray, (4, 3, 8, 8)))
+
+
+def test_folder_without_splits_holds_out_the_same_5_percent(tmp_path):
+    write_pictures(tmp_path, ["a", "b"], 20, size=(4, 4))
+    train, test = ([*load("folder", split, tmp_path, image_size=4).paths] for split in ("train", "test"))
+    assert len(test) == 2
+    assert sorted(train + test) == sorted(tmp_path.glob("*/*.png"))
+    assert test == [*load("folder", "test", tmp_path, image_size=4).paths]
+
+
+def test_folder_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="image_size: expected"):
+        load("folder", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="data_dir: expected images"):
+        load("folder", data_dir=tmp_path, image_size=8)
+    write_pictures(tmp_path / "train", ["a"], 2)
+    write_pictures(tmp_path / "test", ["a", "b", "c"], 1)
+    with pytest.raises(ValueError, match=r"data_dir: expected in .* got also b, c"):
+        load("folder", "test", tmp_path, 8)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"0\.png: expected an image"):
+        load("folder", "train", tmp_path, 8).fetch(torch.tensor([0]))
+
+
+def test_hub_reads_the_columns_of_images_and_classes(tmp_path):
+    pytest.importorskip("datasets", reason="needs the extra: pip install 'tarflow[hub]'")
+    write_pictures(tmp_path / "data" / "train", ["ant", "bee"], 3, size=(8, 8))
+    write_pictures(tmp_path / "data" / "test", ["ant", "bee"], 1, seed=9, size=(8, 8))
+    train, test = (load(f"hub:{tmp_path / 'data'}", split, tmp_path / "cache") for split in ("train", "test"))
+    same = load("folder", "train", tmp_path / "data", image_size=8).fetch(torch.arange(6))
+    assert torch.equal(train.images.sum((1, 2, 3)).sort()[0], same[0].sum((1, 2, 3)).sort()[0])
+    assert train.labels.bincount().tolist() == [3, 3]
+    assert (len(test), train.class_names, train.image_size) == (2, ("ant", "bee"), 8)
+    assert load(f"hub:{tmp_path / 'data'}", "test", tmp_path / "cache", image_size=5).image_size == 5
+
+
+def test_hub_without_the_extra_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'hub:me/mine .* pip install "tarflow\[hub\]"'):
+        load("hub:me/mine")
+
+
+BAD_ARGUMENTS = [
+    ({"name": "minst"}, "name: expected one of fashion-mnist, mnist, cifar10, .*; got 'minst'"),
+    ({"split": "val"}, "split: expected 'train' or 'test', got 'val'"),
+    ({"name": "cifar10"}, "data_dir: expected the folder that holds cifar10, got None"),
+    ({"image_size": 32}, "image_size: expected None or 28 for fashion-mnist, got 32"),
+    ({"image_size": 0}, "image_size: expected at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error"), BAD_ARGUMENTS)
+def test_a_bad_argument_is_named(no_debian, arguments, error):
+    with pytest.raises(ValueError, match=error):
+        load(**arguments)
+
+
+@given(st.integers(1, 40), st.data())
+@settings(max_examples=50, deadline=None)
+def test_a_resumed_run_sees_the_batches_it_would_have_seen(size, data):
+    batch_size, seed = data.draw(st.integers(1, size)), data.draw(st.integers(0, 2**32))
+    start = data.draw(st.integers(0, 5 * size))
+    whole = islice(batches(numbered(size), batch_size, seed), start, start + 3)
+    resumed = islice(batches(numbered(size), batch_size, seed, start), 3)
+    assert [labels.tolist() for _, labels in whole] == [labels.tolist() for _, labels in resumed]
+
+
+@given(st.integers(1, 40), st.data())
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_draws_no_image_twice_and_drops_only_the_last_partial_batch(size, data):
+    batch_size = data.draw(st.integers(1, size))
+    steps, stream = size // batch_size, batches(numbered(size), batch_size, seed=0)
+    for _ in range(2):
+        epoch = [next(stream) for _ in range(steps)]
+        drawn = torch.cat([labels for _, labels in epoch])
+        assert len(drawn.unique()) == steps * batch_size > size - batch_size
+        assert torch.equal(torch.cat([images for images, _ in epoch])[:, 0, 0, 0], drawn.to(torch.uint8))
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    first, second = islice(batches(numbered(200), 200, seed=0), 2)
+    other = next(batches(numbered(200), 200, seed=1))
+    assert not torch.equal(first[1], second[1])
+    assert not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_folder_streams_what_fetch_reads(tmp_path, num_workers):
+    write_pictures(tmp_path, ["a", "b", "c"], 7)
+    folder = load("folder", "train", tmp_path, image_size=6)
+    state = torch.get_rng_state()
+    stream = batches(folder, 8, seed=3, start=1, num_workers=num_workers)
+    indices = islice(batches(numbered(len(folder)), 8, seed=3), 1, 5)
+    for (images, labels), (_, chosen) in zip(islice(stream, 4), indices, strict=True):
+        assert all(map(torch.equal, (images, labels), folder.fetch(chosen)))
+    assert torch.equal(torch.get_rng_state(), state), "streaming drew from the caller's random numbers"
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 11}, {"seed": -1}, {"start": -1}])
+def test_batches_refuse_what_they_cannot_do_at_the_call(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}.*: expected"):
+        batches(numbered(10), **{"batch_size": 2, "seed": 0} | arguments)

@@ -1,0 +1,164 @@
+"""Pictures show the values that they are given, whole, and disturb nothing else."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tarflow.pictures import curves, sample_grid, to_pixels, trajectory
+
+
+def read(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def find(picture, color):
+    """The rows and columns of the picture's pixels of a color."""
+    return np.nonzero((picture == color).all(axis=-1))
+
+
+def plain(*values):
+    """Images of one color each, values (..., C) in [-1, 1]: float (..., C, 8, 8)."""
+    return torch.tensor(np.array(values))[..., None, None].expand(*np.shape(values), 8, 8)
+
+
+def training_row(step, **more):
+    noise = np.sin(step)
+    return {"step": step, "bits_per_dim": 3 + noise, "grad_norm": 1 + noise**2, "learning_rate": 1e-4} | more
+
+
+def write_rows(path, rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return path
+
+
+def curves_of(tmp_path, rows, tail=""):
+    curves(write_rows(tmp_path / "metrics.jsonl", rows, tail), tmp_path / "curves.png", "a run")
+    return read(tmp_path / "curves.png")
+
+
+def test_pixels_come_back_from_every_point_of_their_bin():
+    pixels = np.arange(256)
+    for offset in (0.0, 0.3, 0.5, 0.99):
+        assert np.array_equal(to_pixels(2 * (pixels + offset) / 256 - 1), pixels)
+    assert to_pixels(np.array([-7.0, 1.0, 7.0])).tolist() == [0, 255, 255]
+
+
+def test_a_grid_shows_each_image_in_its_place_and_color(tmp_path):
+    colors = np.random.default_rng(0).uniform(-0.9, 0.9, (3, 4, 3)).astype(np.float32)
+    sample_grid(plain(*colors), tmp_path / "grid.png", "samples", row_labels=["one", "two", "three"])
+    picture = read(tmp_path / "grid.png")
+    places = np.array([[np.mean(find(picture, to_pixels(color)), axis=1) for color in row] for row in colors])
+    areas = {len(find(picture, to_pixels(color))[0]) for color in colors.reshape(-1, 3)}
+    assert areas == {112 * 112}, "each 8 x 8 image is 14-fold"
+    assert np.allclose(np.diff(places, axis=0), (116, 0), atol=1), "one row is straight below the other"
+    assert np.allclose(np.diff(places, axis=1), (0, 116), atol=1), "one column is straight beside the other"
+
+
+def test_a_grid_clips_and_draws_gray_for_one_channel(tmp_path):
+    sample_grid(plain([[-3.0], [0.25]]), tmp_path / "grid.png", "samples")
+    assert len(find(read(tmp_path / "grid.png"), (0, 0, 0))[0]) >= 112 * 112
+    assert len(find(read(tmp_path / "grid.png"), (160, 160, 160))[0]) >= 112 * 112
+
+
+def test_a_trajectory_shrinks_only_the_columns_that_reach_beyond_the_images(tmp_path):
+    frames = plain([[-4.0], [2.0]], [[-0.5], [0.25]])
+    trajectory(frames, tmp_path / "trajectory.png", "steps", ["latent", "after block 1"])
+    picture = read(tmp_path / "trajectory.png")
+    columns = []
+    for value in (-1.0, 0.5, -0.5, 0.25):
+        rows, across = find(picture, to_pixels(np.array([value] * 3)))
+        assert len(rows) >= 128 * 128
+        columns.append(np.median(across))
+    assert max(columns[:2]) < min(columns[2:]), "the first step stands left"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 500])
+def test_curves_draw_runs_of_any_length(tmp_path, rows):
+    picture = curves_of(tmp_path, [training_row(step) for step in range(rows)])
+    for color in ("#0072b2", "#009e73", "#555555"):
+        rgb = [int(color[start : start + 2], 16) for start in (1, 3, 5)]
+        assert len(find(picture, rgb)[0]), f"no line of {color}"
+
+
+@pytest.mark.parametrize("key", ["bits_per_dim", "grad_norm", "learning_rate"])
+def test_curves_leave_out_what_is_missing_or_not_finite(tmp_path, key):
+    rows = [training_row(step) for step in range(30)]
+    missing = [{name: value for name, value in row.items() if name != key} for row in rows]
+    blank = [row | {key: bad} for row, bad in zip(rows, [None, float("nan"), float("inf")] * 10, strict=True)]
+    whole = curves_of(tmp_path, rows)
+    assert not np.array_equal(curves_of(tmp_path, missing), whole)
+    assert np.array_equal(curves_of(tmp_path, rows + blank), whole)
+
+
+def test_curves_fall_back_to_the_loss(tmp_path):
+    rows = [{"step": step, "loss": 2 - step / 10, "eval_loss": 2.0} for step in range(10)]
+    assert len(find(curves_of(tmp_path, rows), (0, 0x72, 0xB2))[0])
+
+
+def test_curves_show_a_resumed_run_once(tmp_path):
+    lost = [training_row(step, bits_per_dim=9.0) for step in range(50, 60)]
+    rows = [training_row(step) for step in range(100)]
+    assert np.array_equal(curves_of(tmp_path, rows[:50] + lost + rows[50:]), curves_of(tmp_path, rows))
+
+
+def test_curves_pass_over_an_unfinished_last_line(tmp_path):
+    rows = [training_row(step) for step in range(5)]
+    assert np.array_equal(curves_of(tmp_path, rows, tail='{"step": 5, "bits'), curves_of(tmp_path, rows))
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 1}\nstep 2\n', '{"loss": 1}\n', "[1]\n"])
+def test_curves_name_the_file_they_cannot_read(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics_path: expected .* in .*metrics\.jsonl, got"):
+        curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "a run")
+    with pytest.raises(FileNotFoundError, match="metrics_path: expected a file"):
+        curves(tmp_path / "none.jsonl", tmp_path / "curves.png", "a run")
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(2, 1, 8, 8), torch.zeros(1, 2, 2, 8, 8), plain([[0]]), plain([[0.0]])[:0]]
+)
+def test_images_of_another_kind_are_refused(tmp_path, images):
+    with pytest.raises(ValueError, match=r"images: expected float \(rows, columns, C, H, W\)"):
+        sample_grid(images, tmp_path / "grid.png", "samples")
+    with pytest.raises(ValueError, match=r"frames: expected float \(steps, B, C, H, W\)"):
+        trajectory(images, tmp_path / "grid.png", "samples", [])
+
+
+def test_labels_are_one_a_row_or_column(tmp_path):
+    with pytest.raises(ValueError, match="row_labels: expected 2, one a row, got 1"):
+        sample_grid(plain([[0.0]], [[0.0]]), tmp_path / "grid.png", "samples", ["one"])
+    with pytest.raises(ValueError, match="column_labels: expected 2, one a step, got 3"):
+        trajectory(plain([[0.0]], [[0.0]]), tmp_path / "grid.png", "samples", ["one", "two", "three"])
+
+
+def test_a_killed_write_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
+    sample_grid(plain([[0.5]]), tmp_path / "grid.png", "samples")
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    before = (tmp_path / "grid.png").read_bytes()
+
+    def killed(self, target, **options):
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sample_grid(plain([[-0.5]]), tmp_path / "grid.png", "samples")
+    assert (tmp_path / "grid.png").read_bytes() == before
+
+
+def test_the_callers_matplotlib_settings_stay(tmp_path):
+    before = dict(matplotlib.rcParams)
+    sample_grid(plain([[0.5]]), tmp_path / "grid.png", "samples")
+    curves_of(tmp_path, [training_row(1)])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_suffix_chooses_the_format(tmp_path):
+    sample_grid(plain([[0.5]]), tmp_path / "grid.pdf", "samples")
+    assert (tmp_path / "grid.pdf").read_bytes().startswith(b"%PDF")
