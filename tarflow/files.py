@@ -26,7 +26,5 @@ def replacing(path: Path | str) -> Iterator[Path]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno, f"no space left to write {path}; what was there before is unchanged"
-            ) from error
+            raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
         raise

@@ -94,9 +94,7 @@ class TokenFlow(nn.Module):
         self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
     ) -> Tensor:
         """Latent to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a map beside it."""
-        tokens = z
-        for tokens in self.trajectory(z, labels, guidance, decoder):
-            pass
+        *_, tokens = self.trajectory(z, labels, guidance, decoder)
         return tokens
 
     def trajectory(

@@ -45,9 +45,7 @@ class TarFlowConfig:
             if field.type is int and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{field.name}: expected an integer >= {least}; got {value!r}")
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}"
-            )
+            raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}")
         if self.channels % self.head_dim:
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
 
@@ -171,10 +169,14 @@ class TarFlow(nn.Module):
         """Write ``config.json`` and ``model.safetensors``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "model.safetensors") as path:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
+        self.save_weights(folder / "model.safetensors")
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps({"model": asdict(self.config)}, indent=2) + "\n")
+
+    def save_weights(self, path: Path | str) -> None:
+        """Write the weights alone, as safetensors, beside what may be there and then over it."""
+        with replacing(path) as beside:
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, beside)
 
     @classmethod
     def from_pretrained(cls, source: Path | str) -> "TarFlow":

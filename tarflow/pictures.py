@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from .files import replacing
+
 DPI = 200
 _BLUE, _ORANGE, _GREEN, _GRAY = "#0072b2", "#d55e00", "#009e73", "#555555"
 _STYLE = {
@@ -190,8 +192,5 @@ def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(figure: Figure, path: str | Path, **options) -> None:
-    """Under another name first, so that a killed run leaves no half a picture."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=DPI, format=path.suffix[1:] or "png", **options)
-    partial.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=DPI, format=Path(path).suffix[1:] or "png", **options)

@@ -52,9 +52,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def fold_temperature(
-    q: Tensor, temperature: float | Tensor, scale: float | None
-) -> tuple[Tensor | None, float]:
+def fold_temperature(q: Tensor, temperature: float | Tensor, scale: float | None) -> tuple[Tensor | None, float]:
     """Split into what only the device knows, a temperature per row, and one factor of the logits."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return (temperature, scale) if isinstance(temperature, Tensor) else (None, scale / temperature)

@@ -1,0 +1,256 @@
+"""The commands: train, sample, evaluate, convert."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from . import datasets, evaluation
+from .decoding import DECODERS
+from .files import replacing
+from .gallery import Gallery, spread
+from .guidance import Guidance
+from .model import TarFlow
+from .pictures import to_pixels
+from .published import load as load_published
+from .training.config import PRESETS, TrainConfig
+from .training.run import Diverged, pick_device, train, write_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Anything a user can set right ends in one line on stderr."""
+    command, *arguments = sys.argv[1:] if argv is None else argv or ["--help"]
+    if command not in COMMANDS:
+        print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    try:
+        COMMANDS[command](arguments)
+    except (ValueError, OSError, ImportError, Diverged) as error:
+        print(f"tarflow {command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"tarflow {command}: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a TarFlow. Without flags: class-conditional Fashion-MNIST in minutes on a CPU."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: Literal[tuple(PRESETS)] = "fashion-mnist"
+    """the recipe whose settings the other flags change"""
+    out: Path | None = None
+    """folder of the run; by default a new one under runs/"""
+    resume: Path | None = None
+    """folder of a run to go on with, under its own settings where no flag changes them"""
+
+
+def run_train(arguments: Sequence[str]) -> None:
+    """``train``: the preset, or the run to resume, gives the defaults of all other flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="fashion-mnist")
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(arguments)
+    config = _read_run(known.resume) if known.resume else PRESETS[known.preset]
+    command = tyro.cli(Train, args=arguments, default=Train(config, preset=known.preset), prog="tarflow train")
+    if command.resume and command.out:
+        raise ValueError(f"out: expected no folder besides that of --resume, {command.resume}; got {command.out}")
+    out = command.resume or command.out or _new_folder(Path("runs"), command.preset)
+    train(command.config, out, resume=command.resume is not None)
+    print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
+    print(f"next    tarflow sample {out} --guidance 2 --out samples.png; tarflow evaluate {out}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a trained model: a picture with a row per class, or the images themselves."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run or of a saved model, or the name of one on the Hugging Face hub"""
+    out: Path = Path("samples.png")
+    """a picture (.png) or uint8 images with their labels (.npz)"""
+    num: int = 80
+    """images to draw; a picture has them in rows of eight"""
+    labels: tuple[int, ...] = ()
+    """classes to draw; by default all of them in turn, in a picture ten at most"""
+    guidance: float = 0.0
+    """weight of guidance; 0 for none"""
+    schedule: Literal["linear", "constant"] = "linear"
+    temperature: float = 1.0
+    """of the attention in the reference branch of guidance"""
+    guide: Literal["both", "alpha", "mu"] = "both"
+    """the parameters that are guided"""
+    drop_label: bool = True
+    """whether the reference branch drops the label"""
+    sigma: float | None = None
+    """standard deviation of the noise to remove; by default that of training, 0 leaves it"""
+    trajectory: Path | None = None
+    """also draw the image after every block, into this file"""
+    decoder: Literal[("auto", *DECODERS)] = "auto"
+    seed: int = 0
+    device: str = "auto"
+
+
+def run_sample(arguments: Sequence[str]) -> None:
+    """``sample``."""
+    command = tyro.cli(Sample, args=arguments, prog="tarflow sample")
+    if command.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out: expected a .png or .npz file; got {command.out}")
+    if command.num < 1:
+        raise ValueError(f"num: expected at least 1; got {command.num}")
+    model, info = _load(command.run, command.device)
+    guidance = Guidance(command.guidance, command.schedule, command.temperature, command.guide, command.drop_label)
+    sigma = info.get("sigma", 0.0) if command.sigma is None else command.sigma
+    gallery = Gallery(
+        info.get("class_names", ()), guidance if guidance.weight else None, sigma, command.decoder, command.seed
+    )
+    with tqdm(total=command.num, unit="image", dynamic_ncols=True) as bar:
+        if command.out.suffix == ".png":
+            name = command.run.resolve().name
+            gallery.samples(model, command.out, f"Samples of {name}", command.num, command.labels, bar.update)
+        else:
+            _save_arrays(gallery, model, command, bar.update)
+    if command.trajectory:
+        gallery.trajectory(model, command.trajectory, "From latent to image", command.labels[:10])
+    print(f"wrote {', '.join(str(path) for path in (command.out, command.trajectory) if path)}")
+
+
+def _save_arrays(gallery: Gallery, model: TarFlow, command: Sample, progress: Callable[[int], None]) -> None:
+    """Images uint8 (num, H, W, C) and labels int64 (num,), the classes in turn."""
+    labels = None
+    if model.config.num_classes:
+        classes = torch.tensor(command.labels or range(model.config.num_classes))
+        labels = classes.repeat(-(-command.num // len(classes)))[: command.num]
+    images = gallery.draw(model, command.num, labels, progress=progress)
+    arrays = {"images": to_pixels(images.permute(0, 2, 3, 1).cpu().numpy())}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    with replacing(command.out) as path, path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a trained model on test images: bits/dim, and accuracy of classification by Bayes' rule."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run"""
+    num_images: int = 1000
+    """test images to score, evenly spread over the split"""
+    draws: int = 4
+    """draws of uniform dequantization noise per image, importance-weighted"""
+    batch_size: int = 64
+    dataset: str | None = None
+    """by default that of training"""
+    data_dir: Path | None = None
+    image_size: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+
+def run_evaluate(arguments: Sequence[str]) -> None:
+    """``evaluate``: prints the scores and writes them to ``evaluation.json`` in the run's folder."""
+    command = tyro.cli(Evaluate, args=arguments, prog="tarflow evaluate")
+    model, info = _load(command.run, command.device)
+    trained = info.get("train", {})
+    dataset = datasets.load(
+        command.dataset or trained.get("dataset", "fashion-mnist"),
+        "test",
+        command.data_dir or trained.get("data_dir"),
+        command.image_size or trained.get("image_size"),
+    )
+    scores = evaluation.evaluate(
+        model,
+        *dataset.fetch(spread(len(dataset), command.num_images)),
+        sigma=info.get("sigma", 0.0),
+        draws=command.draws,
+        batch_size=command.batch_size,
+        seed=command.seed,
+    )
+    print(f"{dataset.source}; {min(command.num_images, len(dataset)):,} of them, mean ± standard error over images")
+    for name, estimate in scores.items():
+        print(f"{estimate}   {name}")
+    with replacing(command.run / "evaluation.json") as path:
+        rows = {name: asdict(estimate) for name, estimate in scores.items()}
+        path.write_text(
+            json.dumps({"data": dataset.source, "settings": asdict(command), "scores": rows}, indent=2, default=str)
+        )
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint of the paper's code (.pth) to a folder that all commands and from_pretrained read."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    in_channels: int = 3
+    """channels of the images, which the weights do not tell"""
+    sigma: float = 0.0
+    """standard deviation of the noise in training, the last number in the name of a published file"""
+
+
+def run_convert(arguments: Sequence[str]) -> None:
+    """``convert``."""
+    command = tyro.cli(Convert, args=arguments, prog="tarflow convert")
+    if (command.out / "config.json").exists():
+        raise FileExistsError(f"out: {command.out} already holds a model; choose another folder")
+    model = load_published(command.checkpoint, command.in_channels)
+    model.save_pretrained(command.out)
+    write_config(command.out, model=asdict(model.config), sigma=command.sigma)
+    print(f"wrote {command.out}: {model.config}")
+
+
+def _load(run: Path, device: str) -> tuple[TarFlow, dict]:
+    """The model, and what its config.json says beside its shape."""
+    model = TarFlow.from_pretrained(run).to(pick_device(device)).eval()
+    path = run / "config.json"
+    return model, json.loads(path.read_text()) if path.exists() else {}
+
+
+def _read_run(folder: Path) -> TrainConfig:
+    """The settings of a run; ValueError where there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"resume: expected the folder of a run; {path} does not exist")
+    settings = json.loads(path.read_text()).get("train")
+    if settings is None:
+        raise ValueError(f"resume: {folder} holds a model without a training run")
+    if settings["data_dir"] is not None:
+        settings["data_dir"] = Path(settings["data_dir"])
+    return TrainConfig(**settings)
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """``parent/name``, or the first of ``name-2``, ``name-3``, ... that is not taken."""
+    folder, number = parent / name, 1
+    while folder.exists():
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return folder
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": run_train,
+    "sample": run_sample,
+    "evaluate": run_evaluate,
+    "convert": run_convert,
+}
+
+USAGE = """usage: tarflow COMMAND ...
+
+  train                  train a model; without flags, on Fashion-MNIST
+  sample RUN             draw samples from a trained model
+  evaluate RUN           score a trained model on test images
+  convert CKPT OUT       convert a published checkpoint
+
+tarflow COMMAND --help lists its flags."""

@@ -1,0 +1,96 @@
+"""Pictures of what a model generates: a row per class, and the way from latent to image."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import pictures
+from .guidance import Guidance
+from .model import TarFlow
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """How the samples of a picture are drawn, and what its rows are called.
+
+    Args:
+        class_names: of a conditional model; classes beyond those named are numbered.
+        guidance, denoise_sigma, decoder: as in :meth:`tarflow.TarFlow.sample`.
+        seed: of the latents, which are the same however often and after however much training they are drawn.
+    """
+
+    class_names: Sequence[str] = ()
+    guidance: Guidance | None = None
+    denoise_sigma: float = 0.0
+    decoder: str = "auto"
+    seed: int = 0
+
+    def samples(
+        self,
+        model: TarFlow,
+        path: Path,
+        title: str,
+        num: int = 80,
+        classes: Sequence[int] = (),
+        progress: Callable[[int], None] = lambda num: None,
+    ) -> None:
+        """Draw a grid of ``num`` samples; for a conditional model a row per class, ten of them or those given."""
+        labels = self._labels(model, classes, rows=10)
+        rows = max(1, num // 8) if labels is None else len(labels)
+        columns = max(1, num // rows)
+        labels_of_all = None if labels is None else labels.repeat_interleave(columns)
+        images = self.draw(model, rows * columns, labels_of_all, progress=progress)
+        grid = images.unflatten(0, (rows, columns)).cpu()
+        pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels))
+
+    def trajectory(self, model: TarFlow, path: Path, title: str, classes: Sequence[int] = ()) -> None:
+        """Draw the image after every block, from the latent on the left to the sample on the right."""
+        labels = self._labels(model, classes, rows=6)
+        images, frames = self.draw(model, 6 if labels is None else len(labels), labels, return_trajectory=True)
+        blocks = [f"after block {t}" for t in range(model.config.num_blocks, 0, -1)]
+        columns = ["latent", *blocks]
+        if self.denoise_sigma:
+            frames, columns = torch.cat((frames, images[None])), [*columns, "denoised"]
+        pictures.trajectory(frames.cpu(), path, f"{title}{self.description}", columns)
+
+    @property
+    def description(self) -> str:
+        """What was done to the samples, as the end of a title."""
+        parts = []
+        if self.guidance is not None:
+            parts.append(f"guidance {self.guidance.weight:g} ({self.guidance.schedule})")
+            if self.guidance.temperature != 1:
+                parts.append(f"temperature {self.guidance.temperature:g}")
+        if self.denoise_sigma:
+            parts.append("denoised")
+        return ", " + ", ".join(parts) if parts else ""
+
+    def draw(self, model: TarFlow, num: int, labels: Tensor | None, **options):
+        """What :meth:`tarflow.TarFlow.sample` returns under these settings."""
+        generator = torch.Generator(model.flow.prior_variance.device).manual_seed(self.seed)
+        return model.sample(
+            num, labels, self.guidance, self.denoise_sigma, self.decoder, generator=generator, **options
+        )
+
+    def _labels(self, model: TarFlow, classes: Sequence[int], rows: int) -> Tensor | None:
+        if not model.config.num_classes:
+            return torch.tensor(classes) if classes else None
+        return torch.tensor(classes) if classes else spread(model.config.num_classes, rows)
+
+    def _names(self, labels: Tensor | None) -> list[str] | None:
+        if labels is None:
+            return None
+        return [self.class_names[k] if k < len(self.class_names) else f"class {k}" for k in labels.tolist()]
+
+
+def spread(total: int, num: int) -> Tensor:
+    """At most ``num`` indices, evenly spread over ``total``.
+
+    >>> spread(10, 4)
+    tensor([0, 2, 5, 7])
+    """
+    num = min(num, total)
+    return torch.arange(num) * total // num

@@ -1,0 +1,62 @@
+"""Checkpoints of a training run: written beside and renamed, the last few kept, refused when damaged."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import replacing
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``step-<step>.pt``, then delete all but the newest ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    with replacing(path) as beside, beside.open("wb") as file:
+        _dump(state, file)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The state in the newest checkpoint, on the CPU; None where a run was stopped before its first.
+
+    Raises:
+        ValueError: it is truncated or corrupt; the message names the one before it.
+    """
+    paths = checkpoints(folder)
+    if not paths:
+        return None
+    try:
+        return torch.load(paths[-1], map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        before = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
+        raise ValueError(f"resume: {paths[-1]} is truncated or corrupt; {before}") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def _dump(state: dict[str, Any], file) -> None:
+    """torch.save, which hides the reason when a write fails behind an error of its own."""
+    failure: list[OSError] = []
+
+    class Writer:
+        def write(self, data) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failure.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(state, Writer())
+    except Exception as error:
+        raise failure[0] if failure else error from None

@@ -1,0 +1,151 @@
+"""Maximum likelihood by AdamW: the loop, and everything that one step does.
+
+What a step draws at random is a function of (seed, step), as are the order of the data and the learning rate. So a
+checkpoint holds weights, their average and the moments of Adam, and a resumed run repeats an uninterrupted one.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..datasets import Folder, Images
+from ..model import TarFlow
+from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
+from .config import TrainConfig
+from .schedule import learning_rate
+
+
+class Trainer:
+    """The state of training and one method, :meth:`train_step`, that advances it.
+
+    Attributes:
+        model: what is trained.
+        average: the exponential moving average of its weights, which is evaluated, sampled and kept.
+        step: updates done, skipped ones included.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Images | Folder, device: torch.device):
+        self.config = config
+        self.device = device
+        torch.manual_seed(config.seed)
+        self.model = TarFlow(config.model(dataset)).to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        # Only the fused implementation can skip an update on the device, without the host looking at the loss.
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        )
+        self.generator = torch.Generator(device)
+        self.flip = dataset.flip
+        self.step = 0
+        self.bad_steps = torch.zeros((), device=device)
+        self.bad_in_a_row = torch.zeros((), device=device)
+        self._loss = torch.compile(self._loss, fullgraph=True) if config.compile else self._loss
+
+    def train_step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One update from uint8 images and labels; returns its measures, on the device.
+
+        A step whose loss or gradient is not finite changes nothing and is counted.
+        """
+        config = self.config
+        self.generator.manual_seed(derive_seed(config.seed, self.step))
+        x, labels = self.prepare(pixels, labels)
+        self.step += 1
+        rate = learning_rate(
+            self.step,
+            peak=config.learning_rate,
+            least=min(config.min_learning_rate, config.learning_rate),
+            warmup_steps=config.warmup_steps,
+            max_steps=config.max_steps,
+        )
+        self.optimizer.param_groups[0]["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(config.precision, self.device)):
+            loss, z, log_prob = self._loss(x, labels)
+        loss.backward()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        bad = ~(loss.isfinite() & gradient_norm.isfinite())
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.model.config.volume_preserving:
+            self.model.flow.update_prior(z.detach())
+        self._update_average()
+        self.bad_steps += bad
+        self.bad_in_a_row.add_(1).mul_(bad)
+        return {
+            "loss": loss.detach(),
+            "bits_per_dim": bits_per_dim(log_prob.detach(), self.model.config.num_dims).mean(),
+            "grad_norm": gradient_norm,
+            "bad_steps": self.bad_steps.clone(),
+            "bad_in_a_row": self.bad_in_a_row.clone(),
+        }
+
+    def prepare(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images with noise and labels with some dropped, on the device, as the model is trained on them."""
+        config = self.config
+        pixels, labels = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        draw = {"generator": self.generator, "device": self.device}
+        if self.flip:
+            flipped = torch.rand(len(pixels), 1, 1, 1, **draw) < 0.5
+            pixels = torch.where(flipped, pixels.flip(-1), pixels)
+        if config.noise == "gaussian":
+            x = add_gaussian_noise(pixels, config.sigma, self.generator)
+        else:
+            x = add_uniform_noise(pixels, self.generator)
+        if not config.conditional:
+            return x, None
+        dropped = torch.rand(len(labels), **draw) < config.label_drop
+        return x, labels.masked_fill(dropped, -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, and the counts."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; ValueError where the weights are those of another configuration."""
+        self.model.load_checked(state["model"], "checkpoint")
+        self.average.load_checked(state["average"], "checkpoint")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.bad_steps.copy_(state["bad_steps"])
+        self.bad_in_a_row.copy_(state["bad_in_a_row"])
+
+    def _loss(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Negative log-likelihood in nats per dimension, up to a constant: ``mean(z^2) / 2 - logdet / (N D)``.
+
+        A volume-preserving flow is trained under the unit prior too, and its variance is measured beside.
+        """
+        z, logdet = self.model(x, labels)
+        loss = 0.5 * z.square().mean() - logdet.mean() / self.model.config.num_dims
+        return loss, z, self.model.flow.log_prior(z) + logdet
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """``average <- d average + (1 - d) model``, where d grows to its final value over the first steps."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        for own, other in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            own.copy_(other)
+
+
+def derive_seed(seed: int, step: int) -> int:
+    """A seed for the random numbers of one step, unrelated to those of its neighbours."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether the transformers run in bfloat16: as told, or where the device gains from it."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)

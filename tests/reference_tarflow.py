@@ -1,0 +1,160 @@
+"""TarFlow as the paper writes it (arXiv 2412.06329): one image, one token and one head at a time, in float64.
+
+Nothing is batched, cached or shared with the library: every step of the inverse runs the whole transformer again over
+the tokens that are known. ``state`` is the ``state_dict()`` of a :class:`tarflow.TarFlow`, ``config`` anything with the
+fields of its configuration.
+"""
+
+import math
+
+import torch
+
+
+def forward(state, config, images, labels=None):
+    """Images ``(B, C, H, W)`` to latents ``(B, N, D)`` and log-dets ``(B,)``."""
+    latents, logdets = [], []
+    for image, label in zip(images.double(), _each(labels, images), strict=True):
+        tokens, logdet = patchify(image, config), torch.zeros((), dtype=torch.float64)
+        for t in range(config.num_blocks):
+            x = permute(tokens, t)
+            affine = transformer(block_parameters(state, t), config, x, label)
+            z = [x[0]]
+            for i in range(1, len(x)):
+                mu, alpha = affine[i - 1]
+                z.append((x[i] - mu) * torch.exp(-alpha))
+                logdet = logdet - alpha.sum()
+            tokens = permute(z, t)
+        latents.append(torch.stack(tokens))
+        logdets.append(logdet)
+    return torch.stack(latents), torch.stack(logdets)
+
+
+def inverse(
+    state,
+    config,
+    latents,
+    labels=None,
+    weight=0.0,
+    schedule="linear",
+    temperature=1.0,
+    parameters="both",
+    drop_label=True,
+):
+    """Latents ``(B, N, D)`` to images ``(B, C, H, W)``, guided where a weight is given."""
+    images = []
+    for z, label in zip(latents.double(), _each(labels, latents), strict=True):
+        tokens = list(z)
+        reference_label = -1 if drop_label and label is not None else label
+        for t in reversed(range(config.num_blocks)):
+            z, params = permute(tokens, t), block_parameters(state, t)
+            x = [z[0]]
+            for i in range(1, len(z)):
+                mu, alpha = transformer(params, config, x, label)[-1]
+                if weight:
+                    mu_ref, alpha_ref = transformer(params, config, x, reference_label, temperature)[-1]
+                    w = weight * i / (len(z) - 1) if schedule == "linear" else weight
+                    if parameters in ("both", "mu"):
+                        mu = (1 + w) * mu - w * mu_ref
+                    if parameters in ("both", "alpha"):
+                        alpha = (1 + w) * alpha - w * alpha_ref
+                x.append(z[i] * torch.exp(alpha) + mu)
+            tokens = permute(x, t)
+        images.append(unpatchify(tokens, config))
+    return torch.stack(images)
+
+
+def transformer(params, config, tokens, label, temperature=1.0):
+    """One (mu, alpha) for each token: those of the token after it."""
+    stream = []
+    for i, token in enumerate(tokens):
+        h = linear(params, "proj_in", token) + params["pos_embed"][i]
+        if label is not None:
+            embeddings = params["class_embed"]
+            h = h + (embeddings.mean(0) if label == -1 else embeddings[label])
+        stream.append(h)
+    for number in range(config.layers_per_block):
+        layer = below(params, f"layers.{number}.")
+        normed = [layer_norm(layer, "attention_norm", h) for h in stream]
+        attended = attention(layer, config.head_dim, normed, temperature)
+        stream = [h + a for h, a in zip(stream, attended, strict=True)]
+        stream = [h + mlp(layer, layer_norm(layer, "mlp_norm", h)) for h in stream]
+    affine = []
+    for h in stream:
+        out = linear(params, "proj_out", h)
+        if config.volume_preserving:
+            mu, alpha = out, torch.zeros_like(out)
+        else:
+            alpha, mu = out[: len(out) // 2], out[len(out) // 2 :]
+        affine.append((mu, alpha))
+    return affine
+
+
+def attention(layer, head_dim, tokens, temperature):
+    """Every head of every token attends to that token and the ones before it."""
+    channels = len(tokens[0])
+    queries_keys_values = [linear(layer, "qkv", token) for token in tokens]
+    out = []
+    for i in range(len(tokens)):
+        heads = []
+        for start in range(0, channels, head_dim):
+            head = slice(start, start + head_dim)
+            query = queries_keys_values[i][:channels][head]
+            keys = [qkv[channels : 2 * channels][head] for qkv in queries_keys_values[: i + 1]]
+            values = [qkv[2 * channels :][head] for qkv in queries_keys_values[: i + 1]]
+            scores = [torch.exp(query @ key / math.sqrt(head_dim) / temperature) for key in keys]
+            heads.append(sum(score * value for score, value in zip(scores, values, strict=True)) / sum(scores))
+        out.append(linear(layer, "proj", torch.cat(heads)))
+    return out
+
+
+def mlp(layer, x):
+    """Two linear maps with a GELU, ``x Phi(x)``, between them."""
+    hidden = linear(layer, "mlp.0", x)
+    return linear(layer, "mlp.2", hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
+
+
+def layer_norm(params, name, x):
+    """Zero mean and unit variance over the channels, then a scale and a bias for each."""
+    centred = x - x.mean()
+    return centred / torch.sqrt(centred.square().mean() + 1e-5) * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def linear(params, name, x):
+    """``W x + b``."""
+    return params[f"{name}.weight"] @ x + params[f"{name}.bias"]
+
+
+def permute(tokens, t):
+    """Odd blocks run from the last token to the first."""
+    return tokens[::-1] if t % 2 else tokens
+
+
+def patchify(image, config):
+    """Patches in raster order, each flattened channel by channel, then row by row."""
+    p = config.patch_size
+    corners = range(0, config.image_size, p)
+    return [image[:, top : top + p, left : left + p].flatten() for top in corners for left in corners]
+
+
+def unpatchify(tokens, config):
+    """Every patch back to its place."""
+    p = config.patch_size
+    image = torch.empty(config.in_channels, config.image_size, config.image_size, dtype=torch.float64)
+    for i, token in enumerate(tokens):
+        row, column = divmod(i, config.image_size // p)
+        image[:, row * p : row * p + p, column * p : column * p + p] = token.view(config.in_channels, p, p)
+    return image
+
+
+def block_parameters(state, t):
+    """The parameters of the transformer of block t, in float64; positions are in the order of generation."""
+    return {name: value.double() for name, value in below(state, f"flow.blocks.{t}.transformer.").items()}
+
+
+def below(params, prefix):
+    """The parameters whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def _each(labels, images):
+    return [None] * len(images) if labels is None else labels.tolist()

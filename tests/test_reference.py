@@ -1,0 +1,104 @@
+"""The model agrees with TarFlow as the paper writes it, in both directions and under every kind of guidance."""
+
+import copy
+
+import pytest
+import reference_tarflow as reference
+import torch
+from helpers import draw, tarflow
+from torch.testing import assert_close
+
+from tarflow import Guidance
+
+MODELS = {
+    "one block": {"num_blocks": 1},
+    "two blocks, colour": {"num_blocks": 2, "in_channels": 3},
+    "three blocks, classes": {"num_blocks": 3, "num_classes": 4},
+    "four blocks, one layer, one head": {"num_blocks": 4, "layers_per_block": 1, "head_dim": 32, "num_classes": 3},
+    "volume preserving": {"volume_preserving": True},
+    "volume preserving, classes": {"num_blocks": 2, "volume_preserving": True, "num_classes": 4},
+    "nine tokens": {"image_size": 6, "num_blocks": 2},
+    "one token": {"image_size": 2, "num_classes": 3},
+    "patches of one pixel, narrow MLP": {"image_size": 3, "patch_size": 1, "expansion": 2, "num_blocks": 2},
+}
+
+GUIDED = {
+    "label, linear": Guidance(0.75),
+    "label, constant": Guidance(0.75, "constant"),
+    "label, only alpha": Guidance(0.75, parameters="alpha"),
+    "label, only mu": Guidance(0.75, parameters="mu"),
+    "label and temperature": Guidance(0.75, temperature=0.5),
+    "temperature, label kept": Guidance(0.75, temperature=0.5, drop_label=False),
+    "temperature, label kept, constant, only alpha": Guidance(0.75, "constant", 1.5, "alpha", drop_label=False),
+    "no weight": Guidance(0.0),
+}
+UNCONDITIONAL = {
+    "unconditional, temperature": Guidance(0.75, temperature=0.5),
+    "unconditional, temperature, constant, only mu": Guidance(0.75, "constant", 1.5, "mu"),
+}
+LABELS = torch.tensor([-1, 0, 2])  # one is dropped
+
+
+def table(rows):
+    return [pytest.param(*row, id=name) for name, *row in rows]
+
+
+def build(**config):
+    model = tarflow(**config)
+    return model, LABELS if model.config.num_classes else None
+
+
+def agree_in_both_precisions(run, model, inputs, *expected):
+    """``run`` gives what is expected with a float64 model and inputs, and nearly so after rounding both to float32."""
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        outputs = run(copy.deepcopy(model).to(dtype), inputs.to(dtype))
+        for output, value in zip(outputs, expected, strict=True):
+            assert output.dtype == dtype
+            assert_close(output.detach().double(), value, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("config", table(MODELS.items()))
+def test_forward(config):
+    model, labels = build(**config)
+    x = draw(1, 3, model.config.in_channels, model.config.image_size, model.config.image_size)
+    expected = reference.forward(model.state_dict(), model.config, x, labels)
+    agree_in_both_precisions(lambda model, x: model(x, labels), model, x, *expected)
+
+
+@pytest.mark.parametrize("config", table(MODELS.items()))
+def test_inverse(config):
+    model, labels = build(**config)
+    z = draw(2, 3, model.config.num_tokens, model.config.token_dim)
+    expected = reference.inverse(model.state_dict(), model.config, z, labels)
+    agree_in_both_precisions(lambda model, z: [model.inverse(z, labels, decoder="sequential")], model, z, expected)
+
+
+@pytest.mark.parametrize("volume_preserving", [False, True], ids=["affine", "volume preserving"])
+@pytest.mark.parametrize(
+    ("guidance", "num_classes"),
+    table([(name, guidance, 4) for name, guidance in GUIDED.items()])
+    + table([(name, guidance, 0) for name, guidance in UNCONDITIONAL.items()]),
+)
+def test_guided_inverse(guidance, num_classes, volume_preserving):
+    model, labels = build(num_blocks=2, num_classes=num_classes, volume_preserving=volume_preserving)
+    z = draw(2, 3, 4, 4)
+    expected = reference.inverse(model.state_dict(), model.config, z, labels, **vars(guidance))
+    agree_in_both_precisions(lambda model, z: [model.inverse(z, labels, guidance)], model, z, expected)
+
+
+def test_no_two_kinds_of_guidance_are_the_same_map():
+    """Otherwise agreement above would not show that the model tells them apart."""
+    model, _ = build(num_blocks=2, num_classes=4)
+    z, labels = draw(2, 3, 4, 4), torch.tensor([0, 1, 3])
+    images = [reference.inverse(model.state_dict(), model.config, z, labels, **vars(g)) for g in GUIDED.values()]
+    distances = torch.stack([torch.stack([(a - b).abs().amax() for b in images]) for a in images])
+    assert (distances.fill_diagonal_(1) > 0.01).all()
+
+
+@pytest.mark.xfail(strict=True, reason="weights and temperatures are rounded to float32 on the way")
+@pytest.mark.parametrize("guidance", [Guidance(0.7), Guidance(0.7, "constant"), Guidance(0.5, "constant", 0.3)])
+def test_guidance_that_float32_cannot_hold_is_exact_in_float64(guidance):
+    model, labels = build(num_blocks=2, num_classes=4)
+    z = draw(2, 3, 4, 4)
+    expected = reference.inverse(model.state_dict(), model.config, z, labels, **vars(guidance))
+    assert_close(model.inverse(z, labels, guidance), expected, atol=1e-10, rtol=1e-10)
