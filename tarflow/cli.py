@@ -27,7 +27,7 @@ from .training.run import Diverged, pick_device, train, write_config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Anything a user can set right ends in one line on stderr."""
-    command, *arguments = sys.argv[1:] if argv is None else argv or ["--help"]
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command not in COMMANDS:
         print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
         return 0 if command in ("-h", "--help") else 2

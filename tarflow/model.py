@@ -142,8 +142,11 @@ class TarFlow(nn.Module):
             ``(num_blocks + 1, num, C, H, W)`` from the latent to the image before denoising.
 
         Raises:
-            ValueError, TypeError: labels that do not fit; a guidance that cannot have an effect; an unknown decoder.
+            ValueError, TypeError: num below 1; labels that do not fit; a guidance that can have no effect; an unknown
+                decoder.
         """
+        if num < 1:
+            raise ValueError(f"num: expected at least 1; got {num}")
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)
         labels = None if labels is None else labels.to(z.device)

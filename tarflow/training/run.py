@@ -7,6 +7,7 @@ A run folder holds ``config.json``, ``model.safetensors`` (the averaged weights)
 import contextlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -50,10 +51,12 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> TarFlow:
     train_set, test_set = (
         datasets.load(config.dataset, split, config.data_dir, config.image_size) for split in ("train", "test")
     )
-    trainer = Trainer(config, train_set, pick_device(config.device))
+    device = pick_device(config.device)
+    print(describe(config, train_set, device), flush=True)
+    trainer = Trainer(config, train_set, device)
     run = Run(out, trainer, train_set, test_set)
     run.resume() if resume else run.create()
-    print(run.describe(), flush=True)
+    print(f"run     {out}, steps {trainer.step} to {config.max_steps}", flush=True)
     with stop_signals() as stopped, run.logging():
         for pixels, labels in datasets.batches(train_set, config.batch_size, config.seed, start=trainer.step):
             if trainer.step >= config.max_steps or stopped():
@@ -118,23 +121,6 @@ class Run:
             with replacing(metrics) as path:
                 path.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.trainer.step))
 
-    def describe(self) -> str:
-        """What is about to be trained, on what, and what it takes."""
-        config, model = self.config, self.trainer.model
-        bfloat16 = uses_bfloat16(config.precision, self.trainer.device)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        total = memory.training_bytes(model.config, parameters, config.batch_size, 2 if bfloat16 else 4)
-        noise = f"Gaussian noise of sigma {config.sigma}" if config.noise == "gaussian" else "uniform noise"
-        return (
-            f"data    {self.train_set.source}; {noise}\n"
-            f"model   {config.patch_size}-{config.channels}-{config.num_blocks}-{config.layers_per_block} "
-            f"(patch-channels-blocks-layers), {parameters / 1e6:.1f}M parameters, "
-            f"{model.config.num_tokens} tokens of {model.config.token_dim}\n"
-            f"memory  about {total / 2**30:.1f} GiB at batch {config.batch_size}\n"
-            f"device  {self.trainer.device}, transformers in {'bfloat16' if bfloat16 else 'float32'}\n"
-            f"run     {self.folder}, steps {self.trainer.step} to {config.max_steps}"
-        )
-
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Keep the events and the progress bar open."""
@@ -142,7 +128,13 @@ class Run:
         self.since = time.perf_counter()
         with (
             SummaryWriter(str(self.folder), purge_step=step + 1 if step else None) as self.writer,
-            tqdm(total=self.config.max_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1) as self.bar,
+            tqdm(
+                total=self.config.max_steps,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=1 if sys.stderr.isatty() else 30,
+            ) as self.bar,
         ):
             yield
 
@@ -225,6 +217,24 @@ class Run:
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, self.trainer.step)
+
+
+def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device) -> str:
+    """What is about to be trained, on what, and what it takes; makes nothing."""
+    shape = config.model(dataset)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in TarFlow(shape).parameters())
+    bfloat16 = uses_bfloat16(config.precision, device)
+    total = memory.training_bytes(shape, parameters, config.batch_size, 2 if bfloat16 else 4)
+    noise = f"Gaussian noise of sigma {config.sigma}" if config.noise == "gaussian" else "uniform noise"
+    return (
+        f"data    {dataset.source}; {noise}\n"
+        f"model   {shape.patch_size}-{shape.channels}-{shape.num_blocks}-{shape.layers_per_block} "
+        f"(patch-channels-blocks-layers), {parameters / 1e6:.1f}M parameters, "
+        f"{shape.num_tokens} tokens of {shape.token_dim}\n"
+        f"memory  about {total / 2**30:.1f} GiB at batch {config.batch_size}\n"
+        f"device  {device}, transformers in {'bfloat16' if bfloat16 else 'float32'}"
+    )
 
 
 def pick_device(name: str) -> torch.device:
