@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from models import CPU_ROWS, TRAINING_ROWS
 
+from models import CPU_ROWS, TRAINING_ROWS
 from tarflow import Guidance, TarFlow
 
 TOLERANCE = 1e-4

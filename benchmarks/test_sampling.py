@@ -1,10 +1,10 @@
 """Guided sampling: the sequential decoder against the eager one, the same weights and the same samples."""
 
-import eager
 import pytest
 import torch
-from models import CPU_ROWS, fashion_mnist, latents_and_labels
 
+import eager
+from models import CPU_ROWS, fashion_mnist, latents_and_labels
 from tarflow import Guidance
 
 GUIDANCE = Guidance(weight=2.0, schedule="linear")

@@ -1,10 +1,10 @@
 """A training step, forward and backward: causal attention against a dense mask and against the explicit softmax."""
 
-import eager
 import pytest
 import torch
-from models import TRAINING_ROWS, fashion_mnist
 
+import eager
+from models import TRAINING_ROWS, fashion_mnist
 from tarflow.patches import patchify
 from tarflow_kernels import use_backend
 

@@ -101,7 +101,7 @@ class TokenFlow(nn.Module):
         self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
     ) -> Iterator[Tensor]:
         """The tokens after each block on the way from latent to data."""
-        self._check(z, labels)
+        self._check(z, labels, "z")
         if guidance is not None:
             guidance.check(self.num_classes)
         get_decoder(decoder)
@@ -110,7 +110,8 @@ class TokenFlow(nn.Module):
     def _trajectory(self, tokens, labels, guidance, decoder):
         for block in reversed(self.blocks):
             with torch.inference_mode():
-                tokens = block.inverse(tokens, labels, guidance, decoder)
+                decoded = block.inverse(tokens, labels, guidance, decoder)
+            tokens = decoded.clone()  # made in inference mode, it could never be trained on
             yield tokens
 
     def sample_prior(self, num: int, generator: torch.Generator | None = None) -> Tensor:
@@ -128,12 +129,12 @@ class TokenFlow(nn.Module):
         moment = z.square().mean(0)
         self.prior_variance.lerp_(torch.where(moment.isfinite().all(), moment, self.prior_variance), rate)
 
-    def _check(self, tokens: Tensor, labels: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, labels: Tensor | None, name: str = "tokens") -> None:
         if tokens.dim() != 3 or tokens.shape[1:] != self.prior_variance.shape:
             num_tokens, token_dim = self.prior_variance.shape
-            raise ValueError(f"tokens: expected shape (B, {num_tokens}, {token_dim}); got {tuple(tokens.shape)}")
+            raise ValueError(f"{name}: expected shape (B, {num_tokens}, {token_dim}); got {tuple(tokens.shape)}")
         if not tokens.is_floating_point():
-            raise TypeError(f"tokens: expected a floating-point tensor; got {tokens.dtype}")
+            raise TypeError(f"{name}: expected a floating-point tensor; got {tokens.dtype}")
         check_labels(labels, len(tokens), self.num_classes)
 
 

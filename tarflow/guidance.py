@@ -45,14 +45,14 @@ class Guidance:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
 
     def weights(self, num_tokens: int) -> Tensor:
-        """w_i for every token, ``(N,)`` float32.
+        """w_i for every token, ``(N,)`` float64: a model of any precision may use them.
 
         >>> Guidance(weight=3.0, schedule="linear").weights(4)
-        tensor([0., 1., 2., 3.])
+        tensor([0., 1., 2., 3.], dtype=torch.float64)
         """
         if self.schedule == "constant":
-            return torch.full((num_tokens,), self.weight)
-        return torch.arange(num_tokens) * (self.weight / max(num_tokens - 1, 1))
+            return torch.full((num_tokens,), self.weight, dtype=torch.float64)
+        return torch.arange(num_tokens, dtype=torch.float64) * (self.weight / max(num_tokens - 1, 1))
 
     def check(self, num_classes: int) -> None:
         """Raise ValueError where the two branches of a model would be the same."""

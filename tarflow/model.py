@@ -110,6 +110,7 @@ class TarFlow(nn.Module):
 
     def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
         """``y + sigma^2 grad_y log p(y)``, the mean of clean images given images with the noise of training."""
+        self._check(y, "y")
         return tweedie(lambda noisy: self.log_prob(noisy, labels), y, sigma)
 
     def sample(
@@ -150,6 +151,8 @@ class TarFlow(nn.Module):
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)
         labels = None if labels is None else labels.to(z.device)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1; got {chunk_size}")
         if chunk_size is None:
             per_sample = memory.cache_bytes(self.config, branches=2)
             if denoise_sigma:
@@ -204,7 +207,7 @@ class TarFlow(nn.Module):
             state = load_file(weights_path)
         except SafetensorError as error:
             raise ValueError(f"{weights_path}: truncated or corrupt: {error}") from error
-        model = cls(config)
+        model = cls(config).to(next((tensor.dtype for tensor in state.values()), torch.float32))
         model.load_checked(state, str(weights_path))
         return model
 
@@ -228,13 +231,18 @@ class TarFlow(nn.Module):
         self.load_state_dict(state)
 
     def _to_tokens(self, x: Tensor) -> Tensor:
+        self._check(x, "x")
+        return patchify(x, self.config.patch_size)
+
+    def _check(self, x: Tensor, name: str) -> None:
         config = self.config
         expected = (config.in_channels, config.image_size, config.image_size)
         if x.dim() != 4 or x.shape[1:] != expected:
-            raise ValueError(f"x: expected images of shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected images of shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}"
+            )
         if not x.is_floating_point():
-            raise TypeError(f"x: expected floating-point images in [-1, 1]; got {x.dtype}")
-        return patchify(x, config.patch_size)
+            raise TypeError(f"{name}: expected floating-point images in [-1, 1]; got {x.dtype}")
 
     def _to_images(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.config.patch_size, self.config.image_size)

@@ -21,6 +21,8 @@ def add_gaussian_noise(pixels: Tensor, sigma: float, generator: torch.Generator 
 def add_uniform_noise(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """``2 (pixels + u) / 256 - 1``, u ~ U[0, 1): uint8 (B, C, H, W) to float32 in [-1, 1)."""
     u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+    # Beside a pixel, float32 holds 16 bits of u; rounding up at the end of a bin would lead into the next one.
+    u = (u * 2**16).floor() / 2**16
     return (pixels + u) / 128 - 1
 
 

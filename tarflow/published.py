@@ -1,7 +1,6 @@
 """Checkpoints of the paper's own code (apple/ml-tarflow): its state dicts, renamed to ours."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,11 @@ from torch import Tensor
 from .model import TarFlow, TarFlowConfig
 
 HEAD_DIM = 64  # the published code has no other, and no shape tells
+
+# The weights whose shapes tell the configuration.
+_TELLING = tuple(
+    f"blocks.0.{name}" for name in ("proj_in.weight", "pos_embed", "attn_blocks.0.mlp.main.0.weight", "proj_out.weight")
+)
 
 _RENAMED = (
     (r"attn_blocks\.(\d+)\.attention\.norm\.", r"layers.\1.attention_norm."),
@@ -38,10 +42,13 @@ def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> Tar
     else:
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # what is no checkpoint fails in the unpickler in any way, KeyError to struct.error
             raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {error}") from error
-    if not isinstance(state, Mapping) or "blocks.0.proj_in.weight" not in state:
-        raise ValueError("source: expected the state dict of a published TarFlow, with blocks.0.proj_in.weight")
+    for name in _TELLING:
+        if not isinstance(state, Mapping) or name not in state:
+            raise ValueError(f"source: expected the state dict of a published TarFlow; it has no {name}")
     model = TarFlow(infer_config(state, in_channels))
     model.load_checked({_rename(name): _convert(name, t) for name, t in state.items() if _is_kept(name)}, "source")
     return model
@@ -50,7 +57,7 @@ def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> Tar
 def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowConfig:
     """The configuration behind a published state dict."""
     channels, token_dim = state["blocks.0.proj_in.weight"].shape
-    patch_size = math.isqrt(token_dim // in_channels)
+    patch_size = math.isqrt(token_dim // in_channels) if in_channels > 0 else 0
     if in_channels * patch_size**2 != token_dim:
         raise ValueError(
             f"in_channels: expected a number for which patches of {token_dim} values are square; got {in_channels}"

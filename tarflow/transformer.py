@@ -10,7 +10,8 @@ class CausalTransformer(nn.Module):
     """Pre-norm transformer ``(B, N, D) -> (mu, alpha)``, each ``(B, N, D)``; row i of the output sees tokens 0 to i.
 
     The output projection starts at zero, so that an untrained block is the identity. With ``volume_preserving`` alpha
-    is zero throughout. Tokens are in the order in which the block generates them.
+    is zero throughout. Tokens are in the order in which the block generates them. Under autocast the layers run in its
+    precision, and the two projections at the ends in full.
     """
 
     def __init__(
@@ -26,6 +27,8 @@ class CausalTransformer(nn.Module):
         volume_preserving: bool = False,
     ):
         super().__init__()
+        if channels % head_dim:
+            raise ValueError(f"head_dim: expected a divisor of channels {channels}; got {head_dim}")
         self.volume_preserving = volume_preserving
         self.proj_in = nn.Linear(token_dim, channels)
         self.pos_embed = nn.Parameter(0.01 * torch.randn(num_tokens, channels))
@@ -38,7 +41,8 @@ class CausalTransformer(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All positions at once, in training and scoring."""
         context = self.embed_classes(labels)
-        h = self.proj_in(tokens) + self.pos_embed
+        with _full_precision(tokens):
+            h = self.proj_in(tokens) + self.pos_embed
         if context is not None:
             h = h + context[:, None]
         for layer in self.layers:
@@ -53,9 +57,9 @@ class CausalTransformer(nn.Module):
         return table[labels]
 
     def affine_parameters(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and alpha in float32, whatever precision the layers ran in: their rounding would break inversion."""
-        with torch.autocast(h.device.type, enabled=False):
-            out = self.proj_out(h.to(self.proj_out.weight.dtype))
+        """mu and alpha from the last activations."""
+        with _full_precision(h):
+            out = self.proj_out(h)
         if self.volume_preserving:
             return out, torch.zeros_like(out)
         alpha, mu = out.chunk(2, dim=-1)
@@ -83,3 +87,8 @@ class TransformerLayer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         x = x + self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1))
         return x + self.mlp(self.mlp_norm(x))
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Latents and affine parameters stay float32 under autocast: their rounding would break inversion."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,84 +1,281 @@
-"""Every op of tarflow_kernels computes its formula: any shape, strides, precision and backend, and its gradients."""
+"""Every op computes its formula, and its gradients, over any shape and strides and in either precision."""
 
 import math
+from functools import partial
 
 import pytest
-import tarflow_kernels as kernels
 import torch
-from helpers import draw
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tarflow_kernels import KVCache, affine_forward, affine_inverse, causal_attention, decode_attention
-from tarflow_kernels import dispatch, guided_affine_inverse, use_backend
+from helpers import draw
+from tarflow_kernels import (
+    KVCache,
+    affine_forward,
+    affine_inverse,
+    causal_attention,
+    decode_attention,
+    guided_affine_inverse,
+    reference,
+    use_backend,
+)
 
+PRECISIONS = st.sampled_from([(torch.float64, 1e-11), (torch.float32, 2e-4)])
+BATCHES = st.sampled_from([0, 1, 2, 3])
+HEADS = st.integers(1, 3)
 LENGTHS = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 113])
 HEAD_DIMS = st.sampled_from([16, 24, 32, 64, 96, 128])
-BATCHES = st.sampled_from([0, 1, 2, 3])
+SHAPES = st.sampled_from([(2, 5), (3, 4), (1, 1), (2, 16, 3), (3, 1, 2), (2, 0, 3), (2, 3, 2, 4), (113, 65)])
 SEEDS = st.integers(0, 1000)
-PRECISIONS = st.sampled_from([(torch.float64, 1e-11), (torch.float32, 1e-4)])
-few = settings(max_examples=30)
+BACKENDS = ["torch", "reference"]
 
-# The same numbers in other places of the memory, with NaN around them where a layout leaves room.
+
+def nans(t):
+    return torch.full_like(t, math.nan)
+
+
+def fused(t):
+    """As one part of the projection (B, N, 3, H, D) to queries, keys and values."""
+    qkv = torch.stack((nans(t), t, nans(t))).permute(1, 3, 0, 2, 4).contiguous()
+    return qkv.permute(2, 0, 3, 1, 4)[1]
+
+
+# Where a tensor lies in memory; what lies beside it is poison.
 ATTENTION_LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
-    "one of a fused (B, N, 3, H, D)": lambda t: between_nans(t.transpose(1, 2), 2).transpose(1, 2),
-    "heads last": lambda t: t.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+    "fused": fused,
+    "one head for all": lambda t: t[:, :1].expand(t.shape),
+    "batch within tokens": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
 }
 AFFINE_LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
-    "one half of a network's output": lambda t: between_nans(t, t.dim() - 1).contiguous(),
-    "every third value": lambda t: between_nans(t, t.dim()),
+    "half of an output": lambda t: torch.cat((nans(t), t), -1).chunk(2, -1)[1],
+    "every other value": lambda t: torch.stack((t, nans(t)), -1)[..., 0],
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "token by token": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "broadcast": lambda t: t[..., :1].expand(t.shape),
 }
 COTANGENTS = {
-    "plain": torch.ones_like,
-    "of a sum, stride 0": lambda t: t.new_ones(()).expand(t.shape),
-    "transposed": lambda t: draw(9, *t.shape[::-1], dtype=t.dtype).permute(*range(t.dim())[::-1]),
+    "plain": lambda t: draw(1, *t.shape),
+    "of a sum": lambda t: torch.ones(()).expand(t.shape),
+    "transposed": lambda t: draw(2, *t.shape[::-1]).permute(*reversed(range(t.dim()))),
+}
+# How the logits are scaled; tau is a tensor of one temperature for each row.
+SCALINGS = {
+    "default": lambda tau: {},
+    "scale": lambda tau: {"scale": 0.3},
+    "number": lambda tau: {"temperature": 1.7},
+    "rows": lambda tau: {"temperature": tau},
+    "scale and rows": lambda tau: {"scale": 0.3, "temperature": tau},
 }
 
 
-def between_nans(t, dim):
-    nans = torch.full_like(t, math.nan)
-    return torch.stack((nans, t, nans), dim).select(dim, 1)
-
-
-def layouts(table):
+def one_of(table):
     return st.sampled_from(sorted(table)).map(table.get)
 
 
-def affine_shapes(least):
-    return st.sampled_from([s for s in [(3,), (2, 5), (1, 1), (0, 4), (2, 16, 3), (3, 1, 2), (2, 3, 2, 2), (2, 0, 3)]
-                            if len(s) >= least])
-
-
-def run(backend, op, inputs, cotangent, **options):
-    """What op returns, and the gradient of each of its inputs."""
+def run(op, inputs, cotangent):
+    """What op returns and the gradients of all its inputs."""
     inputs = [t.detach().requires_grad_() for t in inputs]
-    with use_backend(backend):
-        outputs = op(*inputs, **options)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        gradients = torch.autograd.grad(outputs, inputs, [cotangent(t) for t in outputs])
-    return [*outputs, *gradients]
+    outputs = op(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    cotangents = [cotangent(t).to(t.dtype) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)]
 
 
-def agree(op, inputs, cotangent, tolerance, **options):
-    actual, expected = (run(backend, op, inputs, cotangent, **options) for backend in ("torch", "reference"))
-    assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+def agree(call, op, inputs, cotangent, tolerance):
+    """The op, called in the precision of its inputs on every backend, does what its formula does in float64."""
+    formula = getattr(reference, op.__name__)
+    expected = run(partial(call, formula), [t.double() for t in inputs], cotangent)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            results = run(partial(call, op), inputs, cotangent)
+        for result, value in zip(results, expected, strict=True):
+            assert result.dtype == inputs[0].dtype
+            assert_close(result.double(), value, atol=tolerance, rtol=tolerance)
 
 
-@few
-@given(BATCHES, st.integers(1, 3), LENGTHS, HEAD_DIMS, PRECISIONS, layouts(ATTENTION_LAYOUTS), layouts(COTANGENTS),
-       st.sampled_from([None, 0.3]), st.sampled_from(["no", "number", "rows"]), SEEDS)
-def test_causal_attention(batch, heads, length, dim, precision, layout, cotangent, scale, temperature, seed):
+@given(
+    shape=st.tuples(BATCHES, HEADS, LENGTHS, HEAD_DIMS),
+    precision=PRECISIONS,
+    layout=one_of(ATTENTION_LAYOUTS),
+    scaling=one_of(SCALINGS),
+    cotangent=one_of(COTANGENTS),
+    seed=SEEDS,
+)
+def test_causal_attention(shape, precision, layout, scaling, cotangent, seed):
     dtype, tolerance = precision
-    q, k, v = (layout(t) for t in draw(seed, 3, batch, heads, length, dim, dtype=dtype))
-    tau = draw(seed, batch, dtype=dtype).exp()
+    qkv = [layout(t) for t in draw(seed, 3, *shape, dtype=dtype)]
+    tau = draw(seed, shape[0], dtype=dtype).exp()
 
-    def op(q, k, v, tau):
-        options = {"no": {}, "number": {"temperature": 1.7}, "rows": {"temperature": tau}}[temperature]
-        return causal_attention(q, k, v, scale=scale, **options) + 0 * tau.view(-1, 1, 1, 1)
+    def call(op, q, k, v, tau):
+        return op(q, k, v, **scaling(tau))
 
-    agree(op, (q, k, v, tau), cotangent, tolerance)
+    agree(call, causal_attention, [*qkv, tau], cotangent, tolerance)
+
+
+@given(
+    op=st.sampled_from([affine_forward, affine_inverse]),
+    shape=SHAPES | st.just((3,)),
+    precision=PRECISIONS,
+    layout=one_of(AFFINE_LAYOUTS),
+    shift=st.booleans(),
+    cotangent=one_of(COTANGENTS),
+    seed=SEEDS,
+)
+def test_affine(op, shape, precision, layout, shift, cotangent, seed):
+    dtype, tolerance = precision
+    inputs = [layout(t) for t in draw(seed, 3, *shape, dtype=dtype)]
+
+    def call(op, *inputs):
+        return op(*inputs, shift=shift and len(shape) > 1)
+
+    agree(call, op, inputs, cotangent, tolerance)
+
+
+@given(
+    shape=SHAPES | st.just((0, 4)),
+    precision=PRECISIONS,
+    layout=one_of(AFFINE_LAYOUTS),
+    weights=st.sampled_from(["number", "(N,)", "(B, N)"]),
+    cotangent=one_of(COTANGENTS),
+    seed=SEEDS,
+)
+def test_guided_affine_inverse(shape, precision, layout, weights, cotangent, seed):
+    dtype, tolerance = precision
+    inputs = [layout(t) for t in 0.5 * draw(seed, 5, *shape, dtype=dtype)]
+    weight = draw(seed, *(shape[1:2] if weights == "(N,)" else shape[:2]), dtype=dtype)
+
+    def call(op, *inputs):
+        *inputs, weight = inputs
+        return op(*inputs, 1.7 if weights == "number" else weight)
+
+    agree(call, guided_affine_inverse, [*inputs, weight], cotangent, tolerance)
+
+
+@given(shape=SHAPES, seed=SEEDS)
+def test_affine_maps_undo_each_other(shape, seed):
+    x, mu, alpha = draw(seed, 3, *shape)
+    z, logdet = affine_forward(x, mu, alpha)
+    assert_close(affine_inverse(z, mu, alpha), (x, -logdet))
+
+
+def test_shifted_parameters_are_those_of_the_token_before():
+    x, mu, alpha = draw(0, 3, 2, 5, 3)
+    tail, logdet = affine_forward(x[:, 1:], mu[:, :-1], alpha[:, :-1])
+    assert_close(affine_forward(x, mu, alpha, shift=True), (torch.cat((x[:, :1], tail), 1), logdet))
+
+
+@pytest.mark.parametrize("op", [affine_forward, affine_inverse])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_affine_maps_of_an_empty_batch(backend, shift, op):
+    with use_backend(backend):
+        z, logdet = op(*torch.zeros(3, 0, 4, 2), shift=shift)
+    assert (z.shape, logdet.shape) == ((0, 4, 2), (0,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "sign"), [(affine_forward, -1), (affine_inverse, 1)])
+def test_parameters_of_low_precision_leave_results_in_full(op, sign, backend):
+    x, alpha = torch.ones(2, 999), draw(0, 2, 999, dtype=torch.bfloat16)
+    mu = torch.zeros_like(alpha)
+    for dtype in (torch.float32, torch.float64):
+        exact = sign * alpha.to(dtype)
+        with use_backend(backend):
+            assert_close(op(x.to(dtype), mu, alpha), (exact.exp(), exact.sum(1)))
+            assert op(x.bfloat16(), mu, alpha)[0].dtype == torch.float32
+            assert guided_affine_inverse(x.to(dtype), mu, alpha, mu, alpha, 1.0).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [affine_forward, affine_inverse])
+def test_results_may_be_written_to(op, backend):
+    x, mu, alpha = torch.ones(3, 2)
+    with use_backend(backend):
+        for result in op(x, mu, alpha):
+            result.zero_()
+    assert all(t.all() for t in (x, mu, alpha))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32], ids=str)
+def test_temperatures_may_be_more_precise_than_queries(low, backend):
+    q, k, v = draw(0, 3, 2, 2, 5, 16, dtype=low)
+    tau, start = torch.tensor([0.5, 2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.int32)
+    expected = reference.causal_attention(q.double(), k.double(), v.double(), temperature=tau).to(low)
+    with use_backend(backend):
+        attended = causal_attention(q, k, v, temperature=tau)
+        decoded = decode_attention(q, k, v, torch.zeros_like(k), torch.zeros_like(v), start, temperature=tau)
+    assert_close((attended, decoded), (expected, expected), atol=0.05, rtol=0.05)
+
+
+@settings(max_examples=150)
+@given(
+    backend=st.sampled_from(BACKENDS),
+    shape=st.tuples(BATCHES, HEADS, LENGTHS, HEAD_DIMS),
+    precision=PRECISIONS,
+    layout=one_of(ATTENTION_LAYOUTS),
+    scaling=one_of(SCALINGS),
+    new=st.integers(1, 5),
+    abreast=st.booleans(),
+    seed=SEEDS,
+)
+def test_decode_attention_goes_on_from_where_each_row_stands(
+    backend, shape, precision, layout, scaling, new, abreast, seed
+):
+    """It gives the rows of causal attention, reads nothing that was not written, and writes nothing else."""
+    (dtype, tolerance), (batch, _, length, _) = precision, shape
+    q, k, v = (layout(t) for t in draw(seed, 3, *shape, dtype=dtype))
+    options = scaling(draw(seed, batch, dtype=dtype).exp())
+    new = min(new, length)
+    draws = draw(seed, batch).abs() * length
+    positions = (draws[:1].expand(batch) if abreast else draws).int() % (length - new + 1)
+    index = positions[:, None] + torch.arange(new)
+
+    def window(t):
+        return t[torch.arange(batch)[:, None], :, index].transpose(1, 2)
+
+    def cached(t, end):
+        """Room for two tokens more, and poison where none was written."""
+        unwritten = torch.arange(length + 2)[:, None] >= end.view(-1, 1, 1, 1)
+        return F.pad(t, (0, 0, 0, 2)).masked_fill(unwritten, math.nan)
+
+    cache_k, cache_v = cached(k, positions), cached(v, positions)
+    expected = window(reference.causal_attention(q.double(), k.double(), v.double(), **options)).to(dtype)
+    with use_backend(backend):
+        result = decode_attention(*(layout(window(t)) for t in (q, k, v)), cache_k, cache_v, positions, **options)
+    assert_close(result, expected, atol=tolerance, rtol=tolerance)
+    for cache, written in ((cache_k, k), (cache_v, v)):
+        assert_close(cache, cached(written, positions + new), atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("steps", [[1] * 9, [9], [2, 3, 1, 3]], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_in_steps_is_causal_attention(backend, steps):
+    layers = draw(0, 2, 3, 3, 2, 9, 16)  # queries, keys and values of two layers
+    cache = KVCache.allocate(2, 3, 2, 9, 16, dtype=torch.float64)
+    with use_backend(backend):
+        for (q, k, v), (cache_k, cache_v) in zip(layers, cache, strict=True):
+            outputs, position = [], torch.zeros(3, dtype=torch.int32)
+            for parts in zip(*(t.split(steps, 2) for t in (q, k, v)), strict=True):
+                outputs.append(decode_attention(*parts, cache_k, cache_v, position))
+                position += parts[0].shape[2]
+            assert_close(torch.cat(outputs, 2), causal_attention(q, k, v))
+    assert_close((cache.keys, cache.values), (layers[:, 1], layers[:, 2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_may_go_back_and_overwrite(backend):
+    q, k, v = draw(0, 3, 2, 2, 6, 16)
+    caches = torch.full((2, 2, 2, 6, 16), math.nan, dtype=torch.float64)
+    guesses = draw(1, 3, 2, 2, 6, 16)
+    with use_backend(backend):
+        decode_attention(*guesses, *caches, torch.zeros(2, dtype=torch.int32))
+        for i in range(6):  # the second row is two tokens behind
+            behind = max(i - 2, 0)
+            parts = (torch.stack((t[0, :, i : i + 1], t[1, :, behind : behind + 1])) for t in (q, k, v))
+            result = decode_attention(*parts, *caches, torch.tensor([i, behind], dtype=torch.int32))
+            expected = causal_attention(q, k, v)
+            assert_close(result, torch.stack((expected[0, :, i : i + 1], expected[1, :, behind : behind + 1])))

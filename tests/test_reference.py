@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-import reference_tarflow as reference
 import torch
-from helpers import draw, tarflow
 from torch.testing import assert_close
 
+import reference_tarflow as reference
+from helpers import draw, tarflow
 from tarflow import Guidance
 
 MODELS = {
@@ -95,7 +95,6 @@ def test_no_two_kinds_of_guidance_are_the_same_map():
     assert (distances.fill_diagonal_(1) > 0.01).all()
 
 
-@pytest.mark.xfail(strict=True, reason="weights and temperatures are rounded to float32 on the way")
 @pytest.mark.parametrize("guidance", [Guidance(0.7), Guidance(0.7, "constant"), Guidance(0.5, "constant", 0.3)])
 def test_guidance_that_float32_cannot_hold_is_exact_in_float64(guidance):
     model, labels = build(num_blocks=2, num_classes=4)

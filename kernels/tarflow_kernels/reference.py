@@ -78,7 +78,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, temperature: float | 
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1, 1, 1, 1)
     logits = (q @ k.transpose(-1, -2)) * scale / temperature
-    return logits.masked_fill(~seen, -math.inf).softmax(-1) @ v
+    return logits.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 def _shift(parameter: Tensor) -> Tensor:
@@ -87,4 +87,4 @@ def _shift(parameter: Tensor) -> Tensor:
 
 
 def _sum_per_sample(alpha: Tensor) -> Tensor:
-    return alpha.reshape(alpha.shape[0], -1).sum(1)
+    return alpha.reshape(len(alpha), math.prod(alpha.shape[1:])).sum(1)

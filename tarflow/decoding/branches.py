@@ -36,7 +36,7 @@ class Branches:
                 reference = torch.full_like(labels, -1) if guidance.drop_label else labels
                 labels = torch.cat((labels, reference))
             if guidance.temperature != 1:
-                taus = torch.tensor([1.0, guidance.temperature], device=transformer.pos_embed.device)
+                taus = transformer.pos_embed.new_tensor([1.0, guidance.temperature])
                 self.temperature = taus.repeat_interleave(batch)
         self.context = transformer.embed_classes(labels)
 

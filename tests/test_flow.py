@@ -1,0 +1,235 @@
+"""The flow is a flow: invertible, causal, with the log-det of its Jacobian and a density that integrates to one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal
+from torch.testing import assert_close
+
+from helpers import draw, randomize, tarflow
+from tarflow import Guidance, TarFlow, TarFlowConfig, TokenFlow
+
+MODELS = {
+    "one block": {"num_blocks": 1},
+    "two blocks": {"num_blocks": 2, "in_channels": 3},
+    "three blocks, classes": {"num_blocks": 3, "num_classes": 3},
+    "volume preserving": {"num_blocks": 2, "volume_preserving": True},
+    "volume preserving, classes": {"num_blocks": 3, "volume_preserving": True, "num_classes": 3},
+    "one token": {"image_size": 2},
+    "one head": {"head_dim": 32, "layers_per_block": 1},
+}
+every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+in_both_precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["float64", "float32"]
+)
+
+
+def images_and_labels(model, dtype=torch.float64):
+    """Three images, and labels of which one is dropped."""
+    config = model.config
+    x = draw(1, 3, config.in_channels, config.image_size, config.image_size, dtype=dtype)
+    return x, torch.tensor([0, -1, config.num_classes - 1]) if config.num_classes else None
+
+
+def token_flow(num_tokens, token_dim, **options):
+    return randomize(TokenFlow(num_tokens, token_dim, 16, 3, 1, head_dim=8, **options)).double()
+
+
+@in_both_precisions
+@every_model
+def test_inverse_and_forward_undo_each_other(config, dtype, tolerance):
+    model = tarflow(dtype=dtype, **config)
+    x, labels = images_and_labels(model, dtype)
+    z, _ = model(x, labels)
+    assert_close(model.inverse(z.detach(), labels), x, atol=tolerance, rtol=0)
+    latents = draw(2, *z.shape, dtype=dtype)
+    assert_close(model(model.inverse(latents, labels), labels)[0].detach(), latents, atol=tolerance, rtol=0)
+
+
+@every_model
+def test_logdet_is_that_of_the_jacobian(config):
+    model = tarflow(**config)
+    x, labels = images_and_labels(model)
+    _, logdet = model(x, labels)
+    for i in range(len(x)):
+        label = None if labels is None else labels[i : i + 1]
+        jacobian = torch.autograd.functional.jacobian(lambda x, label=label: model(x, label)[0], x[i : i + 1])
+        assert_close(logdet[i], torch.linalg.slogdet(jacobian.view(x[i].numel(), -1)).logabsdet)
+    assert bool((logdet == 0).all()) == (model.config.volume_preserving or model.config.num_tokens == 1)
+
+
+@every_model
+def test_a_block_is_causal_in_its_own_order(config):
+    """Tokens depend on all earlier ones, on themselves value by value, and on no later one."""
+    flow = tarflow(**config).flow
+    tokens = draw(1, 1, *flow.prior_variance.shape)
+    label = torch.tensor([1]) if flow.num_classes else None
+    for t, block in enumerate(flow.blocks):
+        jacobian = torch.autograd.functional.jacobian(lambda x, block=block: block(x, label)[0], tokens)[0, :, :, 0]
+        jacobian = jacobian.transpose(1, 2)  # token and token, value and value
+        if t % 2:
+            jacobian = jacobian.flip(0, 1)
+        for i, row in enumerate(jacobian):
+            assert all(bool(row[j].any()) for j in range(i))
+            assert torch.equal(row[i], row[i].diag().diag())
+            assert (row[i].diag() > 0).all()
+            assert not row[i + 1 :].any()
+        assert torch.equal(jacobian[0, 0], torch.eye(tokens.shape[2], dtype=torch.float64)), "the first token stays"
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_untrained_it_is_the_identity_on_the_patches_of_unfold(patch_size):
+    model = TarFlow(TarFlowConfig(image_size=8, in_channels=3, patch_size=patch_size, channels=64))
+    x = draw(0, 2, 3, 8, 8, dtype=torch.float32)
+    z, logdet = model(x)
+    assert torch.equal(z, F.unfold(x, patch_size, stride=patch_size).transpose(1, 2))
+    assert torch.equal(logdet, torch.zeros(2))
+    assert torch.equal(model.inverse(z.detach()), x)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 2}, {"volume_preserving": True}], ids=str)
+def test_density_integrates_to_one(options):
+    flow = token_flow(2, 1, **options)
+    if flow.volume_preserving:
+        flow.prior_variance.copy_(torch.tensor([[0.5], [2.0]]))
+    axis = torch.linspace(-12, 12, 161, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis).unsqueeze(-1)
+    for label in (-1, 0, 1) if flow.num_classes else (None,):
+        labels = None if label is None else torch.full((len(grid),), label)
+        with torch.no_grad():
+            total = flow.log_prob(grid, labels).exp().sum() * (axis[1] - axis[0]) ** 2
+        assert abs(total - 1) < 1e-4
+
+
+def test_log_prob_is_the_prior_at_the_latent_and_the_logdet():
+    flow = token_flow(3, 2, num_classes=2)
+    flow.prior_variance.copy_(draw(3, 3, 2).exp())
+    tokens, labels = draw(0, 4, 3, 2), torch.tensor([0, 1, -1, 1])
+    z, logdet = flow(tokens, labels)
+    expected = Normal(0, flow.prior_variance.sqrt()).log_prob(z).sum((1, 2)) + logdet
+    assert_close(flow.log_prob(tokens, labels), expected)
+
+
+def test_prior_draws_have_its_variance():
+    flow = token_flow(2, 1)
+    flow.prior_variance.copy_(torch.tensor([[0.25], [4.0]]))
+    z = flow.sample_prior(20000, torch.Generator().manual_seed(0))
+    assert_close(z.mean(0), torch.zeros(2, 1).double(), atol=0.05, rtol=0)
+    assert_close(z.var(0), flow.prior_variance, atol=0, rtol=0.05)
+
+
+@pytest.mark.parametrize("spoilt", [None, float("nan"), float("inf")])
+def test_prior_follows_finite_batches_alone(spoilt):
+    flow = token_flow(2, 1)
+    z = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]], dtype=torch.float64)
+    if spoilt is not None:
+        z[0, 0] = spoilt
+    flow.update_prior(z, rate=0.25)
+    expected = [[0.75 + 0.25 * 5.0], [0.75 + 0.25 * 2.0]] if spoilt is None else [[1.0], [1.0]]
+    assert flow.prior_variance.tolist() == expected
+
+
+def test_trajectory_passes_through_every_block():
+    flow = token_flow(4, 2, num_classes=3)
+    x, labels = draw(0, 2, 4, 2), torch.tensor([2, -1])
+    states = [x]
+    for block in flow.blocks:
+        states.append(block(states[-1], labels)[0].detach())
+    for state, expected in zip(flow.trajectory(states.pop(), labels), reversed(states), strict=True):
+        assert_close(state, expected)
+
+
+def test_what_the_inverse_returns_can_be_trained_on():
+    flow = token_flow(4, 2)
+    flow.log_prob(flow.inverse(draw(0, 2, 4, 2))).sum().backward()
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0)], ids=["plain", "guided"])
+def test_autocast_keeps_latents_and_logdets_in_float32(guidance):
+    model = tarflow(dtype=torch.float32, num_classes=3)
+    x, labels = images_and_labels(model, torch.float32)
+    z, logdet = (t.detach() for t in model(x, labels))
+    images = model.inverse(z, labels, guidance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {t.dtype for t in model.flow.blocks[0].transformer(z, labels)} == {torch.float32}
+        low = *(t.detach() for t in model(x, labels)), model.inverse(z, labels, guidance)
+    for result, expected in zip(low, (z, logdet, images), strict=True):
+        assert result.dtype == torch.float32
+        assert not torch.equal(result, expected), "the transformer did not run in bfloat16"
+        assert_close(result, expected, atol=0.2, rtol=0.05)
+
+
+def test_autocast_rounds_the_layers_of_the_inverse_alone():
+    model = tarflow(dtype=torch.float32)
+    for block in model.flow.blocks:
+        for layer in block.transformer.layers:
+            for linear in (layer.proj, layer.mlp[2]):  # what a layer adds comes out of these
+                torch.nn.init.zeros_(linear.weight)
+                torch.nn.init.zeros_(linear.bias)
+    z = draw(0, 2, 4, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = model.inverse(z)
+    assert_close(images, model.inverse(z))
+
+
+@pytest.mark.parametrize("config", [{}, {"num_classes": 3}, {"volume_preserving": True}], ids=str)
+def test_compiled_whole_it_is_the_same(config):
+    model = tarflow(num_blocks=2, layers_per_block=1, **config)
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    x, labels = images_and_labels(model)
+    results = []
+    for run in (model, compiled):
+        z, logdet = run(x, labels)
+        (z.square().sum() - logdet.sum()).backward()
+        results.append([z, logdet, *(parameter.grad for parameter in run.parameters())])
+    assert_close(*results)
+
+
+TOKENS, LABELS = torch.zeros(2, 4, 3, dtype=torch.float64), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"), [(TokenFlow.__call__, "tokens"), (TokenFlow.log_prob, "tokens"), (TokenFlow.inverse, "z")]
+)
+@pytest.mark.parametrize(
+    ("tokens", "error"),
+    [
+        (TOKENS[0], ValueError),
+        (TOKENS[:, :3], ValueError),
+        (TOKENS[..., :2], ValueError),
+        (TOKENS.int(), TypeError),
+    ],
+)
+def test_tokens_that_do_not_fit(call, argument, tokens, error):
+    with pytest.raises(error, match=rf"^{argument}: expected .*; got "):
+        call(token_flow(4, 3), tokens)
+
+
+@pytest.mark.parametrize("call", [TokenFlow.inverse, TokenFlow.trajectory])
+@pytest.mark.parametrize(("name", "value"), [("decoder", "fast"), ("guidance", Guidance(1.0))])
+def test_errors_come_before_the_first_block(call, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: .*expected .*; got "):
+        call(token_flow(4, 3), TOKENS, **{name: value})
+
+
+@pytest.mark.parametrize("call", [TokenFlow.__call__, TokenFlow.log_prob, TokenFlow.inverse, TokenFlow.trajectory])
+@pytest.mark.parametrize(
+    ("num_classes", "labels", "error"),
+    [
+        (0, LABELS, ValueError),
+        (2, None, ValueError),
+        (2, [0, 1], TypeError),
+        (2, LABELS.int(), TypeError),
+        (2, LABELS.double(), TypeError),
+        (2, LABELS[:1], ValueError),
+        (2, LABELS[:, None], ValueError),
+        (2, LABELS + 1, ValueError),
+        (2, LABELS - 2, ValueError),
+    ],
+)
+def test_labels_that_do_not_fit(call, num_classes, labels, error):
+    with pytest.raises(error, match=r"^labels: expected .*; got "):
+        call(token_flow(4, 3, num_classes=num_classes), TOKENS, labels)

@@ -1,0 +1,245 @@
+"""A TarFlow scores, denoises, samples and stores images as it says, and says what is wrong with what it is given."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, Uniform
+from torch.testing import assert_close
+
+from helpers import draw, tarflow
+from tarflow import Guidance, TarFlow, TarFlowConfig, memory
+from tarflow.denoising import tweedie
+from tarflow.noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
+from tarflow.patches import patchify, unpatchify
+
+PIXELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+LABELS = torch.tensor([0, 1, 2, -1, 1])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_uniform_noise_stays_within_the_bin_of_its_pixel():
+    noisy = torch.stack([add_uniform_noise(PIXELS, seeded(seed)) for seed in range(50)])
+    assert torch.equal(((noisy + 1) * 128).floor(), PIXELS.float().expand(noisy.shape))
+    offset = (noisy + 1) * 128 % 1
+    assert 0 <= offset.min() < 0.01 < 0.99 < offset.max()
+
+
+def test_gaussian_noise_is_sigma_around_the_pixel():
+    clean = add_gaussian_noise(PIXELS, 0.0)
+    assert_close(clean, torch.linspace(-1, 1, 256).view(1, 1, 16, 16))
+    eps = torch.stack([add_gaussian_noise(PIXELS, 0.3, seeded(seed)) - clean for seed in range(50)]) / 0.3
+    assert abs(eps.mean()) < 0.02
+    assert abs(eps.std() - 1) < 0.02
+
+
+def test_every_one_of_256_levels_costs_8_bits_where_all_are_equally_likely():
+    log_prob = Uniform(-1.0, 1.0).log_prob(add_uniform_noise(PIXELS, seeded())).sum((1, 2, 3))
+    assert_close(bits_per_dim(log_prob, 256), torch.tensor([8.0]))
+
+
+def test_bits_of_an_untrained_model_are_those_of_a_standard_normal():
+    model = TarFlow(TarFlowConfig(image_size=16, patch_size=4, channels=64))
+    x = add_uniform_noise(PIXELS, seeded())
+    expected = 7 + (0.5 * x.square().mean() + 0.5 * math.log(2 * math.pi)) / math.log(2)
+    assert_close(bits_per_dim(model.log_prob(x), model.config.num_dims), expected.view(1))
+
+
+def test_tweedie_is_exact_for_gaussian_data():
+    mean, factor = draw(0, 4), draw(1, 4, 4)
+    covariance, sigma, y = factor @ factor.T, 0.7, draw(2, 3, 4)
+    noisy = covariance + sigma**2 * torch.eye(4)
+    expected = mean + (y - mean) @ torch.linalg.solve(noisy, covariance)
+    assert_close(tweedie(MultivariateNormal(mean, noisy).log_prob, y, sigma), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_denoise_follows_the_slope_of_the_density(mode):
+    model = tarflow(image_size=2, patch_size=1, num_classes=2)
+    y, labels, sigma, h = draw(0, 2, 1, 2, 2), torch.tensor([1, -1]), 0.3, 1e-5
+    score = torch.empty_like(y)
+    for row in range(2):
+        for column in range(2):
+            step = torch.zeros_like(y)
+            step[:, :, row, column] = h
+            rise = model.log_prob(y + step, labels) - model.log_prob(y - step, labels)
+            score[:, 0, row, column] = rise.detach() / (2 * h)
+    with mode():
+        assert_close(model.denoise(y, sigma, labels), y + sigma**2 * score, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 6])
+def test_patches_make_the_image_again(patch_size):
+    images = draw(0, 2, 3, 6, 6)
+    tokens = patchify(images, patch_size)
+    assert tokens.shape == (2, (6 // patch_size) ** 2, 3 * patch_size**2)
+    assert torch.equal(unpatchify(tokens, patch_size, 6), images)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 100])
+def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size):
+    model, finished = tarflow(num_classes=3), []
+    images, frames = model.sample(
+        5, LABELS, Guidance(0.5), 0.1, generator=seeded(), return_trajectory=True, chunk_size=chunk_size,
+        progress=finished.append,
+    )  # fmt: skip
+    z = model.flow.sample_prior(5, seeded())
+    noisy = model.inverse(z, LABELS, Guidance(0.5))
+    assert_close(images, model.denoise(noisy, 0.1, LABELS))
+    assert frames.shape == (4, 5, 1, 4, 4)
+    assert_close(frames[0], unpatchify(z, 2, 4))
+    assert_close(frames[-1], noisy)
+    assert_close(model.sample(5, LABELS, Guidance(0.5), generator=seeded(), chunk_size=chunk_size), noisy)
+    assert not torch.isclose(model.sample(5, LABELS, Guidance(0.5), generator=seeded(1)), noisy).any()
+    size = chunk_size or 5
+    assert finished == [min(size, 5 - start) for start in range(0, 5, size)]
+
+
+def test_a_chunk_is_what_fits_into_memory(monkeypatch):
+    model, finished = tarflow(num_classes=3), []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2 * memory.cache_bytes(model.config, branches=2))
+    model.sample(5, LABELS, progress=finished.append)
+    assert finished == [2, 2, 1]
+
+
+def test_samples_of_a_volume_preserving_model_have_the_tracked_variance():
+    model = TarFlow(TarFlowConfig(image_size=4, patch_size=2, channels=64, volume_preserving=True))
+    model.flow.update_prior(draw(0, 8, 4, 4, dtype=torch.float32) * 3, rate=1.0)
+    eps = torch.randn(2, 4, 4, generator=seeded())
+    assert_close(model.sample(2, generator=seeded()), unpatchify(eps * model.flow.prior_variance.sqrt(), 2, 4))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model and the folder that it was saved to."""
+    model = tarflow(dtype=torch.float32, in_channels=2, num_classes=3, volume_preserving=True)
+    model.flow.prior_variance.copy_(draw(0, 4, 8).exp())
+    model.save_pretrained(tmp_path / "a" / "model")
+    return model, tmp_path / "a" / "model"
+
+
+def same(a, b):
+    return a.config == b.config and all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+def test_what_was_saved_comes_back(saved, monkeypatch):
+    model, folder = saved
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    hub = SimpleNamespace(snapshot_download=lambda name, **_: {"someone/model": folder}[name])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for source in (folder, str(folder), "someone/model"):
+        assert same(TarFlow.from_pretrained(source), model)
+
+
+def test_saving_replaces_what_was_saved(saved):
+    model, folder = saved
+    other = tarflow(seed=1, dtype=torch.float32)
+    other.save_pretrained(folder)
+    assert same(TarFlow.from_pretrained(folder), other)
+    assert not same(other, model)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", ""])
+def test_a_missing_file_is_named(saved, missing):
+    _, folder = saved
+    (folder / (missing or "config.json")).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"^source: expected .* no .*{missing}"):
+        TarFlow.from_pretrained(folder if missing else folder / "nowhere")
+
+
+def test_the_hub_needs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r'^source: no folder .*pip install "tarflow\[hub\]"'):
+        TarFlow.from_pretrained("someone/model")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(saved, keep):
+    weights = saved[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated or corrupt"):
+        TarFlow.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"model": {"depth": 1}}', '{"model": {"channels": 0}}', "\udcff"]
+)
+def test_a_corrupt_configuration_is_refused(saved, text):
+    (saved[1] / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json: expected the configuration of a TarFlow"):
+        TarFlow.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"channels": 64}, {"num_blocks": 4}, {"num_blocks": 2}, {"num_classes": 0}, {"volume_preserving": False}],
+    ids=str,
+)
+def test_weights_of_another_configuration_are_refused(saved, change):
+    path = saved[1] / "config.json"
+    path.write_text(json.dumps({"model": json.loads(path.read_text())["model"] | change}))
+    with pytest.raises(ValueError, match=r"weights of another configuration: expected flow\..* of shape .*; got "):
+        TarFlow.from_pretrained(saved[1])
+
+
+X, Z, TWO = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), torch.tensor([0, 2])
+PLAIN, CLASSES = {}, {"num_classes": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "call", "error", "argument"),
+    [
+        (PLAIN, lambda model: model(X[0]), ValueError, "x"),
+        (PLAIN, lambda model: model(X.expand(2, 3, 4, 4)), ValueError, "x"),
+        (PLAIN, lambda model: model.log_prob(X[..., :2]), ValueError, "x"),
+        (PLAIN, lambda model: model(X.byte()), TypeError, "x"),
+        (PLAIN, lambda model: model(X, TWO), ValueError, "labels"),
+        (CLASSES, lambda model: model(X), ValueError, "labels"),
+        (CLASSES, lambda model: model(X, TWO + 1), ValueError, "labels"),
+        (CLASSES, lambda model: model.log_prob(X, TWO.float()), TypeError, "labels"),
+        (CLASSES, lambda model: model.denoise(X, 0.1, TWO[:1]), ValueError, "labels"),
+        (CLASSES, lambda model: model.inverse(Z, TWO - 2), ValueError, "labels"),
+        (CLASSES, lambda model: model.sample(3, TWO), ValueError, "labels"),
+        (PLAIN, lambda model: model.sample(2, TWO), ValueError, "labels"),
+        (PLAIN, lambda model: model.sample(0), ValueError, "num"),
+        (PLAIN, lambda model: model.inverse(Z, decoder="fast"), ValueError, "decoder"),
+        (PLAIN, lambda model: model.sample(1, decoder="fast"), ValueError, "decoder"),
+        (PLAIN, lambda model: model.sample(1, guidance=Guidance(1.0)), ValueError, "guidance"),
+        (CLASSES, lambda model: model.inverse(Z, TWO, Guidance(1.0, drop_label=False)), ValueError, "guidance"),
+        (PLAIN, lambda model: model.inverse(X), ValueError, "z"),
+        (PLAIN, lambda model: model.denoise(X[0], 0.1), ValueError, "y"),
+        (PLAIN, lambda model: model.sample(1, chunk_size=0), ValueError, "chunk_size"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_model_names_the_argument(config, call, error, argument):
+    with pytest.raises(error, match=rf"^{argument}: .*expected .*; got "):
+        call(tarflow(dtype=torch.float32, **config))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "argument"),
+    [(TarFlowConfig, {name: value}, name)
+     for name in ("image_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "head_dim",
+                  "expansion") for value in (0, -1, 4.0, "4", None)]
+    + [(TarFlowConfig, {"num_classes": value}, "num_classes") for value in (-1, 1.5)]
+    + [(TarFlowConfig, {"image_size": 28, "patch_size": 3}, "patch_size"),
+       (TarFlowConfig, {"channels": 96, "head_dim": 64}, "head_dim")]
+    + [(Guidance, {"weight": value}, "weight") for value in (-1.0, math.nan, math.inf)]
+    + [(Guidance, {"temperature": value}, "temperature") for value in (0.0, -1.0, math.nan, math.inf)]
+    + [(Guidance, {name: "cosine"}, name) for name in ("schedule", "parameters")],
+    ids=str,
+)  # fmt: skip
+def test_an_error_of_a_setting_names_it(make, options, argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*; got "):
+        make(**options)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(0.0), Guidance(1.0, temperature=0.5)], ids=str)
+def test_guidance_that_an_unconditional_model_can_follow(guidance):
+    assert tarflow().sample(2, guidance=guidance).isfinite().all()

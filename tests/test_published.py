@@ -1,0 +1,247 @@
+"""A checkpoint of the paper's code becomes the same map, and a file that is something else becomes an error."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from helpers import draw
+from tarflow import TarFlow, TarFlowConfig
+from tarflow.published import infer_config
+
+HEAD = 64  # always
+
+# [patch-channels-blocks-layers] on images of side by side patches, as the published code names its models.
+SMALL = {"side": 3, "patch": 2, "channels": 128, "blocks": 3, "layers": 2}
+VARIANTS = {
+    "unconditional": {},
+    "classes": {"classes": 5},
+    "volume preserving": {"nvp": False},
+    "volume preserving, classes": {"nvp": False, "classes": 5, "blocks": 2},
+    "gray": {"in_channels": 1},
+    "one head": {"channels": 64, "blocks": 1},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def published_shapes(side, patch, channels, blocks, layers, classes=0, in_channels=3, nvp=True):
+    """Name and shape of every tensor in a state dict of the published code."""
+    tokens, values = side**2, in_channels * patch**2
+    yield "var", (tokens, values)
+    for t in range(blocks):
+        yield f"blocks.{t}.attn_mask", (tokens, tokens)
+        yield f"blocks.{t}.pos_embed", (tokens, channels)
+        if classes:
+            yield f"blocks.{t}.class_embed", (classes, 1, channels)
+        linear = {"proj_in": (channels, values), "proj_out": ((1 + nvp) * values, channels)}
+        for number in range(layers):
+            layer = f"attn_blocks.{number}"
+            for norm in ("attention", "mlp"):
+                yield f"blocks.{t}.{layer}.{norm}.norm.weight", (channels,)
+                yield f"blocks.{t}.{layer}.{norm}.norm.bias", (channels,)
+            linear[f"{layer}.attention.qkv"] = (3 * channels, channels)
+            linear[f"{layer}.attention.proj"] = (channels, channels)
+            linear[f"{layer}.mlp.main.0"] = (4 * channels, channels)
+            linear[f"{layer}.mlp.main.2"] = (channels, 4 * channels)
+        for name, shape in linear.items():
+            yield f"blocks.{t}.{name}.weight", shape
+            yield f"blocks.{t}.{name}.bias", shape[:1]
+
+
+def published_state(**variant):
+    """Random weights under the published names, so small that the latents stay near the images."""
+    state = {}
+    for seed, (name, shape) in enumerate(published_shapes(**SMALL | variant)):
+        scale = 0.2 if "proj_out" in name else 1.0
+        state[name] = draw(seed, *shape, dtype=torch.float32) * scale / shape[-1] ** 0.5
+        if name.endswith("attn_mask"):
+            state[name] = torch.ones(shape).tril()
+    return state | {"var": state["var"].exp()}
+
+
+def published_forward(state, x, y=None, patch=2):
+    """What the published code computes from such a state: the latents, and minus the sum of the log-scales."""
+    z = F.unfold(x, patch, stride=patch).transpose(1, 2)
+    logdet = torch.zeros(len(x), dtype=x.dtype)
+    for t in range(count(state, "blocks.{}.proj_in.weight")):
+        p, flipped = below(state, f"blocks.{t}."), [1] if t % 2 else []
+        x = z.flip(flipped)
+        h = linear(p, "proj_in", x) + p["pos_embed"][None].flip(flipped)
+        if y is not None:
+            dropped = (y < 0).view(-1, 1, 1)
+            h = h + torch.where(dropped, p["class_embed"].mean(0), p["class_embed"][y.clamp(min=0)])
+        for number in range(count(p, "attn_blocks.{}.attention.qkv.weight")):
+            h = published_layer(below(p, f"attn_blocks.{number}."), h, p["attn_mask"])
+        out = F.pad(linear(p, "proj_out", h)[:, :-1], (0, 0, 1, 0))
+        alpha, mu = out.chunk(2, 2) if out.shape[2] > x.shape[2] else (torch.zeros_like(out), out)
+        z = ((x - mu) * torch.exp(-alpha)).flip(flipped)
+        logdet = logdet - alpha.sum((1, 2))
+    return z, logdet
+
+
+def published_layer(p, h, mask):
+    batch, length, channels = h.shape
+    qkv = linear(p, "attention.qkv", norm(p, "attention.norm", h))
+    q, k, v = qkv.view(batch, length, 3 * channels // HEAD, HEAD).chunk(3, 2)
+    logits = torch.einsum("bmhd,bnhd->bhmn", q, k) / HEAD**0.5
+    weights = logits.masked_fill(mask == 0, -torch.inf).softmax(-1)
+    h = h + linear(p, "attention.proj", torch.einsum("bhmn,bnhd->bmhd", weights, v).flatten(2))
+    return h + linear(p, "mlp.main.2", F.gelu(linear(p, "mlp.main.0", norm(p, "mlp.norm", h))))
+
+
+def linear(p, name, x):
+    return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def norm(p, name, x):
+    return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def below(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def count(state, name):
+    return next(number for number in itertools.count() if name.format(number) not in state)
+
+
+@every_variant
+def test_it_is_the_same_map(variant):
+    state = published_state(**variant)
+    in_channels = variant.get("in_channels", 3)
+    model = TarFlow.from_published(state, in_channels).double()
+    x = draw(1, 3, in_channels, 6, 6)
+    y = torch.tensor([4, -1, 0]) if "classes" in variant else None
+    state = {name: value.double() for name, value in state.items()}
+    z, logdet = model(x, y)
+    assert_close((z, logdet), published_forward(state, x, y))
+    assert bool(logdet.any()) == variant.get("nvp", True)
+    assert_close(model.inverse(z.detach(), y), x)
+    assert torch.equal(model.flow.prior_variance, state["var"])
+
+
+@pytest.mark.parametrize(
+    ("published", "config"),
+    [
+        (
+            {"side": 32, "patch": 2, "channels": 768, "blocks": 8, "layers": 8},
+            TarFlowConfig(64, 3, 2, 768, 8, 8, 0),
+        ),
+        (
+            {"side": 32, "patch": 4, "channels": 1024, "blocks": 8, "layers": 8, "classes": 1000},
+            TarFlowConfig(128, 3, 4, 1024, 8, 8, 1000),
+        ),
+        (
+            {"side": 32, "patch": 8, "channels": 768, "blocks": 8, "layers": 8, "classes": 3},
+            TarFlowConfig(256, 3, 8, 768, 8, 8, 3),
+        ),
+        (
+            {"side": 7, "patch": 4, "channels": 128, "blocks": 4, "layers": 12, "in_channels": 1, "nvp": False},
+            TarFlowConfig(28, 1, 4, 128, 4, 12, volume_preserving=True),
+        ),
+    ],
+    ids=["ImageNet 64", "ImageNet 128", "AFHQ 256", "digits, volume preserving"],
+)
+def test_shapes_alone_tell_the_configuration(published, config):
+    state = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(**published)}
+    assert infer_config(state, config.in_channels) == config
+    with torch.device("meta"):
+        own = TarFlow(config).state_dict()
+    masks = published["blocks"] * published["side"] ** 4
+    assert sum(tensor.numel() for tensor in own.values()) == sum(t.numel() for t in state.values()) - masks
+
+
+def test_a_pth_file_is_read(tmp_path):
+    state, path = published_state(classes=5), tmp_path / "model.pth"
+    torch.save(state, path)
+    expected = TarFlow.from_published(state).state_dict()
+    for source in (path, str(path)):
+        assert_close(TarFlow.from_published(source).state_dict(), expected, atol=0, rtol=0)
+
+
+def test_training_the_model_leaves_the_state_alone():
+    state = published_state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    model = TarFlow.from_published(state)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_close(state, before)
+
+
+class Malice:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    harm = tmp_path / "harm"
+    torch.save(published_state() | {"var": Malice(harm)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"^source: .*model\.pth"):
+        TarFlow.from_published(tmp_path / "model.pth")
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5000, -1])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = tmp_path / "model.pth"
+    torch.save(published_state(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"^source: .*model\.pth is truncated"):
+        TarFlow.from_published(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not a checkpoint",
+        pickle.dumps({"a": 1}, protocol=2),
+        b"hello world",
+        b"K",
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "model.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^source: "):
+        TarFlow.from_published(tmp_path / "model.pth")
+
+
+def test_a_missing_file_is_an_error_of_its_own(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        TarFlow.from_published(tmp_path / "model.pth")
+
+
+def without(*names):
+    return {name: tensor for name, tensor in published_state().items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("state", "in_channels", "argument"),
+    [
+        (nn.Linear(2, 2).state_dict(), 3, "source"),
+        (TarFlow(TarFlowConfig()).state_dict(), 1, "source"),
+        ({"model": published_state()}, 3, "source"),
+        (without("var"), 3, "source"),
+        (without("blocks.1.attn_blocks.1.attention.qkv.bias"), 3, "source"),
+        (published_state() | {"extra": torch.zeros(1)}, 3, "source"),
+        (published_state() | {"var": torch.ones(9, 3)}, 3, "source"),
+        (without("blocks.0.pos_embed"), 3, "source"),
+        ({"blocks.0.proj_in.weight": torch.zeros(64, 12)}, 3, "source"),
+        (published_state(), 1, "in_channels"),
+        (published_state(), 2, "in_channels"),
+        (published_state(), 0, "in_channels"),
+        (published_state(in_channels=1), 3, "in_channels"),
+    ],
+)
+def test_what_is_no_published_state_or_has_other_channels_is_refused(state, in_channels, argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: .*expected .*"):
+        TarFlow.from_published(state, in_channels)
