@@ -18,7 +18,7 @@ from .decoding import DECODERS
 from .files import replacing
 from .gallery import Gallery, spread
 from .guidance import Guidance
-from .model import TarFlow
+from .model import TarFlow, read_config
 from .pictures import to_pixels
 from .published import load as load_published
 from .training.config import PRESETS, TrainConfig
@@ -213,16 +213,14 @@ def run_convert(arguments: Sequence[str]) -> None:
 def _load(run: Path, device: str) -> tuple[TarFlow, dict]:
     """The model, and what its config.json says beside its shape."""
     model = TarFlow.from_pretrained(run).to(pick_device(device)).eval()
-    path = run / "config.json"
-    return model, json.loads(path.read_text()) if path.exists() else {}
+    return model, read_config(run) if run.exists() else {}
 
 
 def _read_run(folder: Path) -> TrainConfig:
     """The settings of a run; ValueError where there is none."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"resume: expected the folder of a run; {path} does not exist")
-    settings = json.loads(path.read_text()).get("train")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"resume: expected the folder of a run; {folder / 'config.json'} does not exist")
+    settings = read_config(folder).get("train")
     if settings is None:
         raise ValueError(f"resume: {folder} holds a model without a training run")
     if settings["data_dir"] is not None:

@@ -121,8 +121,8 @@ class TokenFlow(nn.Module):
         return eps * variance.sqrt()
 
     @torch.no_grad()
-    def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
-        """Move the variance of the prior towards that of a batch of latents; volume-preserving flows only.
+    def update_prior(self, z: Tensor, rate: float | Tensor = 0.1) -> None:
+        """Move the variance of the prior by ``rate`` towards that of a batch; for volume-preserving flows only.
 
         A batch that is not finite changes nothing.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from . import memory
@@ -182,7 +182,7 @@ class TarFlow(nn.Module):
     def save_weights(self, path: Path | str) -> None:
         """Write the weights alone, as safetensors, beside what may be there and then over it."""
         with replacing(path) as beside:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, beside)
+            beside.write_bytes(save({name: tensor.contiguous() for name, tensor in self.state_dict().items()}))
 
     @classmethod
     def from_pretrained(cls, source: Path | str) -> "TarFlow":
@@ -199,8 +199,9 @@ class TarFlow(nn.Module):
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise FileNotFoundError(f"source: expected a folder with config.json and model.safetensors; no {path}")
+        settings = read_config(folder)
         try:
-            config = TarFlowConfig(**json.loads(config_path.read_text())["model"])
+            config = TarFlowConfig(**settings["model"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path}: expected the configuration of a TarFlow; {error!r}") from error
         try:
@@ -246,6 +247,15 @@ class TarFlow(nn.Module):
 
     def _to_images(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.config.patch_size, self.config.image_size)
+
+
+def read_config(folder: Path) -> dict:
+    """What ``config.json`` says: ``model`` is a :class:`TarFlowConfig`, the rest is up to whoever wrote it."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated or corrupt: {error}") from error
 
 
 def _download(repository: str) -> Path:

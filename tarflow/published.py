@@ -45,7 +45,8 @@ def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> Tar
         except FileNotFoundError:
             raise
         except Exception as error:  # what is no checkpoint fails in the unpickler in any way, KeyError to struct.error
-            raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {reason}") from error
     for name in _TELLING:
         if not isinstance(state, Mapping) or name not in state:
             raise ValueError(f"source: expected the state dict of a published TarFlow; it has no {name}")

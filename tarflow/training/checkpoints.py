@@ -1,6 +1,7 @@
 """Checkpoints of a training run: written beside and renamed, the last few kept, refused when damaged."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     if not paths:
         return None
     try:
+        with zipfile.ZipFile(paths[-1]) as archive:  # torch.load does not look at the checksums
+            if archive.testzip():
+                raise ValueError("wrong checksum")
         return torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         before = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
         raise ValueError(f"resume: {paths[-1]} is truncated or corrupt; {before}") from error
 

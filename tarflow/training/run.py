@@ -25,7 +25,7 @@ from ..datasets import Folder, Images
 from ..files import replacing
 from ..gallery import Gallery, spread
 from ..guidance import Guidance
-from ..model import TarFlow
+from ..model import TarFlow, read_config
 from . import checkpoints
 from .config import FIXED_ON_RESUME, TrainConfig
 from .trainer import Trainer, uses_bfloat16
@@ -55,10 +55,14 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> TarFlow:
     print(describe(config, train_set, device), flush=True)
     trainer = Trainer(config, train_set, device)
     run = Run(out, trainer, train_set, test_set)
-    run.resume() if resume else run.create()
+    if resume:
+        run.resume()
+    batches = datasets.batches(train_set, config.batch_size, config.seed, start=trainer.step)
+    if not resume:
+        run.create()
     print(f"run     {out}, steps {trainer.step} to {config.max_steps}", flush=True)
     with stop_signals() as stopped, run.logging():
-        for pixels, labels in datasets.batches(train_set, config.batch_size, config.seed, start=trainer.step):
+        for pixels, labels in batches:
             if trainer.step >= config.max_steps or stopped():
                 break
             run.log(trainer.train_step(pixels, labels))
@@ -104,7 +108,7 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, and forget what was logged after it."""
-        settings = json.loads((self.folder / "config.json").read_text())["train"]
+        settings = read_config(self.folder)["train"]
         for name in FIXED_ON_RESUME:
             if settings[name] != getattr(self.config, name):
                 raise ValueError(
@@ -112,9 +116,8 @@ class Run:
                     f"got {getattr(self.config, name)!r}"
                 )
         state = checkpoints.load_latest(self.folder / "checkpoints")
-        if state is None:
-            return
-        self.trainer.load_state_dict(state)
+        if state is not None:
+            self.trainer.load_state_dict(state)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             rows = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]

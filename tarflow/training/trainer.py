@@ -70,7 +70,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.model.config.volume_preserving:
-            self.model.flow.update_prior(z.detach())
+            self.model.flow.update_prior(z.detach(), 0.1 * ~bad)
         self._update_average()
         self.bad_steps += bad
         self.bad_in_a_row.add_(1).mul_(bad)
