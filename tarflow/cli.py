@@ -223,9 +223,11 @@ def _read_run(folder: Path) -> TrainConfig:
     settings = read_config(folder).get("train")
     if settings is None:
         raise ValueError(f"resume: {folder} holds a model without a training run")
-    if settings["data_dir"] is not None:
-        settings["data_dir"] = Path(settings["data_dir"])
-    return TrainConfig(**settings)
+    try:
+        data_dir = settings["data_dir"]
+        return TrainConfig(**settings | {"data_dir": None if data_dir is None else Path(data_dir)})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: settings of another version of tarflow: {error}") from error
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -199,11 +199,10 @@ class TarFlow(nn.Module):
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise FileNotFoundError(f"source: expected a folder with config.json and model.safetensors; no {path}")
-        settings = read_config(folder)
         try:
-            config = TarFlowConfig(**settings["model"])
+            config = TarFlowConfig(**read_config(folder)["model"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{config_path}: expected the configuration of a TarFlow; {error!r}") from error
+            raise ValueError(f"{config_path}: expected the configuration of a TarFlow; {error}") from error
         try:
             state = load_file(weights_path)
         except SafetensorError as error:

@@ -21,11 +21,11 @@ class TrainConfig:
     conditional: bool = True
     """learn from the labels"""
 
-    patch_size: int = 4
+    patch_size: int = 2
     channels: int = 128
     """width of the transformers"""
     num_blocks: int = 4
-    layers_per_block: int = 4
+    layers_per_block: int = 2
     head_dim: int = 64
     expansion: int = 4
     volume_preserving: bool = False
@@ -37,8 +37,8 @@ class TrainConfig:
     label_drop: float = 0.1
     """share of the labels that are dropped, which guidance needs"""
 
-    max_steps: int = 2000
-    batch_size: int = 64
+    max_steps: int = 2200
+    batch_size: int = 16
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-6
     warmup_steps: int = 100
@@ -57,9 +57,9 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     log_every: int = 10
-    evaluate_every: int = 250
+    evaluate_every: int = 500
     sample_every: int = 500
-    checkpoint_every: int = 250
+    checkpoint_every: int = 500
     keep_checkpoints: int = 3
     guidance: float = 2.0
     """weight of the linear label guidance in the sample grids; 0 for none"""

@@ -62,10 +62,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> TarFlow:
         run.create()
     print(f"run     {out}, steps {trainer.step} to {config.max_steps}", flush=True)
     with stop_signals() as stopped, run.logging():
-        for pixels, labels in batches:
-            if trainer.step >= config.max_steps or stopped():
-                break
-            run.log(trainer.train_step(pixels, labels))
+        while trainer.step < config.max_steps and not stopped():
+            run.log(trainer.train_step(*next(batches)))
             run.on_schedule()
         if trainer.step < config.max_steps:
             run.save()

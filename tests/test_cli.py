@@ -1,0 +1,285 @@
+"""Every command, from a first run to its samples and scores; and one line on stderr for whatever a user gets wrong."""
+
+import json
+import re
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
+from tarflow.gallery import spread
+from tarflow.training.config import PRESETS, TrainConfig
+
+TINY = "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1 --batch-size=16 --device=cpu --log-every=1"
+DATASET_NAMES = [
+    f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+]
+
+
+def main(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def train(out, *flags, steps):
+    # Steps large enough that even so few of them tell labels, guidance and noise apart.
+    fast = ("--learning-rate=0.003", "--warmup-steps=1", f"--max-steps={steps}")
+    assert main("train", *TINY.split(), *fast, *flags, f"--out={out}") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Eight steps of the default recipe: conditional Fashion-MNIST with Gaussian noise."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    return train(out, "--evaluate-every=4", "--sample-every=4", "--checkpoint-every=3", "--keep-checkpoints=2", steps=8)
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    """A model without classes."""
+    return train(tmp_path_factory.mktemp("cli") / "unconditional", "--no-conditional", "--sigma=0.2", steps=4)
+
+
+@pytest.fixture(scope="module")
+def likelihood(tmp_path_factory):
+    """A model for likelihoods: with uniform noise."""
+    return train(tmp_path_factory.mktemp("cli") / "likelihood", "--noise=uniform", "--guidance=0", steps=4)
+
+
+def is_picture(path):
+    with Image.open(path) as image:
+        return min(image.size) > 100 and len(image.getcolors(2**24)) > 10
+
+
+def test_a_run_leaves_its_folder(run):
+    names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
+    pictures = {"samples.png", "trajectory.png", "curves.png"}
+    assert names == {"config.json", "model.safetensors", "metrics.jsonl", "checkpoints", *pictures}
+    assert all(is_picture(run / name) for name in pictures)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000006.pt", "step-00000008.pt"]
+    model = TarFlow.from_pretrained(run)
+    assert model.config == TarFlowConfig(28, 1, 7, 64, 2, 1, num_classes=10)
+    average = torch.load(run / "checkpoints" / "step-00000008.pt")["average"]
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {key: [row["step"] for row in rows if key in row] for key in ("loss", "eval_bits_per_dim")}
+    assert logged == {"loss": [*range(1, 9)], "eval_bits_per_dim": [4, 8]}
+    assert rows[-1]["eval_bits_per_dim"] < 8.5
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows if "loss" in row]
+    assert [event.step for event in events.Images("samples")] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--guidance=2"],
+        ["--guidance=2", "--schedule=constant", "--guide=mu", "--labels", "3", "1"],
+        ["--guidance=1", "--temperature=0.5", "--no-drop-label", "--sigma=0"],
+    ],
+    ids=" ".join,
+)
+def test_sample_draws_a_picture_and_a_trajectory(run, tmp_path, capsys, flags):
+    out, trajectory = tmp_path / "s.png", tmp_path / "t.png"
+    assert main("sample", run, *flags, "--num=20", f"--out={out}", f"--trajectory={trajectory}") == 0
+    assert capsys.readouterr().out == f"wrote {out}, {trajectory}\n"
+    assert is_picture(out)
+    assert is_picture(trajectory)
+
+
+def arrays(run, path, *flags):
+    assert main("sample", run, "--num=12", f"--out={path}", *flags) == 0
+    with np.load(path) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"), [([], [*range(10), 0, 1]), (["--labels", "3", "1"], 6 * [3, 1])], ids=["all", "two classes"]
+)
+def test_sample_writes_8_bit_images_with_their_labels(run, tmp_path, flags, labels):
+    drawn = arrays(run, tmp_path / "s.npz", *flags)
+    assert (drawn["images"].shape, drawn["images"].dtype) == ((12, 28, 28, 1), np.uint8)
+    assert (drawn["labels"].tolist(), drawn["labels"].dtype) == (labels, np.int64)
+    assert len(np.unique(drawn["images"])) > 50
+
+
+def test_samples_are_repeated_by_the_seed_and_changed_by_each_setting(run, tmp_path):
+    settings = ["--seed=1", "--guidance=2", "--guidance=2 --schedule=constant", "--guidance=2 --guide=alpha"]
+    settings += ["--guidance=2 --temperature=0.5", "--sigma=0", "--labels 3"]
+    images = [arrays(run, tmp_path / "s.npz", *flags.split())["images"].tobytes() for flags in ("", *settings)]
+    assert len(set(images)) == len(images)
+    assert arrays(run, tmp_path / "again.npz")["images"].tobytes() == images[0]
+
+
+def test_a_model_without_classes_is_guided_by_temperature(unconditional, tmp_path):
+    assert TarFlow.from_pretrained(unconditional).config.num_classes == 0
+    plain = arrays(unconditional, tmp_path / "s.npz")
+    guided = arrays(unconditional, tmp_path / "s.npz", "--guidance=3", "--temperature=0.5")
+    assert set(plain) == {"images"}
+    assert not np.array_equal(plain["images"], guided["images"])
+    assert main("sample", unconditional, f"--out={tmp_path / 's.png'}") == 0
+    assert is_picture(tmp_path / "s.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sigma", "scores"), [("run", 0.1, 3), ("unconditional", 0.2, 2), ("likelihood", 0.0, 2)]
+)
+def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, scores):
+    run = request.getfixturevalue(kind)
+    capsys.readouterr()
+    assert main("evaluate", run, "--num-images=50", "--draws=2", "--device=cpu") == 0
+    written = json.loads((run / "evaluation.json").read_text())
+    test = datasets.load("fashion-mnist", "test")
+    expected = evaluation.evaluate(TarFlow.from_pretrained(run), *test.fetch(spread(len(test), 50)), sigma, draws=2)
+    assert {name: evaluation.Estimate(**row) for name, row in written["scores"].items()} == expected
+    assert len(expected) == scores
+    lines = [f"{test.source}; 50 of them, mean ± standard error over images"]
+    lines += [f"{estimate}   {name}" for name, estimate in expected.items()]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def published_state(channels=64, token_dim=12, num_tokens=4, num_classes=3):
+    """A state dict as the paper's code saves it: two blocks of one layer over 4x4 images of three channels."""
+    shapes = {
+        "proj_in.weight": (channels, token_dim),
+        "proj_in.bias": (channels,),
+        "pos_embed": (num_tokens, channels),
+        "class_embed": (num_classes, 1, channels),
+        "proj_out.weight": (2 * token_dim, channels),
+        "proj_out.bias": (2 * token_dim,),
+        "attn_mask": (num_tokens, num_tokens),
+    }
+    for name, width, *more in [
+        ("attention.norm", channels), ("attention.qkv", 3 * channels, channels), ("attention.proj", channels, channels),
+        ("mlp.norm", channels), ("mlp.main.0", 4 * channels, channels), ("mlp.main.2", channels, 4 * channels),
+    ]:  # fmt: skip
+        shapes |= {f"attn_blocks.0.{name}.weight": (width, *more), f"attn_blocks.0.{name}.bias": (width,)}
+    draw = torch.Generator().manual_seed(0)
+    state = {f"blocks.{t}.{name}": torch.randn(s, generator=draw) / 10 for t in (0, 1) for name, s in shapes.items()}
+    return state | {"var": torch.ones(num_tokens, token_dim)}
+
+
+def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
+    state, out = published_state(), tmp_path / "converted"
+    torch.save(state, tmp_path / "model.pth")
+    assert main("convert", tmp_path / "model.pth", out, "--sigma=0.05") == 0
+    assert capsys.readouterr().out.startswith(f"wrote {out}: TarFlowConfig(image_size=4, in_channels=3, patch_size=2")
+    transformer = TarFlow.from_pretrained(out).flow.blocks[1].transformer
+    assert torch.equal(transformer.layers[0].mlp[2].weight, state["blocks.1.attn_blocks.0.mlp.main.2.weight"])
+    drawn = arrays(out, tmp_path / "s.npz", "--guidance=1")
+    assert (drawn["images"].shape, drawn["labels"].max()) == ((12, 4, 4, 3), 2)
+    assert not np.array_equal(arrays(out, tmp_path / "s.npz", "--guidance=1", "--sigma=0")["images"], drawn["images"])
+    assert main("convert", tmp_path / "model.pth", out) == 1
+    assert f"out: {out} already holds a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "image_size", "num_classes", "millions"),
+    [
+        ("imagenet64-likelihood", 64, 1000, 460),
+        ("imagenet64", 64, 1000, 460),
+        ("imagenet64-cond", 64, 1000, 466),
+        ("imagenet128-cond", 128, 1000, 824),
+        ("afhq256-cond", 256, 3, 463),
+    ],
+)
+def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classes, millions):
+    config = PRESETS[preset]
+    assert config.image_size in (None, image_size)
+    dataset = SimpleNamespace(image_size=image_size, in_channels=3, num_classes=num_classes)
+    with torch.device("meta"):
+        model = TarFlow(config.model(dataset))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("train", [cli.Train, TrainConfig]),
+        ("sample", [cli.Sample]),
+        ("evaluate", [cli.Evaluate]),
+        ("convert", [cli.Convert]),
+    ],
+)
+def test_help_lists_every_flag(capsys, command, settings):
+    with pytest.raises(SystemExit) as exit:
+        main(command, "--help")
+    assert exit.value.code == 0
+    flags = [f"--{field.name}" for part in settings for field in fields(part) if field.default is not MISSING]
+    text = capsys.readouterr().out
+    assert [flag for flag in flags if not re.search(rf"{flag.replace('_', '-')}(?![\w-])", text)] == []
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), ([], 0), (["trian"], 2)])
+def test_the_usage_names_the_commands(capsys, monkeypatch, arguments, status):
+    monkeypatch.setattr("sys.argv", ["tarflow", *arguments])
+    assert [cli.main(), cli.main(arguments)] == [status, status]
+    printed = capsys.readouterr()
+    assert all(f"\n  {command} " in (printed.err if status else printed.out) for command in cli.COMMANDS)
+
+
+@pytest.fixture
+def broken(run, tmp_path):
+    """Files that are not what they should be."""
+    for name in DATASET_NAMES:
+        (tmp_path / name).write_bytes(b"not a dataset")
+    for name in ("model", "cut", "cut-config", "old-config"):
+        TarFlow.from_pretrained(run).save_pretrained(tmp_path / name)
+    (tmp_path / "cut" / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-1000])
+    (tmp_path / "cut-config" / "config.json").write_text('{"train": {')
+    (tmp_path / "old-config" / "config.json").write_text('{"train": {"data_dir": null, "width": 3}}')
+    return tmp_path
+
+
+ERRORS = {
+    "no such run": ("sample {broken}/none", r"source: expected a folder with config\.json .* no .*/none/config\.json"),
+    "no such run to resume": ("train --resume={broken}/none", r"resume: .*/none/config\.json does not exist"),
+    "no such checkpoint": ("convert {broken}/none.pth {broken}/new", r".*/none\.pth"),
+    "not a checkpoint": ("convert {run}/config.json {broken}/new", r"source: .*/config\.json is .* not a state dict"),
+    "another checkpoint": ("convert {run}/checkpoints/step-00000008.pt {broken}/new", "source: expected the state"),
+    "cut weights": ("sample {broken}/cut", r".*/cut/model\.safetensors: truncated or corrupt"),
+    "cut data": ("train --dataset=mnist --data-dir={broken}", ".*/train-images-idx3-ubyte: expected an IDX header"),
+    "no data": ("train --dataset=mnist --data-dir={run}", "data_dir: expected .* in .*/run, missing train-images"),
+    "no such dataset": ("train --dataset=minst", "name: expected one of fashion-mnist, .* got 'minst'"),
+    "out is taken": ("train --max-steps=1 --out={run}", "out: .*/run already holds a run; choose another folder, or"),
+    "bad setting": ("train --channels=100 --out={broken}/new", "head_dim: expected a divisor of channels 100; got 64"),
+    "no such device": ("sample {run} --device=quantum", "device: expected auto or a device .* got 'quantum'"),
+    "out of another kind": ("sample {run} --out=s.jpg", r"out: expected a \.png or \.npz file; got s\.jpg"),
+    "nothing to draw": ("sample {run} --num=0", "num: expected at least 1; got 0"),
+    "nothing to average": ("evaluate {run} --draws=0", "draws: expected at least 1; got 0"),
+    "no such class": ("sample {run} --out={broken}/s.npz --labels 10", "labels: .* got values from 10 to 10"),
+    "no classes": ("sample {unconditional} --out={broken}/s.png --labels 1", "labels: .* an unconditional model"),
+    "nothing to guide by": ("sample {unconditional} --guidance=2", "guidance: .* or a temperature other than 1; got"),
+    "negative guidance": ("sample {run} --guidance=-1", "weight: expected a finite number >= 0; got -1"),
+    "model without a run": ("train --resume={broken}/model", "resume: .*/model holds a model without a training run"),
+    "cut settings": ("train --resume={broken}/cut-config", r".*/cut-config/config\.json"),
+    "other settings": ("train --resume={broken}/old-config", r".*/old-config/config\.json"),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_a_user_gets_wrong_ends_in_one_line(run, unconditional, broken, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(broken)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    capsys.readouterr()
+    command = command.format(run=run, unconditional=unconditional, broken=broken)
+    assert main(*command.split()) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # but progress bars
+    assert len(lines) == 1
+    assert re.match(f"tarflow {command.split()[0]}: error: {message}", lines[0])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert not (broken / "new").exists()
+
+
+def test_a_run_that_cannot_start_does_not_claim_its_folder(tmp_path):
+    assert main("train", "--batch-size=1000000", f"--out={tmp_path / 'new'}") == 1
+    assert not (tmp_path / "new" / "config.json").exists()

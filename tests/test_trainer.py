@@ -1,0 +1,265 @@
+"""One step of training does what it says: its noise, its gradient, its rate, its average; and none where it is bad."""
+
+import copy
+import math
+from itertools import islice
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tarflow import TarFlow, TarFlowConfig, datasets, evaluation, memory
+from tarflow.datasets import Images
+from tarflow.training.config import TrainConfig
+from tarflow.training.trainer import Trainer
+
+TINY = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "batch_size": 16}
+EXACTLY = {"rtol": 0, "atol": 0}
+
+
+def build(dataset=None, **settings):
+    """A trainer, and two batches for it."""
+    dataset = dataset or pictures()
+    trainer = Trainer(TrainConfig(**TINY | {"precision": "float32"} | settings), dataset, torch.device("cpu"))
+    return trainer, [dataset.fetch(torch.arange(start, start + 16)) for start in (0, 16)]
+
+
+def pictures(size=32, flip=False):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (size, 1, 14, 14), generator=generator, dtype=torch.uint8)
+    return Images(images, torch.arange(size) % 10, tuple("0123456789"), flip, "noise")
+
+
+def prepared(dataset, **settings):
+    """The whole dataset, as the model would be trained on it."""
+    trainer, _ = build(dataset, **settings)
+    trainer.generator.manual_seed(0)
+    return trainer.prepare(dataset.images, dataset.labels)
+
+
+def watch(trainer):
+    """What the model is given and returns, to be filled in as it runs."""
+    seen = []
+    trainer.model.register_forward_hook(lambda model, inputs, outputs: seen.append((*inputs, *outputs)))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return datasets.load("fashion-mnist")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"noise": "uniform"}, {"volume_preserving": True}, {"conditional": False}, {"precision": "bfloat16"}],
+    ids=str,
+)
+def test_training_on_real_images_lowers_the_bits(fashion, settings):
+    trainer, _ = build(fashion, learning_rate=3e-3, warmup_steps=5, max_steps=40, **settings)
+    batches = islice(datasets.batches(fashion, 16, seed=0), 40)
+    bits = [trainer.train_step(*batch)["bits_per_dim"] for batch in batches]
+    pixels, labels = fashion.fetch(torch.arange(200))
+    score = evaluation.noisy_bits_per_dim if trainer.config.noise == "gaussian" else evaluation.bits_per_dim
+    labels = labels if trainer.config.conditional else None
+    scores = [score(model, pixels, labels).mean for model in (build(fashion, **settings)[0].average, trainer.average)]
+    assert bits[-1] < bits[0] - 0.5
+    assert scores[1] < scores[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"noise": "uniform"}, {"volume_preserving": True}, {"conditional": False}, {"flip": True}], ids=str
+)
+def test_a_trainer_goes_on_from_its_state(settings):
+    settings = dict(settings)
+    data = pictures(flip=settings.pop("flip", False))
+    whole, batches = build(data, **settings)
+    for batch in batches:
+        whole.train_step(*batch)
+    state = copy.deepcopy(whole.state_dict())
+    resumed, _ = build(data, **settings)
+    resumed.load_state_dict(state)
+    measures = [[trainer.train_step(*batch) for batch in batches] for trainer in (whole, resumed)]
+    assert_close(measures[1], measures[0], **EXACTLY)
+    for part in ("model", "average", "optimizer"):
+        assert_close(getattr(resumed, part).state_dict(), getattr(whole, part).state_dict(), **EXACTLY)
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "same"), [(3, 5, True), (3, 6, False), (4, 5, False)], ids=["same", "next step", "other seed"]
+)
+def test_what_a_step_draws_depends_on_seed_and_step_alone(seed, step, same):
+    data, inputs = pictures(flip=True), []
+    for trained, (seed_of_run, step_of_run) in enumerate([(3, 5), (seed, step)]):
+        trainer, batches = build(data, seed=seed_of_run, label_drop=0.5)
+        seen = watch(trainer)
+        for _ in range(trained):
+            torch.rand(7)
+            trainer.train_step(*batches[1])
+        trainer.step = step_of_run
+        trainer.train_step(*batches[0])
+        inputs.append(seen[-1][:2])
+    assert [torch.equal(*pair) for pair in zip(*inputs, strict=True)] == [same, same]
+
+
+def test_uniform_noise_fills_the_bin_of_its_pixel():
+    data = pictures(500)
+    u = (prepared(data, noise="uniform")[0] + 1) * 128 - data.images
+    assert -1e-4 < u.min() < 1e-3
+    assert 0.999 < u.max() < 1 + 1e-4
+    assert u.mean() == pytest.approx(0.5, abs=0.005)
+    assert u.var() == pytest.approx(1 / 12, abs=0.002)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5])
+def test_gaussian_noise_has_the_sigma_asked_for(sigma):
+    data = pictures(500)
+    eps = (prepared(data, sigma=sigma)[0] - (data.images / 127.5 - 1)) / sigma
+    assert eps.mean() == pytest.approx(0, abs=0.01)
+    assert eps.std() == pytest.approx(1, abs=0.01)
+    assert eps.pow(4).mean() == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+def test_the_share_of_labels_asked_for_is_dropped_and_the_others_stay(share):
+    data = pictures(4000)
+    labels = prepared(data, label_drop=share)[1]
+    dropped = labels == -1
+    assert dropped.float().mean() == pytest.approx(share, abs=0.02)
+    assert torch.equal(labels[~dropped], data.labels[~dropped])
+
+
+def test_without_classes_there_are_no_labels():
+    assert prepared(pictures(), conditional=False)[1] is None
+
+
+@pytest.mark.parametrize(("flip", "share"), [(True, 0.5), (False, 0)])
+def test_half_of_the_images_are_mirrored_where_the_dataset_allows(flip, share):
+    data = pictures(1000, flip=flip)
+    x = prepared(data, sigma=0.0)[0]
+    clean = data.images / 127.5 - 1
+    as_is, mirrored = ((x == other).all((1, 2, 3)) for other in (clean, clean.flip(-1)))
+    assert (as_is ^ mirrored).all()
+    assert mirrored.float().mean() == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_least(warmup):
+    trainer, batches = build(learning_rate=0.01, min_learning_rate=0.002, warmup_steps=warmup, max_steps=10)
+    rates = []
+    for _ in range(12):
+        trainer.train_step(*batches[0])
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[:warmup] == pytest.approx([0.002 + 0.008 * step / warmup for step in range(1, warmup + 1)])
+    halfway = [0.5 * (1 + math.cos(math.pi * step / (10 - warmup))) for step in range(1, 11 - warmup)]
+    assert rates[warmup:10] == pytest.approx([0.002 + 0.008 * share for share in halfway])
+    assert rates[9:] == pytest.approx([0.002] * 3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2, 0.999])
+def test_the_average_is_its_formula(decay):
+    trainer, batches = build(ema_decay=decay, learning_rate=0.01, warmup_steps=0)
+    expected = [parameter.double() for parameter in trainer.model.parameters()]
+    for step in range(1, 6):
+        trainer.train_step(*batches[step % 2])
+        d = min(decay, (1 + step) / (10 + step))
+        parameters = trainer.model.parameters()
+        expected = [d * mean + (1 - d) * p.detach().double() for mean, p in zip(expected, parameters, strict=True)]
+    assert_close([p.double() for p in trainer.average.parameters()], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_the_norm_of_the_gradient_is_clipped(clip):
+    trainer, batches = build(gradient_clip=clip)
+    applied = []
+
+    def note(optimizer, args, kwargs):
+        applied.append(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]).item())
+
+    trainer.optimizer.register_step_pre_hook(note)
+    norm = trainer.train_step(*batches[0])["grad_norm"].item()
+    assert 1e-3 < norm < 1e3
+    assert applied == [pytest.approx(min(clip, norm), rel=1e-4)]
+
+
+def test_volume_preserving_training_averages_the_variance_of_the_latents():
+    trainer, batches = build(volume_preserving=True, learning_rate=0.01)
+    seen = watch(trainer)
+    variance = torch.ones_like(trainer.model.flow.prior_variance)
+    for step in range(4):
+        trainer.train_step(*batches[step % 2])
+        variance = 0.9 * variance + 0.1 * seen[-1][2].detach().square().mean(0)
+    assert_close(trainer.model.flow.prior_variance, variance)
+    assert_close(trainer.average.flow.prior_variance, variance)
+    assert variance.std() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_is_that_of_the_transformers_and_not_of_latents(precision):
+    trainer, batches = build(precision=precision)
+    layers, seen = [], watch(trainer)
+    layer = trainer.model.flow.blocks[0].transformer.layers[0]
+    layer.mlp.register_forward_hook(lambda module, inputs, output: layers.append(output.dtype))
+    trainer.train_step(*batches[0])
+    assert layers == [getattr(torch, precision)]
+    assert [tensor.dtype for tensor in seen[0][2:]] == [torch.float32] * 2
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+# Each spoils the steps until its handle is removed.
+SPOILED = {
+    "gradient": lambda model: model.flow.blocks[1].transformer.pos_embed.register_hook(lambda grad: grad * math.nan),
+    "infinite gradient": lambda model: next(model.parameters()).register_hook(lambda grad: grad + math.inf),
+    "input": lambda model: model.register_forward_pre_hook(lambda _, args: (args[0] * math.nan, *args[1:])),
+    "huge input": lambda model: model.register_forward_pre_hook(lambda _, args: (args[0] * 1e38, *args[1:])),
+}
+
+
+@pytest.mark.parametrize("volume_preserving", [False, True])
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, volume_preserving):
+    trainer, batches = build(volume_preserving=volume_preserving, warmup_steps=0)
+    for batch in batches:
+        trainer.train_step(*batch)
+    before = copy.deepcopy(trainer.state_dict())
+    handle = spoil(trainer.model)
+    counts = [trainer.train_step(*batch) for batch in batches]
+    handle.remove()
+    after = trainer.state_dict()
+    assert [(row["bad_steps"].item(), row["bad_in_a_row"].item()) for row in counts] == [(1, 1), (2, 2)]
+    assert_close(after["model"], before["model"], **EXACTLY)
+    assert_close(after["optimizer"]["state"], before["optimizer"]["state"], **EXACTLY)
+    for decay in (4 / 13, 5 / 14):  # the average goes on towards weights that stay
+        for name, mean in before["average"].items():
+            before["average"][name] = decay * mean + (1 - decay) * before["model"][name]
+    assert_close(after["average"], before["average"])
+    good = trainer.train_step(*batches[0])
+    assert (good["bad_steps"], good["bad_in_a_row"]) == (2, 0)
+    for name, weight in trainer.model.named_parameters():
+        assert weight.isfinite().all(), name
+        assert not torch.equal(weight, before["model"][name]), name
+
+
+SHAPES = {
+    "gray, classes": {"channels": 64, "num_blocks": 2, "layers_per_block": 2, "num_classes": 10},
+    "colour, narrow MLP": {"image_size": 32, "in_channels": 3, "channels": 256, "expansion": 2, "num_blocks": 2},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_estimate_of_activations_is_near_what_autograd_saves(shape):
+    config = TarFlowConfig(**shape)
+    model = TarFlow(config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    x = torch.rand(4, config.in_channels, config.image_size, config.image_size)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(x, torch.zeros(4, dtype=torch.int64) if config.num_classes else None)
+    measured = sum(storage.nbytes() for storage in saved.values()) / len(x)
+    assert memory.activation_bytes(config) == pytest.approx(measured, rel=0.35)

@@ -1,0 +1,286 @@
+"""A run that was killed, stopped or ran out of space goes on as if it had not been, or loses nothing."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.testing import assert_close
+
+from tarflow import TarFlow
+from tarflow.cli import main
+from tarflow.files import replacing
+from tarflow.training import checkpoints
+from tarflow.training.config import TrainConfig
+from tarflow.training.run import Diverged, train
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+# With a warm-up longer than any run, no learning rate depends on max_steps. So a run that is to be killed needs no end
+# to race against, and is compared with one that ends a little after where it was killed.
+TINY = {
+    "patch_size": 7,
+    "channels": 64,
+    "num_blocks": 2,
+    "layers_per_block": 1,
+    "batch_size": 16,
+    "device": "cpu",
+    "learning_rate": 1.0,
+    "warmup_steps": 10_000,
+    "max_steps": 1_000_000,
+    "log_every": 1,
+    "checkpoint_every": 5,
+    "guidance": 0.0,
+}
+EXACTLY = {"rtol": 0, "atol": 0}
+
+
+def flags(**settings):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def train_until(step, number, out, settings):
+    """``python train.py``, which gets a signal once that step is logged; returns its exit status and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, f"--out={out}", *flags(**settings)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while step not in losses(out):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        # As a terminal does it: to the whole group, and so to the processes that read pictures, too.
+        os.killpg(process.pid, number)
+        errors = process.communicate(timeout=60)[1]
+        return process.returncode, errors
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def losses(out):
+    """By step; each at most once."""
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    pairs = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def newest(out):
+    return checkpoints.load_latest(out / "checkpoints")
+
+
+def assert_same_run(resumed, whole):
+    assert losses(resumed) == losses(whole)
+    assert_close(newest(resumed), newest(whole), **EXACTLY)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """What there is to train, as settings: two precisions, and a folder of pictures streamed from the disk."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(60):
+        path = folder / f"class-{number % 2}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(path)
+    return {
+        "float32": {"precision": "float32"},
+        "bfloat16": {"precision": "bfloat16"},
+        "folder": {"dataset": "folder", "data_dir": folder, "image_size": 14},
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint_every"),
+    [
+        ("float32", 5),
+        ("bfloat16", 5),
+        ("folder", 5),
+        pytest.param("float32", 1000, id="before its first checkpoint"),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, kinds, kind, checkpoint_every):
+    settings = TINY | kinds[kind]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    status, _ = train_until(7, signal.SIGKILL, killed, settings | {"checkpoint_every": checkpoint_every})
+    assert status == -signal.SIGKILL
+    steps = max(losses(killed)) + 3
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # as if it had been killed in the middle of a line
+    assert main(["train", f"--resume={killed}", f"--max-steps={steps}"]) == 0
+    train(TrainConfig(**settings | {"max_steps": steps}), whole)
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_a_stopped_run_saves_the_step_and_says_how_to_go_on(tmp_path, kinds, number):
+    settings = TINY | kinds["folder"] | {"checkpoint_every": 1000}
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    status, errors = train_until(3, number, stopped, settings)
+    assert status == 130, errors
+    step = newest(stopped)["step"]
+    assert errors.splitlines()[-1] == f"tarflow train: stopped at step {step}; go on with --resume {stopped}"
+    assert "Traceback" not in errors
+    assert max(losses(stopped)) == step
+    assert main(["train", f"--resume={stopped}", f"--max-steps={step + 3}"]) == 0
+    train(TrainConfig(**settings | {"max_steps": step + 3}), whole)
+    assert_same_run(stopped, whole)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps, with checkpoints at the last two multiples of two."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(TrainConfig(**TINY | {"max_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 2}), out)
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it to do harm to."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def kept(run):
+    """All that a later failure may not touch."""
+    return {path.name: path.read_bytes() for path in (*run.glob("checkpoints/*"), run / "model.safetensors")}
+
+
+def test_the_last_checkpoints_are_kept(finished):
+    assert [path.name for path in checkpoints.checkpoints(finished / "checkpoints")] == [
+        "step-00000004.pt",
+        "step-00000006.pt",
+    ]
+    assert newest(finished)["step"] == 6
+
+
+def truncate(run):
+    path = run / "checkpoints" / "step-00000006.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def damage(run):
+    path = run / "checkpoints" / "step-00000006.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty_the_last(run):
+    (run / "checkpoints" / "step-00000004.pt").unlink()
+    (run / "checkpoints" / "step-00000006.pt").write_bytes(b"")
+
+
+CORRUPT = r"resume: .*/step-00000006\.pt is truncated or corrupt"
+REFUSED = {
+    "out holds a run": (None, ["--out={run}", "--max-steps=1"], r"out: .*/run already holds a run; .* or --resume it"),
+    "another width": (None, ["--resume={run}", "--channels=128"], "channels: .* expected 64 as in .*/run, got 128"),
+    "another seed": (None, ["--resume={run}", "--seed=1"], "seed: .* expected 0 .* got 1"),
+    "truncated": (truncate, ["--resume={run}"], rf"{CORRUPT}; delete it to go on from step-00000004\.pt"),
+    "damaged": (damage, ["--resume={run}"], CORRUPT),
+    "empty and the only one": (empty_the_last, ["--resume={run}"], f"{CORRUPT}; there is none before it"),
+    "resumed into another folder": (None, ["--resume={run}", "--out=other"], "out: expected no folder besides that of"),
+}
+
+
+@pytest.mark.parametrize(("harm", "arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_go_on_is_refused_in_one_line(run, capsys, harm, arguments, message):
+    if harm:
+        harm(run)
+    before = kept(run)
+    assert main(["train", *(argument.format(run=run) for argument in arguments)]) == 1
+    assert re.fullmatch(f"tarflow train: error: {message}.*\n", capsys.readouterr().err)
+    assert kept(run) == before
+
+
+BAD_SETTINGS = {
+    **dict.fromkeys(("max_steps", "batch_size", "learning_rate", "gradient_clip", "log_every", "evaluate_every"), 0),
+    **dict.fromkeys(("sigma", "weight_decay", "guidance", "warmup_steps", "seed", "label_drop", "ema_decay"), -1),
+    **{"checkpoint_every": -5, "keep_checkpoints": 0, "max_bad_steps": math.nan},
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [*BAD_SETTINGS.items(), ("label_drop", 1.0), ("ema_decay", 1.0)])
+def test_a_bad_setting_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected a number .*; got {value}$"):
+        TrainConfig(**{name: value})
+
+
+@contextmanager
+def no_file_beyond(size):
+    """What a full disk looks like to whoever writes a longer file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_without_space_for_its_checkpoint_says_so_and_loses_nothing(run, capsys):
+    before = kept(run)
+    with no_file_beyond(1_000_000):
+        assert main(["train", f"--resume={run}", "--max-steps=12"]) == 1
+    errors = capsys.readouterr().err
+    message = f"no space left to write {run}/checkpoints/step-00000008.pt; what was there before is unchanged"
+    assert errors.splitlines()[-1].endswith(message)
+    assert "Traceback" not in errors
+    assert kept(run) == before
+    assert main(["train", f"--resume={run}", "--max-steps=8"]) == 0
+
+
+def test_weights_without_space_say_so_and_lose_nothing(run):
+    before = kept(run)
+    with no_file_beyond(1000), pytest.raises(OSError, match=r"no space left to write .*/model\.safetensors"):
+        TarFlow.from_pretrained(run).save_pretrained(run)
+    assert kept(run) == before
+
+
+def test_weights_are_as_readable_as_the_other_files(finished):
+    modes = {(finished / name).stat().st_mode for name in ("model.safetensors", "config.json", "metrics.jsonl")}
+    assert len(modes) == 1
+
+
+def write_half(path, error):
+    with replacing(path) as beside:
+        beside.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError("broken"), ValueError("bad"), KeyboardInterrupt()], ids=repr)
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
+    path = tmp_path / "file"
+    for text in ("old", "new"):
+        with replacing(path) as beside:
+            beside.write_text(text)
+        assert path.read_text() == text
+    with pytest.raises(type(error)):
+        write_half(path, error)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_diverges_gives_up_and_leaves_its_checkpoints(run):
+    before = kept(run)
+    hopeless = TINY | {"learning_rate": 1e35, "max_bad_steps": 4, "checkpoint_every": 1000}
+    with pytest.raises(Diverged, match=r"the last 4 steps had a loss or gradient that is not finite.* below 1e\+35"):
+        train(TrainConfig(**hopeless), run, resume=True)
+    assert kept(run) == before
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["bad_in_a_row"] for row in rows[-4:]] == [1, 2, 3, 4]
