@@ -48,7 +48,8 @@ class Branches:
         """``x = z exp(alpha) + mu`` for the latents z ``(B, D)`` of token i, guided where asked for."""
         if self.guidance is None:
             return affine_inverse(z, mu, alpha)[0]
-        (mu, mu_ref), (alpha, alpha_ref) = self.split(mu), self.split(alpha)
+        mu, mu_ref = mu[: self.batch], mu[self.batch :]
+        alpha, alpha_ref = alpha[: self.batch], alpha[self.batch :]
         if self.guidance.parameters == "alpha":
             mu_ref = mu
         elif self.guidance.parameters == "mu":

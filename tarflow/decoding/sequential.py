@@ -12,7 +12,7 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
-from .step import Step
+from .step import Step, without_onednn
 
 
 def sequential(
@@ -24,7 +24,8 @@ def sequential(
     x = z.clone()
     step = Step(transformer, branches.rows, branches.context, branches.temperature)
     tokens = z.new_empty(branches.rows, token_dim)
-    with torch.autocast(z.device.type, enabled=False):  # the step has cast its weights itself
+    # The step has cast its weights itself.
+    with torch.autocast(z.device.type, enabled=False), without_onednn(z, branches.rows):
         for i in range(num_tokens - 1):
             branches.split(tokens).copy_(x[:, i])
             mu, alpha = step(tokens, i)
