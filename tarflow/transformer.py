@@ -84,7 +84,8 @@ class TransformerLayer(nn.Module):
         """``(B, N, C)`` to the same; row i of the output sees rows 0 to i."""
         batch, length, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, -1, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        # Unbound before they are transposed, the three gradients are joined by one copy.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         x = x + self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1))
         return x + self.mlp(self.mlp_norm(x))
 
