@@ -60,6 +60,8 @@ class Step:
         self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, weight.dtype)
         self.embedding = transformer.pos_embed + self.proj_in_bias
         self.context = context if context is not None else weight.new_zeros(1, channels)
+        hidden_channels = transformer.layers[0].mlp[0].out_features
+        self.hidden = torch.empty(rows, hidden_channels, device=device, dtype=dtype)
         self.qkv = torch.empty(rows, 3 * channels, device=device, dtype=dtype)
         self.q, self.k, self.v = self.qkv.view(rows, 3, heads, 1, head_dim).unbind(1)
 
@@ -73,8 +75,8 @@ class Step:
                 self.q, self.k, self.v, cache_k, cache_v, self.positions, temperature=self.temperature
             )
             _accumulate(h, attended.view(len(h), -1), w_proj, b_proj)
-            hidden = torch.addmm(b_up, _normalize(norm2, h, self.qkv.dtype), w_up)
-            _accumulate(h, F.gelu(hidden), w_down, b_down)
+            torch.addmm(b_up, _normalize(norm2, h, self.hidden.dtype), w_up, out=self.hidden)
+            _accumulate(h, F.gelu(self.hidden), w_down, b_down)
         out = torch.addmm(self.proj_out_bias, h, self.proj_out)
         if self.volume_preserving:
             return out, torch.zeros_like(out)
