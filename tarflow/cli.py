@@ -108,6 +108,13 @@ def run_sample(arguments: Sequence[str]) -> None:
         raise ValueError(f"out: expected a .png or .npz file; got {command.out}")
     if command.num < 1:
         raise ValueError(f"num: expected at least 1; got {command.num}")
+    if command.temperature != 1 and not command.guidance:
+        raise ValueError(
+            f"temperature: expected 1 without --guidance, whose reference it is; got {command.temperature}"
+        )
+    for name, path in (("out", command.out), ("trajectory", command.trajectory)):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{name}: expected a file in a folder that exists; got {path}")
     model, info = _load(command.run, command.device)
     guidance = Guidance(command.guidance, command.schedule, command.temperature, command.guide, command.drop_label)
     sigma = info.get("sigma", 0.0) if command.sigma is None else command.sigma
@@ -161,6 +168,9 @@ class Evaluate:
 def run_evaluate(arguments: Sequence[str]) -> None:
     """``evaluate``: prints the scores and writes them to ``evaluation.json`` in the run's folder."""
     command = tyro.cli(Evaluate, args=arguments, prog="tarflow evaluate")
+    for name in ("num_images", "draws", "batch_size"):
+        if getattr(command, name) < 1:
+            raise ValueError(f"{name}: expected at least 1; got {getattr(command, name)}")
     model, info = _load(command.run, command.device)
     trained = info.get("train", {})
     dataset = datasets.load(

@@ -136,14 +136,17 @@ def batches(
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
     # No batch size: each item of this sampler is a batch. Its own generator: the global one is the caller's.
     options = {"batch_size": None, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
-    options |= {"num_workers": workers, "worker_init_fn": _ignore_stop_signals}
+    options |= {"num_workers": workers, "worker_init_fn": _outlive_stop_signals}
     return map(tuple, torch.utils.data.DataLoader(dataset, sampler=indices, **options))
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A stop, which a terminal sends to every process, is for the training process to handle; readers end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_stop_signals(worker: int) -> None:
+    """A stop, which may be sent to every process, is for the trainer to handle: readers outlive it by 30 seconds.
+
+    Not for ever, because multiprocessing ends what is left of them by SIGTERM, and waits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def _batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:

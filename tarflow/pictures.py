@@ -80,7 +80,8 @@ def curves(metrics_path: str | Path, path: str | Path, title: str) -> None:
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """The 8-bit pixels, uint8, that 2 (x + u) / 256 - 1 with u in [0, 1) takes to `images`, which are clipped."""
+    """The 8-bit pixels, uint8, that 2 (x + u) / 256 - 1 with u in [0, 1) takes to `images`, clipped; NaN is black."""
+    images = np.nan_to_num(images, nan=-1.0)
     return np.clip(np.floor((images + 1) * 128), 0, 255).astype(np.uint8)
 
 

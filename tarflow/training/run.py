@@ -96,13 +96,7 @@ class Run:
         if (self.folder / "config.json").exists():
             raise FileExistsError(f"out: {self.folder} already holds a run; choose another folder, or --resume it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_config(
-            self.folder,
-            model=asdict(self.trainer.model.config),
-            sigma=self.config.noise_sigma,
-            class_names=self.gallery.class_names,
-            train=asdict(self.config),
-        )
+        self._write_settings()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, and forget what was logged after it."""
@@ -121,6 +115,7 @@ class Run:
             rows = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
             with replacing(metrics) as path:
                 path.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.trainer.step))
+        self._write_settings()
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -210,6 +205,15 @@ class Run:
         self.evaluate()
         self.sample()
         self.gallery.trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
+
+    def _write_settings(self) -> None:
+        write_config(
+            self.folder,
+            model=asdict(self.trainer.model.config),
+            sigma=self.config.noise_sigma,
+            class_names=self.gallery.class_names,
+            train=asdict(self.config),
+        )
 
     def _write_row(self, row: dict[str, float]) -> None:
         row = {"step": self.trainer.step, **row}
