@@ -14,7 +14,7 @@ def tweedie(log_prob: Callable[[Tensor], Tensor], y: Tensor, sigma: float) -> Te
         y: noisy data ``(B, ...)``.
         sigma: the standard deviation of the noise.
 
-    Source: Robbins (1956); for TarFlow arXiv 2412.06329, equation 7.
+    Source: Robbins (1956); for TarFlow arXiv 2412.06329.
 
     >>> log_prob = lambda y: -y.square().sum(1) / (2 * (3**2 + 1**2))  # x ~ N(0, 3^2), noise of sigma = 1
     >>> tweedie(log_prob, torch.tensor([[2.0]]), sigma=1.0)

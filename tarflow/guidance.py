@@ -13,7 +13,7 @@ class Guidance:
 
     The reference branch is the same transformer with less to go by: without its label (label guidance), with its
     attention logits divided by ``temperature`` (temperature guidance, which needs no labels), or both. Source: TarFlow
-    (arXiv 2412.06329), section 3.4.
+    (arXiv 2412.06329).
 
     Args:
         weight: w; 0 is no guidance.

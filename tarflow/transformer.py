@@ -59,7 +59,10 @@ class CausalTransformer(nn.Module):
     def affine_parameters(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """mu and alpha from the last activations."""
         with _full_precision(h):
-            out = self.proj_out(h)
+            return self.split_output(self.proj_out(h))
+
+    def split_output(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and alpha, each ``(..., D)``, from the output of the last projection."""
         if self.volume_preserving:
             return out, torch.zeros_like(out)
         alpha, mu = out.chunk(2, dim=-1)

@@ -180,6 +180,7 @@ CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
         (lambda: decode_attention(Q, Q, HALF, CACHED, CACHED, AT), TypeError, "v"),
         (lambda: decode_attention(Q, Q, Q, CACHED.half(), CACHED, AT), TypeError, "cache_k"),
         (lambda: decode_attention(Q, Q, Q, CACHED[:1], CACHED, AT), ValueError, "cache_k"),
+        (lambda: decode_attention(Q, Q, Q, CACHED.flatten(), CACHED, AT), ValueError, "cache_k"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED[0], AT), ValueError, "cache_v"),
         (lambda: decode_attention(Q, Q, Q, CACHED, LONG, AT), ValueError, "cache_v"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT.long()), TypeError, "positions"),

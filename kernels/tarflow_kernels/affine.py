@@ -1,6 +1,6 @@
 """Affine autoregressive maps: ``z = (x - mu) exp(-alpha)``, its inverse, and its inverse under guidance.
 
-Source: TarFlow (arXiv 2412.06329), equations 4 and 5, and its guidance in section 3.4.
+Source: TarFlow (arXiv 2412.06329).
 """
 
 import torch

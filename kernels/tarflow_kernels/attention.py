@@ -1,6 +1,6 @@
 """Causal attention with temperature: ``softmax(q k^T * scale / temperature) v``, where query i sees keys 0 to i.
 
-Source: TarFlow (arXiv 2412.06329), section 3.4, whose temperature guidance divides the attention logits by tau.
+Source: TarFlow (arXiv 2412.06329), whose temperature guidance divides the attention logits by tau.
 """
 
 import math
@@ -71,7 +71,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scal
 def _torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> Tensor:
     dtype = q.dtype
     if q.device.type == "cpu" and torch.is_grad_enabled():
-        # PyTorch's backward for bfloat16 on a CPU takes two to five times as long as the one for float32.
+        # PyTorch's backward for bfloat16 on a CPU takes up to five times as long as the one for float32.
         q, k, v = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(scale_queries(q, temperature), k, v, is_causal=True, scale=scale).to(dtype)
 

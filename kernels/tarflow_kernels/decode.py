@@ -71,6 +71,7 @@ def decode_attention(
     fits = (
         len(shape) == 4
         and k.shape == shape == v.shape
+        and cache_k.dim() == 4
         and cache_k.shape == cache_v.shape == (shape[0], shape[1], cache_k.shape[-2], shape[3])
         and dtype.is_floating_point
         and k.dtype == v.dtype == cache_k.dtype == cache_v.dtype == dtype

@@ -25,7 +25,7 @@ def sequential(
     step = Step(transformer, branches.rows, branches.context, branches.temperature)
     tokens = z.new_empty(branches.rows, token_dim)
     # The step has cast its weights itself.
-    with torch.autocast(z.device.type, enabled=False), without_onednn(z, branches.rows):
+    with torch.autocast(z.device.type, enabled=False), without_onednn(step.hidden):
         for i in range(num_tokens - 1):
             branches.split(tokens).copy_(x[:, i])
             mu, alpha = step(tokens, i)

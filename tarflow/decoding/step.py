@@ -40,7 +40,7 @@ class Step:
         head_dim = transformer.layers[0].head_dim
         heads = channels // head_dim
 
-        self.volume_preserving = transformer.volume_preserving
+        self.split_output = transformer.split_output
         self.temperature = temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
         cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=dtype)
@@ -77,17 +77,13 @@ class Step:
             _accumulate(h, attended.view(len(h), -1), w_proj, b_proj)
             torch.addmm(b_up, _normalize(norm2, h, self.hidden.dtype), w_up, out=self.hidden)
             _accumulate(h, F.gelu(self.hidden), w_down, b_down)
-        out = torch.addmm(self.proj_out_bias, h, self.proj_out)
-        if self.volume_preserving:
-            return out, torch.zeros_like(out)
-        alpha, mu = out.chunk(2, dim=-1)
-        return mu, alpha
+        return self.split_output(torch.addmm(self.proj_out_bias, h, self.proj_out))
 
 
 @contextlib.contextmanager
-def without_onednn(latents: Tensor, rows: int) -> Iterator[None]:
-    """For few float32 rows on a CPU: oneDNN's GELU takes ten microseconds to set up, and two to compute."""
-    if latents.device.type != "cpu" or latents.dtype != torch.float32 or rows > 8 or torch.is_autocast_enabled("cpu"):
+def without_onednn(hidden: Tensor) -> Iterator[None]:
+    """For a hidden layer of few float32 rows on a CPU: oneDNN takes longer to set its GELU up than to compute it."""
+    if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or len(hidden) > 8:
         yield
         return
     enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False)
