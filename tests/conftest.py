@@ -1,11 +1,20 @@
 """Settings of all tests."""
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
+
+from helpers import BACKENDS, INTERPRETED
 
 # The tensors here are tiny: a second thread costs more than it gives, the more so on a busy machine.
 torch.set_num_threads(1)
 
 # A slow first example is a compiler or a cold cache at work, not a failure; the same examples come on every run.
 settings.register_profile("tarflow", deadline=None, derandomize=True)
-settings.load_profile("tarflow")
+# Interpreted kernels are slow: fewer examples, and none of the hundreds that would make a failing one smaller.
+settings.register_profile(
+    "interpreter", settings.get_profile("tarflow"), max_examples=50, phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile("interpreter" if INTERPRETED else "tarflow")
+
+# Where no kernel runs: test_jobs.py has it collected in a process that interprets them.
+collect_ignore = [] if "triton" in BACKENDS else ["test_triton.py"]

@@ -1,8 +1,25 @@
 """What several test files need: models with weights as if trained, and random tensors from a seed."""
 
+import os
+
+import pytest
 import torch
 
 from tarflow import TarFlow, TarFlowConfig
+
+# The Triton kernels run on a GPU, or, in a process of their own, under Triton's interpreter: see test_triton.py.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+BACKENDS = ["triton"] if INTERPRETED else ["torch", "reference"] + ["triton"] * (DEVICE != "cpu")
+# The interpreter computes with the bits of bfloat16, not with its values.
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="no bfloat16 to interpret"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_device():
+    """For the test files that import it: tensors are made where the kernels run."""
+    with torch.device(DEVICE):
+        yield
 
 
 def randomize(module, seed=0):
@@ -34,5 +51,6 @@ def tarflow(seed=0, dtype=torch.float64, **config):
 
 
 def draw(seed, *shape, dtype=torch.float64):
-    """Normal numbers from a seed; the same whatever the dtype, but for rounding."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """Normal numbers from a seed on the default device; the same whatever device and dtype, but for rounding."""
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)

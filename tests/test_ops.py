@@ -1,12 +1,13 @@
 """The ops as torch and their callers see them: gradients, the compiler, autocast, the choice of backend, errors."""
 
+import contextlib
 from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import draw
+from helpers import BACKENDS, DEVICE, INTERPRETED, draw, on_device  # noqa: F401
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,
@@ -47,27 +48,38 @@ every_op = pytest.mark.parametrize(("op", "shapes"), OPS.values(), ids=OPS)
 DIFFERENTIABLE = {name: row for name, row in OPS.items() if name != "decode_attention"}
 
 
-def inputs_of(shapes, requires_grad=True):
-    return [draw(seed, *shape).mul(0.5).requires_grad_(requires_grad) for seed, shape in enumerate(shapes)]
+def inputs_of(shapes, requires_grad=True, dtype=torch.float64):
+    draws = (draw(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes))
+    return [t.mul(0.5).requires_grad_(requires_grad) for t in draws]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+def name_of(op):
+    return getattr(op, "func", op).__name__
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "shapes"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 def test_gradients(op, shapes, backend):
+    if backend == "triton" and ("guided" in name_of(op) or DEVICE != "cpu"):
+        pytest.skip("no kernel differentiates guidance, and none takes float64 on a GPU")
     with use_backend(backend):
-        assert torch.autograd.gradcheck(op, inputs_of(shapes))
+        assert torch.autograd.gradcheck(op, inputs_of(shapes), fast_mode=INTERPRETED)
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
 @every_op
-def test_compiled_whole_it_is_the_same(op, shapes):
+def test_compiled_whole_it_is_the_same(op, shapes, backend):
+    torch.compiler.reset()
+    differentiable = op is not decode and not (backend == "triton" and "guided" in name_of(op))
     results = []
-    for run in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
-        inputs = inputs_of(shapes, requires_grad=op is not decode)
-        outputs = run(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if op is not decode:
-            outputs += torch.autograd.grad([t.sin().sum() for t in outputs], inputs)
-        results.append(outputs)
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        for run in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+            inputs = inputs_of(shapes, differentiable, torch.float64 if DEVICE == "cpu" else torch.float32)
+            outputs = run(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            if differentiable:
+                outputs += torch.autograd.grad([t.sin().sum() for t in outputs], inputs)
+            results.append(outputs)
     assert_close(*results)
 
 
@@ -145,6 +157,7 @@ def test_a_backend_holds_until_its_block_ends_even_by_an_error(monkeypatch):
 
 X, INTEGERS, WIDE = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4)
 Q, HALF, LONG = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4).half(), torch.zeros(2, 1, 4, 4)
+ELSEWHERE = torch.device("meta")
 CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
 
 
@@ -172,6 +185,11 @@ CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
         (lambda: causal_attention(Q, Q, LONG), ValueError, "v"),
         (lambda: causal_attention(Q, Q, Q, temperature=0.0), ValueError, "temperature"),
         (lambda: causal_attention(Q, Q, Q, temperature=float("nan")), ValueError, "temperature"),
+        (lambda: causal_attention(Q, Q, Q, temperature=float("inf")), ValueError, "temperature"),
+        (lambda: causal_attention(Q, Q, Q, temperature=torch.ones(2, device=ELSEWHERE)), ValueError, "temperature"),
+        (lambda: causal_attention(Q, Q, Q, scale=-1.0), ValueError, "scale"),
+        (lambda: causal_attention(Q, Q, Q.to(ELSEWHERE)), ValueError, "v"),
+        (lambda: affine_forward(X, X.to(ELSEWHERE), X), ValueError, "mu"),
         (lambda: causal_attention(Q, Q, Q, temperature=torch.ones(3)), ValueError, "temperature"),
         (lambda: causal_attention(Q, Q, Q, temperature=torch.ones(2).int()), TypeError, "temperature"),
         (lambda: decode_attention(Q.int(), Q, Q, CACHED, CACHED, AT), TypeError, "q"),
@@ -185,6 +203,10 @@ CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
         (lambda: decode_attention(Q, Q, Q, CACHED, LONG, AT), ValueError, "cache_v"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT.long()), TypeError, "positions"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT[:1]), ValueError, "positions"),
+        (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT.to(ELSEWHERE)), ValueError, "positions"),
+        (lambda: decode_attention(Q, Q, Q, CACHED, CACHED.to(ELSEWHERE), AT), ValueError, "cache_v"),
+        (lambda: decode_attention(Q, Q, Q, CACHED[:, :, :2], CACHED[:, :, :2], AT), ValueError, "q"),
+        (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT, scale=0.0), ValueError, "scale"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT + 3), ValueError, "positions"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT - 1), ValueError, "positions"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT, temperature=-1.0), ValueError, "temperature"),

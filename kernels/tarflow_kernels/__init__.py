@@ -1,6 +1,6 @@
 """Kernels of transformer autoregressive flows, one public function each, usable in any PyTorch flow."""
 
-from . import reference
+from . import reference, scales
 from .affine import affine_forward, affine_inverse, guided_affine_inverse
 from .attention import causal_attention
 from .decode import KVCache, decode_attention
@@ -14,5 +14,6 @@ __all__ = [
     "decode_attention",
     "guided_affine_inverse",
     "reference",
+    "scales",
     "use_backend",
 ]

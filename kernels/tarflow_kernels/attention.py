@@ -8,9 +8,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import dispatch, reference
-from .checks import check_attention, check_temperature
+from .checks import check_attention, check_scale, check_temperature
 
 
 def causal_attention(
@@ -19,17 +20,18 @@ def causal_attention(
     """``softmax(q k^T * scale / temperature + mask) v``, where query i sees keys 0 to i.
 
     Args:
-        q, k, v: ``(B, H, N, D)`` of one dtype, any strides with a contiguous last dimension. Under autocast they are
-            cast to its dtype.
+        q, k, v: ``(B, H, N, D)`` of one dtype, any strides, best with a contiguous last dimension. Under autocast they
+            are cast to its dtype.
         temperature: tau, a positive number, or ``(B,)``, one for each row of the batch, on the device of q.
-        scale: 1 / sqrt(D) by default.
+        scale: a positive number, 1 / sqrt(D) by default.
 
     Returns:
         ``(B, H, N, D)`` in the dtype of q. Differentiable in q, k, v and a tensor temperature.
 
     Raises:
         TypeError: dtypes that are not floating point or not equal.
-        ValueError: shapes that differ or have another number of dimensions; a temperature that is not positive.
+        ValueError: shapes or devices that differ, another number of dimensions; a temperature or scale that is not
+            positive and finite.
 
     >>> q = torch.zeros(1, 1, 3, 2)
     >>> v = torch.tensor([[[[0.0, 3.0], [2.0, 1.0], [4.0, 2.0]]]])
@@ -40,7 +42,8 @@ def causal_attention(
     """
     q, k, v = autocast(q, k, v)
     check_attention(q=q, k=k, v=v)
-    check_temperature(temperature, q.shape[0])
+    check_temperature(temperature, q)
+    check_scale(scale)
     return dispatch.call("causal_attention", q, k, v, *fold_temperature(q, temperature, scale))
 
 
@@ -76,8 +79,68 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: f
     return F.scaled_dot_product_attention(scale_queries(q, temperature), k, v, is_causal=True, scale=scale).to(dtype)
 
 
+class _Fused(torch.autograd.Function):
+    """The Triton kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, temperature, scale):
+        out, lse = _forward_kernel(q, k, v, temperature, scale)
+        ctx.save_for_backward(q, k, v, out, lse, temperature)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse, temperature = ctx.saved_tensors
+        grads = _backward_kernel(grad, q, k, v, out, lse, temperature, ctx.scale)
+        dq, dk, dv = grads.permute(2, 0, 3, 1, 4).unbind()
+        grad_temperature = None
+        if ctx.needs_input_grad[3]:
+            # The logits are q k^T scale / tau, so tau's gradient is minus that of q along q, over tau.
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            along = (q.to(dtype) * dq.to(dtype)).sum((1, 2, 3))
+            grad_temperature = -(along / temperature).to(temperature.dtype)
+        return dq, dk, dv, grad_temperature, None
+
+
+def empty_forward(q, k, v, temperature, scale):
+    batch, heads, length, head_dim = q.shape
+    # The head dimension lies behind that of the heads, so that joining the heads is no copy.
+    out = q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def empty_backward(grad, q, k, v, out, lse, temperature, scale):
+    batch, heads, length, head_dim = q.shape
+    return q.new_empty(batch, length, 3, heads, head_dim)
+
+
+_forward_kernel = dispatch.register_kernel(
+    "causal_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? temperature, float scale) -> (Tensor, Tensor)",
+    module="attention",
+    fake=empty_forward,
+)
+_backward_kernel = dispatch.register_kernel(
+    "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? temperature, float scale) -> Tensor",
+    module="attention",
+    fake=empty_backward,
+)
+
+
+def serves(q: Tensor, *_) -> bool:
+    """Whether the attention kernels take such queries: what does not fit on the chip is for stock PyTorch.
+
+    That is heads of more than 256 channels, or 128 of float32, and float64, which only the interpreter takes.
+    """
+    return q.shape[-1] <= (256 if q.element_size() == 2 else 128) and (q.dtype != torch.float64 or q.is_cpu)
+
+
 dispatch.register(
     "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? temperature, float scale) -> Tensor",
+    serves=serves,
     reference=_reference,
     torch=_torch,
+    triton=_Fused.apply,
 )

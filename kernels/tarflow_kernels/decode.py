@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .attention import autocast, fold_temperature, scale_queries
-from .checks import check_attention, check_positions, check_temperature
+from .attention import autocast, fold_temperature, scale_queries, serves
+from .checks import check_attention, check_positions, check_same_device, check_scale, check_temperature
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,18 @@ def decode_attention(
         q, k, v: ``(B, H, G, D)`` for G >= 1, of one dtype. Under autocast they are cast to the dtype of the cache.
         cache_k, cache_v: ``(B, H, capacity, D)``, updated in place.
         positions: int32 ``(B,)`` on the device of q; rows may stand at different positions. On a GPU its values are
-            never brought to the host: ``positions[b] + G <= capacity`` is the caller's promise.
+            never brought to the host: that they lie between 0 and ``capacity - G`` is the caller's promise. Where it is
+            broken the row's output means nothing, but no memory beside the cache is touched.
         temperature: tau, a positive number, or ``(B,)``, one for each row.
-        scale: 1 / sqrt(D) by default.
+        scale: a positive number, 1 / sqrt(D) by default.
 
     Returns:
         ``(B, H, G, D)`` in the dtype of q. Not differentiable.
 
     Raises:
         TypeError: dtypes that are not floating point or differ; positions that are not int32.
-        ValueError: shapes that do not fit each other; on a CPU, positions beyond the capacity.
+        ValueError: shapes or devices that do not fit each other; a temperature or scale that is not positive and
+            finite; on a CPU, positions beyond the capacity.
     """
     q, k, v = autocast(q, k, v)
     # One comparison when all is well: this runs once per layer and token.
@@ -77,10 +79,13 @@ def decode_attention(
         and k.dtype == v.dtype == cache_k.dtype == cache_v.dtype == dtype
         and positions.shape == shape[:1]
         and positions.dtype == torch.int32
+        and shape[2] <= cache_k.shape[2]
+        and q.device == k.device == v.device == cache_k.device == cache_v.device == positions.device
     )
     if not fits:
         _explain(q, k, v, cache_k, cache_v, positions)
-    check_temperature(temperature, shape[0])
+    check_temperature(temperature, q)
+    check_scale(scale)
     return dispatch.call(
         "decode_attention", q, k, v, cache_k, cache_v, positions, *fold_temperature(q, temperature, scale)
     )
@@ -89,8 +94,9 @@ def decode_attention(
 def _explain(q, k, v, cache_k, cache_v, positions) -> NoReturn:
     """Raise the error of the argument that does not fit."""
     check_attention(q=q, k=k, v=v)
-    rows, heads, _, head_dim = q.shape
+    rows, heads, new, head_dim = q.shape
     check_positions(positions, rows)
+    check_same_device(q=q, cache_k=cache_k, cache_v=cache_v, positions=positions)
     for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
         if cache.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}; got {cache.dtype}")
@@ -98,6 +104,10 @@ def _explain(q, k, v, cache_k, cache_v, positions) -> NoReturn:
             raise ValueError(
                 f"{name}: expected shape ({rows}, {heads}, capacity, {head_dim}); got {tuple(cache.shape)}"
             )
+    if new > cache_k.shape[2]:
+        raise ValueError(
+            f"q: expected no more new tokens than the capacity of the cache, {cache_k.shape[2]}; got {new}"
+        )
     raise ValueError(f"cache_v: expected the shape of cache_k, {tuple(cache_k.shape)}; got {tuple(cache_v.shape)}")
 
 
@@ -140,17 +150,27 @@ def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale):
     # A masked logit does not hide a NaN in memory that was never written.
     written = seen[:, :, -1, :, None]
     cache_k, cache_v = cache_k.masked_fill(~written, 0), cache_v.masked_fill(~written, 0)
-    return F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
+    out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as a compiler was told, and CPUs have it anyway
+
+
+def _triton(*args):
+    from .triton import decode
+
+    return decode.decode_attention(*args)
 
 
 def _fake(q, k, v, cache_k, cache_v, positions, temperature, scale):
-    return torch.empty_like(q)
+    batch, heads, new, head_dim = q.shape
+    return q.new_empty(batch, new, heads, head_dim).transpose(1, 2)
 
 
 dispatch.register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor positions,"
     " Tensor? temperature, float scale) -> Tensor",
     fake=_fake,
+    serves=serves,
     reference=_reference,
     torch=_torch,
+    triton=_triton,
 )

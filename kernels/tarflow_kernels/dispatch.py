@@ -1,6 +1,10 @@
 """Which implementation of an op runs: the device picks, and only ``use_backend`` overrides it."""
 
 import contextlib
+import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,7 +13,10 @@ BACKENDS = ("reference", "torch", "triton")
 
 _library = torch.library.Library("tarflow", "DEF")
 _implementations: dict[str, dict[str, Callable]] = {}
+_serves: dict[str, Callable[..., bool]] = {}
+_opaque: set[str] = set()
 _forced: str | None = None
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 @contextlib.contextmanager
@@ -25,7 +32,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: ``name`` is none of these.
-        NotImplementedError: an op is called that has no implementation for the backend.
+        NotImplementedError: an op is called that cannot run on the backend: it has no implementation for it, or one
+            that does not take such arguments; Triton is not installed, or the tensors are on a CPU and it does not
+            interpret (``TRITON_INTERPRET=1`` in the environment of the process).
     """
     global _forced
     if name not in BACKENDS:
@@ -37,21 +46,42 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def register(schema: str, *, fake: Callable | None = None, **implementations: Callable) -> None:
+def register(
+    schema: str, *, fake: Callable | None = None, serves: Callable[..., bool] | None = None, **implementations: Callable
+) -> None:
     """Define ``tarflow::<schema>`` with one implementation per backend, each taking the arguments of the schema.
 
-    The ``torch`` implementation serves every device for which no kernel is registered. A differentiable op is made of
-    differentiable operators, so it needs neither ``fake`` nor a backward of its own; an op that mutates its arguments
-    is opaque to autograd and to the compiler, and must bring ``fake``.
+    On a GPU the ``triton`` implementation runs where ``serves(*args)`` holds, and the ``torch`` implementation
+    everywhere else. A differentiable op is made of differentiable operators, kernels inside an
+    ``autograd.Function`` among them, so it needs neither ``fake`` nor a backward of its own; an op that mutates its
+    arguments is opaque to autograd and to the compiler, and must bring ``fake``.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     if fake is None:
-        _library.impl(name, implementations["torch"], "CompositeImplicitAutograd")
+        _library.impl(name, functools.partial(_run, name), "CompositeImplicitAutograd")
     else:
-        _library.impl(name, implementations["torch"], "CompositeExplicitAutograd")
+        _library.impl(name, functools.partial(_run, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"tarflow::{name}", fake, lib=_library)
+        _opaque.add(name)
     _implementations[name] = implementations
+    _serves[name] = serves or (lambda *args: True)
+
+
+def register_kernel(schema: str, *, module: str, fake: Callable) -> Callable:
+    """Define ``tarflow::<schema>``, opaque to compilers, as the launcher of that name in ``triton/<module>.py``.
+
+    The module, and with it Triton, is imported when the op first runs.
+    """
+    name = schema.partition("(")[0]
+
+    def launch(*args):
+        return getattr(importlib.import_module(f".triton.{module}", __package__), name)(*args)
+
+    _library.define(schema)
+    _library.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tarflow::{name}", fake, lib=_library)
+    return getattr(torch.ops.tarflow, name).default
 
 
 def call(name: str, *args):
@@ -60,9 +90,37 @@ def call(name: str, *args):
     Only a compiler needs the registered op; in eager mode the implementation is called as it is, since going through
     the dispatcher costs some ten microseconds, a good part of a decoding step on a CPU.
     """
-    if _forced is None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (_forced is None or name in _opaque):
         return getattr(torch.ops.tarflow, name).default(*args)
-    backend = _forced or "torch"
+    return _run(name, *args)
+
+
+def _run(name: str, *args):
+    backend = _forced or _pick(name, args)
     if backend not in _implementations[name]:
         raise NotImplementedError(f"{name} has no {backend} implementation; it has {', '.join(_implementations[name])}")
+    if backend == "triton":
+        _check_triton(name, args)
     return _implementations[name][backend](*args)
+
+
+def _pick(name: str, args: tuple) -> str:
+    if not args[0].is_cpu and _has_triton and "triton" in _implementations[name]:
+        on_gpu = args[0].device.type in ("cuda", "xpu")  # ROCm calls itself cuda
+        return "triton" if on_gpu and _serves[name](*args) else "torch"
+    return "torch"
+
+
+def _check_triton(name: str, args: tuple) -> None:
+    """Only a backend that was asked for by name can be one that does not work."""
+    if not _has_triton:
+        raise NotImplementedError("Triton is not installed; try: pip install triton")
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if args[0].is_cpu and not interpreted:
+        raise NotImplementedError(
+            f"{name}: the triton backend needs tensors on a GPU, or TRITON_INTERPRET=1 in the environment of the "
+            "process; got tensors on a CPU"
+        )
+    if not _serves[name](*args):
+        shapes = ", ".join(f"{tuple(arg.shape)} {arg.dtype}" for arg in args if isinstance(arg, torch.Tensor))
+        raise NotImplementedError(f"{name} has no kernel for {shapes}; its torch implementation takes them")

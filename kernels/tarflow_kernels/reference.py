@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .scales import EXP, Scale, log_scale
+
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, temperature: float | Tensor = 1.0, scale: float | None = None):
     """``softmax(q k^T * scale / temperature + mask) v``, where query i sees keys 0 to i."""
@@ -43,18 +45,20 @@ def decode_attention(
     return torch.cat(rows) if rows else torch.empty_like(q)
 
 
-def affine_forward(x: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False) -> tuple[Tensor, Tensor]:
-    """``z = (x - mu) exp(-alpha)``, ``logdet = -sum alpha``."""
-    if shift:
-        mu, alpha = _shift(mu), _shift(alpha)
-    return (x - mu) * torch.exp(-alpha), -_sum_per_sample(alpha)
+def affine_forward(
+    x: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False, scale: Scale = EXP
+) -> tuple[Tensor, Tensor]:
+    """``z = (x - mu) exp(-a)``, ``logdet = -sum a``, with ``a`` the log-scale that ``scale`` makes of alpha."""
+    mu, a = _parameters(mu, alpha, shift, scale)
+    return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
 
 
-def affine_inverse(z: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False) -> tuple[Tensor, Tensor]:
-    """``x = z exp(alpha) + mu``, ``logdet = sum alpha``."""
-    if shift:
-        mu, alpha = _shift(mu), _shift(alpha)
-    return z * torch.exp(alpha) + mu, _sum_per_sample(alpha)
+def affine_inverse(
+    z: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False, scale: Scale = EXP
+) -> tuple[Tensor, Tensor]:
+    """``x = z exp(a) + mu``, ``logdet = sum a``, with ``a`` the log-scale that ``scale`` makes of alpha."""
+    mu, a = _parameters(mu, alpha, shift, scale)
+    return z * torch.exp(a) + mu, _sum_per_sample(a)
 
 
 def guided_affine_inverse(
@@ -79,6 +83,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, temperature: float | 
         temperature = temperature.reshape(-1, 1, 1, 1)
     logits = (q @ k.transpose(-1, -2)) * scale / temperature
     return logits.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
+    a = log_scale(alpha, scale)
+    return (_shift(mu), _shift(a)) if shift else (mu, a)
 
 
 def _shift(parameter: Tensor) -> Tensor:

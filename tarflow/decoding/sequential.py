@@ -28,6 +28,7 @@ def sequential(
     with torch.autocast(z.device.type, enabled=False), without_onednn(step.hidden):
         for i in range(num_tokens - 1):
             branches.split(tokens).copy_(x[:, i])
-            mu, alpha = step(tokens, i)
+            step.positions.fill_(i)
+            mu, alpha = step(tokens)
             x[:, i + 1] = branches.affine_inverse(z[:, i + 1], mu, alpha, i + 1)
     return x

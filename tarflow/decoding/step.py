@@ -24,6 +24,9 @@ class Step:
         rows: R, the batch size times the branches of guidance.
         context: embedding of each row's class, ``(R, C)``, or None.
         temperature: of the attention logits, a number or ``(R,)``.
+
+    Attributes:
+        positions: int32 ``(R,)``, where each row stands, from 0; whoever decodes moves it.
     """
 
     def __init__(
@@ -65,10 +68,12 @@ class Step:
         self.qkv = torch.empty(rows, 3 * channels, device=device, dtype=dtype)
         self.q, self.k, self.v = self.qkv.view(rows, 3, heads, 1, head_dim).unbind(1)
 
-    def __call__(self, tokens: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """Token i of every row, ``(R, D)``, to mu and alpha of token i + 1, each ``(R, D)``; i counts up from 0."""
-        self.positions.fill_(i)
-        h = torch.addmm(self.context, tokens, self.proj_in).add_(self.embedding[i])
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens ``(R, D)`` at ``positions`` to mu and alpha of those behind them, each ``(R, D)``.
+
+        Where it stands is on the device alone, so that one CUDA graph serves every step.
+        """
+        h = torch.addmm(self.context, tokens, self.proj_in).add_(self.embedding.index_select(0, self.positions))
         for norm1, w_qkv, b_qkv, cache_k, cache_v, w_proj, b_proj, norm2, w_up, b_up, w_down, b_down in self.layers:
             torch.addmm(b_qkv, _normalize(norm1, h, self.qkv.dtype), w_qkv, out=self.qkv)
             attended = decode_attention(

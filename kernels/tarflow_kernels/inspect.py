@@ -1,0 +1,236 @@
+"""What compilers make of the kernels, on a machine without a GPU: registers, spills, shared memory, instructions.
+
+    python -m tarflow_kernels.inspect
+    python -m tarflow_kernels.inspect --target sm_90 --op decode_attention
+
+Compiles every kernel, as its launcher calls it and in the configurations that ship, for NVIDIA's sm_80, sm_90 and
+sm_100 and AMD's gfx942. The launchers run on tensors without storage, on a driver that only says which card it is.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from .scales import EXP, clamp, sigmoid, softclip, softplus, tanh
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What multiplies matrices, the fastest first.
+INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel."""
+
+    registers: int
+    """per thread; on AMD's cards vector registers"""
+    spilled: int
+    """bytes per thread on NVIDIA's cards, registers on AMD's"""
+    shared: int
+    """bytes per program"""
+    instruction: str
+    """the fastest matrix instruction in it, or a dash"""
+
+
+class Case(NamedTuple):
+    """A launch of one op on tensors of some shape and dtype."""
+
+    op: str
+    dtype: torch.dtype
+    shape: str
+    launch: Callable[[], object]
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every variant that differs in more than a number."""
+    for dtype in (torch.bfloat16, torch.float32):
+        head_dims = (16, 32, 64, 128, 256) if dtype == torch.bfloat16 else (16, 32, 64, 128)
+        for head_dim in head_dims:
+            yield Case(
+                "causal_attention", dtype, f"N=1024 D={head_dim}", lambda t=dtype, d=head_dim: _attend(t, 1024, d)
+            )
+        for head_dim in (64, 128):
+            for new, rows in ((1, 64), (64, 64), (1, 1)):
+                launch = functools.partial(_decode, dtype, rows, new, head_dim)
+                yield Case("decode_attention", dtype, f"B={rows} G={new} D={head_dim}", launch)
+        for token_dim in (12, 48):
+            yield Case("affine", dtype, f"N=1024 D={token_dim}", functools.partial(_affine, dtype, token_dim, EXP))
+            yield Case("guided_affine", dtype, f"N=1024 D={token_dim}", functools.partial(_guide, dtype, token_dim))
+    yield Case("causal_attention", torch.bfloat16, "N=1000 D=48", lambda: _attend(torch.bfloat16, 1000, 48))
+    for scale in (softclip(5.0), softplus(), sigmoid(), clamp(-5.0, 3.0), tanh(2.0)):
+        launch = functools.partial(_affine, torch.float32, 48, scale)
+        yield Case("affine", torch.float32, f"N=1024 D=48 {scale.kind}", launch)
+
+
+def _attend(dtype, length, head_dim):
+    """As a fused projection gives queries, keys and values."""
+    from .triton.attention import causal_attention_backward, causal_attention_forward
+
+    q, k, v = _meta(4, length, 3, 12, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    temperature = _meta(4)
+    out, lse = causal_attention_forward(q, k, v, temperature, 0.1)
+    causal_attention_backward(out, q, k, v, out, lse, temperature, 0.1)
+
+
+def _decode(dtype, rows, new, head_dim):
+    from .triton.decode import decode_attention
+
+    q, k, v = _meta(rows, new, 3, 12, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    caches = _meta(2, rows, 12, 1024, head_dim, dtype=dtype)
+    decode_attention(q, k, v, *caches, _meta(rows, dtype=torch.int32), _meta(rows), 0.1)
+
+
+def _affine(dtype, token_dim, scale):
+    """Parameters are the halves of an output, and those of the token before."""
+    from .triton.affine import affine_map, affine_map_backward
+
+    x = _meta(4, 1024, token_dim)
+    alpha, mu = _meta(4, 1024, 2 * token_dim, dtype=dtype).chunk(2, dim=-1)
+    for inverse in (False, True):
+        z, logdet = affine_map(x, mu, alpha, True, inverse, *scale)
+        affine_map_backward(z, logdet, z, alpha, x.dtype, mu.dtype, True, inverse, *scale)
+
+
+def _guide(dtype, token_dim):
+    """One token of every row, with the reference branch behind the conditional one."""
+    from .triton.affine import guided_affine_map
+
+    tokens = _meta(4, 1024, token_dim)
+    (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in _meta(8, 2 * token_dim, dtype=dtype).chunk(2))
+    guided_affine_map(tokens[:, 3], mu, alpha, mu_ref, alpha_ref, None, 2.0, tokens[:, 3])
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def inspect(target: str, case: Case) -> dict[str, Resources]:
+    """Resources of the kernels that a case launches, by their names."""
+    found = {}
+    for compiled in compile_only(TARGETS[target], case.launch):
+        name = compiled.metadata.name.strip("_").removesuffix("_kernel")
+        used = resources(compiled)
+        found[f"{case.name} {name}"] = max(found.get(f"{case.name} {name}", used), used)
+    return found
+
+
+def compile_only(target: GPUTarget, launch: Callable[[], object]) -> list:
+    """What the launches in a function would run on a card of this kind."""
+    compiled = []
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver = triton.runtime.driver
+    previous, driver._active = driver._active, _Driver(target)
+    JITFunction.run = warm_up
+    try:
+        launch()
+    finally:
+        JITFunction.run, driver._active = run, previous
+    return compiled
+
+
+class _Driver:
+    """Of a card that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+        self.utils = self
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return str(self.target)  # kernels are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"multiprocessor_count": 132}
+
+
+def resources(compiled) -> Resources:
+    """Read off the binary."""
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    instruction = next((name for name in INSTRUCTIONS if name in assembly), "-")
+    if "cubin" in compiled.asm:
+        usage = _cuobjdump(compiled.asm["cubin"])
+        return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, instruction)
+    count = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
+    spilled = count["vgpr_spill_count"] + count["sgpr_spill_count"]
+    return Resources(count["vgpr_count"], spilled, compiled.metadata.shared, instruction)
+
+
+def _cuobjdump(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
+
+
+def inspect_all(targets: list[str], ops: list[str], workers: int) -> dict[str, dict[str, Resources]]:
+    """Resources by target and kernel, compiled by several processes."""
+    chosen = [i for i, case in enumerate(cases()) if not ops or case.op in ops]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = {target: [pool.submit(_inspect_case, target, i) for i in chosen] for target in targets}
+        return {
+            target: functools.reduce(dict.__or__, (job.result() for job in submitted), {})
+            for target, submitted in jobs.items()
+        }
+
+
+def _inspect_case(target: str, index: int) -> dict[str, Resources]:
+    return inspect(target, list(cases())[index])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table for each target, or write all of them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="all of them, unless given")
+    parser.add_argument("--op", action="append", default=[], help="all of them, unless given")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="write JSON to this file instead of printing")
+    arguments = parser.parse_args(argv)
+    table = inspect_all(arguments.target or list(TARGETS), arguments.op, arguments.workers)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"triton": triton.__version__, "resources": table}, indent=1) + "\n")
+        return
+    width = max(len(name) for rows in table.values() for name in rows)
+    for target, rows in table.items():
+        print(
+            f"{target + ', triton ' + triton.__version__:{width}}{'registers':>11}{'spilled':>9}{'shared':>9}  matrix"
+        )
+        for name, row in rows.items():
+            print(f"{name:{width}}{row.registers:11}{row.spilled:9}{row.shared:9}  {row.instruction}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""How a network's raw output becomes the log-scale a of an affine map: the activations of the common flow libraries.
+
+An affine map scales by exp(a). Each activation below says what that is, and keeps a, or at least its gradient, from
+running away. Sources: the affine transforms of zuko (softclip), nflows and normflows (softplus, sigmoid), Pyro (clamp)
+and RealNVP's scaled tanh (arXiv 1605.08803).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Scale(NamedTuple):
+    """An activation and its two numbers, as the functions of this module make it."""
+
+    kind: str = "exp"
+    first: float = 0.0
+    second: float = 0.0
+
+
+EXP = Scale()
+"""``a = raw``."""
+
+
+def softclip(bound: float) -> Scale:
+    """``a = raw / (1 + |raw / bound|)``, within the bound. zuko's ``slope`` is the bound ``-log(slope)``.
+
+    Raises:
+        ValueError: ``bound`` is not positive and finite.
+    """
+    return Scale("softclip", _positive(bound=bound))
+
+
+def softplus(offset: float = 0.0, eps: float = 1e-3) -> Scale:
+    """``exp(a) = log(1 + exp(raw + offset)) + eps``.
+
+    Raises:
+        ValueError: ``offset`` is not finite, or ``eps`` is not positive and finite.
+    """
+    return Scale("softplus", _finite(offset=offset), _positive(eps=eps))
+
+
+def sigmoid(offset: float = 2.0, eps: float = 1e-3) -> Scale:
+    """``exp(a) = 1 / (1 + exp(-raw - offset)) + eps``; an ``eps`` of zero is normflows' ``sigmoid_inv``.
+
+    Raises:
+        ValueError: ``offset`` is not finite, or ``eps`` is negative or not finite.
+    """
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number, zero or more; got {eps}")
+    return Scale("sigmoid", _finite(offset=offset), float(eps))
+
+
+def clamp(low: float, high: float) -> Scale:
+    """``a = min(max(raw, low), high)``, whose gradient is taken to be 1 outside the limits too.
+
+    Raises:
+        ValueError: ``low`` is not below ``high``, or either is not finite.
+    """
+    if not _finite(low=low) < _finite(high=high):
+        raise ValueError(f"low: expected a number below high, {high}; got {low}")
+    return Scale("clamp", float(low), float(high))
+
+
+def tanh(bound: float) -> Scale:
+    """``a / bound`` is the hyperbolic tangent of ``raw / bound``.
+
+    Raises:
+        ValueError: ``bound`` is not positive and finite.
+    """
+    return Scale("tanh", _positive(bound=bound))
+
+
+def log_scale(raw: Tensor, scale: Scale) -> Tensor:
+    """The log-scale a, in the dtype of ``raw``.
+
+    >>> log_scale(torch.tensor([-1000.0, 0.0, 1000.0]), clamp(-5.0, 3.0))
+    tensor([-5.,  0.,  3.])
+    """
+    kind, first, second = scale
+    match kind:
+        case "exp":
+            return raw
+        case "softclip":
+            return raw / (1 + torch.abs(raw / first))
+        case "softplus":
+            # PyTorch's softplus takes a shortcut from 20 on, which float64 would notice.
+            return torch.log(F.softplus(raw + first, threshold=40) + second)
+        case "sigmoid":
+            return torch.log(torch.sigmoid(raw + first) + second) if second else F.logsigmoid(raw + first)
+        case "clamp":
+            return raw.clamp(first, second).detach() + (raw - raw.detach())
+        case "tanh":
+            return first * torch.tanh(raw / first)
+
+
+def _finite(**argument: float) -> float:
+    ((name, value),) = argument.items()
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number; got {value}")
+    return float(value)
+
+
+def _positive(**argument: float) -> float:
+    ((name, value),) = argument.items()
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive, finite number; got {value}")
+    return float(value)

@@ -1,0 +1,103 @@
+"""How a kernel is cut into tiles: what the tuner found on this device, else a choice that fits any card.
+
+A configuration is the constants and launch options of one kernel, such as ``{"BLOCK_M": 128, "num_warps": 4}``. It is
+looked up by dtype, padded head dim and bucketed length, never by a raw length, so that few variants are ever compiled
+and results do not depend on what ran before. ``python -m tarflow_kernels.tune`` writes the files.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+FOLDER = Path(__file__).parent.parent / "configs"
+Config = dict[str, int]
+
+_forced: dict[str, Config] = {}
+
+
+def choose(kernel: str, key: str, fallback: Config) -> Config:
+    """The configuration of a kernel for a key, as :func:`attention_key` makes one."""
+    if kernel in _forced:
+        return _forced[kernel]
+    return tuned(kernel, device_name()).get(key, fallback)
+
+
+@contextlib.contextmanager
+def use(kernel: str, config: Config) -> Iterator[None]:
+    """Launch a kernel with one configuration, whatever the tables say: for the tuner and the inspector."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+def attention_key(tensor: Tensor, length: int) -> str:
+    """Of queries ``(B, H, N, D)`` and the number of keys.
+
+    >>> attention_key(torch.empty(2, 12, 1000, 48, dtype=torch.bfloat16), 1000)
+    'bfloat16,d64,n1024'
+    """
+    return f"{dtype_name(tensor.dtype)},d{block_of(tensor.shape[-1])},n{bucket(length)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the keys spell it: half-precision types of one size are the same to a kernel."""
+    return "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+
+
+def bucket(length: int) -> int:
+    """The power of two from 64 to 4096 that a length belongs to."""
+    return min(max(triton.next_power_of_2(length), 64), 4096)
+
+
+def block_of(head_dim: int) -> int:
+    """The head dim of the tiles that hold it."""
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
+@functools.cache
+def tuned(kernel: str, device: str | None) -> dict[str, Config]:
+    """All that the tuner found for a kernel on a device, by key."""
+    path = FOLDER / f"{kernel},{device}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@functools.cache
+def device_name() -> str | None:
+    """The device in the names of files, such as ``nvidia-h100-80gb-hbm3``; None where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-")
+    if torch.xpu.is_available():
+        return torch.xpu.get_device_name().lower().replace(" ", "-")
+    return None
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as ``torch.set_float32_matmul_precision`` says.
+
+    The ``"highest"`` is three products of tensor-core floats on NVIDIA's cards, which is as accurate to a few units
+    in the last place, and plain float32 arithmetic elsewhere.
+    """
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if on_nvidia() else "ieee"
+
+
+def on_nvidia() -> bool:
+    """Whether the target is one of NVIDIA's cards, and not AMD's, Intel's or the interpreter."""
+    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def num_multiprocessors() -> int:
+    """Of the current device; of the interpreter, one."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]

@@ -1,0 +1,235 @@
+"""What only a GPU can show: half precision, CUDA graphs, the compiler's own kernels, sizes that fill a card."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from helpers import DEVICE, randomize
+from tarflow import TarFlow, TarFlowConfig
+from tarflow.decoding.step import Step
+from tarflow_kernels import (
+    affine_forward,
+    affine_inverse,
+    causal_attention,
+    decode_attention,
+    guided_affine_inverse,
+    reference,
+    use_backend,
+)
+
+if DEVICE == "cpu":
+    pytest.skip("needs a GPU", allow_module_level=True)
+pytestmark = pytest.mark.gpu
+
+HALF = [torch.bfloat16, torch.float16]
+every_half = pytest.mark.parametrize("dtype", HALF, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
+
+
+def error(results, expected):
+    """The distance of each result from its expected value, relative to that."""
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
+
+
+def no_worse_than_torch(op, inputs, dtype):
+    """In low precision, the kernel is at most twice as far from float64 as stock PyTorch is."""
+    results = {}
+    for backend, precision in (("reference", torch.float64), ("torch", dtype), ("triton", dtype)):
+        with use_backend(backend):
+            results[backend] = op(*(t.detach().to(precision).requires_grad_() for t in inputs))
+    ours, theirs = (error(results[backend], results["reference"]) for backend in ("triton", "torch"))
+    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 48, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("length", [1, 17, 64, 113, 256, 1000, 1024])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+def test_attention_is_as_accurate_as_pytorch(dtype, length, head_dim):
+    def op(q, k, v, grad):
+        out = causal_attention(q, k, v, temperature=1.3)
+        return out, *torch.autograd.grad(out, (q, k, v), grad.detach())
+
+    if dtype == torch.float32 and head_dim > 128:
+        pytest.skip("float32 heads of more than 128 channels have no kernel")
+    qkv = torch.randn(2, length, 3, 4, head_dim).to(dtype)
+    inputs = [*qkv.permute(2, 0, 3, 1, 4), torch.randn(2, 4, length, head_dim).to(dtype)]
+    no_worse_than_torch(op, inputs, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("new", [1, 4, 16, 64, 100])
+@every_half
+def test_decoding_is_as_accurate_as_pytorch(dtype, new, rows):
+    positions = torch.randint(0, 1024 - new, (rows,), dtype=torch.int32)
+    temperature = torch.rand(rows) + 0.5
+
+    def op(q, k, v, cache_k, cache_v):
+        with torch.no_grad():
+            return [decode_attention(q, k, v, cache_k.clone(), cache_v.clone(), positions, temperature=temperature)]
+
+    inputs = [*torch.randn(3, rows, 12, new, 64).to(dtype), *torch.randn(2, rows, 12, 1024, 64).to(dtype)]
+    no_worse_than_torch(op, inputs, dtype)
+
+
+@pytest.mark.parametrize("op", [affine_forward, affine_inverse])
+@pytest.mark.parametrize("token_dim", [12, 48, 192])
+@every_half
+def test_affine_maps_round_nothing_but_gradients_of_half_precision(dtype, token_dim, op):
+    x = torch.randn(4, 1024, token_dim, requires_grad=True)
+    alpha, mu = (0.3 * torch.randn(4, 1024, 2 * token_dim)).to(dtype).requires_grad_().chunk(2, dim=-1)
+    results = {}
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            out, logdet = op(x, mu, alpha, shift=True)
+            grads = torch.autograd.grad(out.square().sum() + logdet.sum(), (x, mu, alpha))
+        results[backend] = [out, logdet, *grads]
+    for ours, theirs in zip(results["triton"], results["reference"], strict=True):
+        tolerance = 1e-2 if ours.dtype == dtype else 1e-5
+        assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_batches_beyond_a_grid_dimension():
+    q, k, v = torch.randn(3, 70_000, 1, 3, 16, dtype=torch.bfloat16)
+    x, mu, alpha = torch.randn(3, 70_000, 5)
+    for op, inputs in ((causal_attention, (q, k, v)), (affine_forward, (x, mu, alpha))):
+        expected = getattr(reference, op.__name__)(*(t.float() for t in inputs))
+        result = op(*inputs)
+        assert_close(result, expected, atol=2e-2, rtol=2e-2, check_dtype=False)
+
+
+def test_tensors_of_more_than_two_to_the_31_elements():
+    q = torch.randn(70, 8, 64, 64, dtype=torch.bfloat16)
+    wide = torch.empty(70, 2**25, dtype=torch.bfloat16)[:, -8 * 64 * 64 :].view(70, 8, 64, 64)
+    assert wide.stride(0) * 70 > 2**31
+    wide.copy_(q)
+    assert_close(causal_attention(wide, wide, wide), causal_attention(q, q, q), atol=0, rtol=0)
+    x = torch.zeros(2**17 + 1, 2**14, dtype=torch.bfloat16)
+    x[-1] = 1
+    z, logdet = affine_forward(x, x, x)
+    assert z.numel() > 2**31
+    assert_close(z[-1], torch.zeros(2**14))
+    assert_close(logdet[-2:], torch.tensor([0.0, -(2.0**14)]))
+
+
+def test_gradients_are_the_same_bit_for_bit_every_time():
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 32, 12, 1024, 64, dtype=torch.bfloat16))
+
+    def run():
+        out = causal_attention(q, k, v)
+        return torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+    first = run()
+    for _ in range(5):
+        assert_close(run(), first, atol=0, rtol=0)
+
+
+def test_one_graph_serves_every_position():
+    q, k, v = torch.randn(3, 4, 12, 1, 64, dtype=torch.bfloat16)
+    caches = torch.randn(2, 4, 12, 300, 64, dtype=torch.bfloat16)
+    positions = torch.zeros(4, dtype=torch.int32)
+    own = caches.clone()
+    out, graph = captured(lambda: decode_attention(q, k, v, *own, positions))
+    for standing in ([0, 1, 2, 3], [299, 0, 100, 17]):
+        positions.copy_(torch.tensor(standing, dtype=torch.int32))
+        own.copy_(caches)
+        graph.replay()
+        expected = reference.decode_attention(q, k, v, *caches.clone(), positions)
+        assert_close(out, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_decoding_step_is_captured_whole():
+    transformer = small_model().flow.blocks[0].transformer
+    step, eager = Step(transformer, 4), Step(transformer, 4)
+    tokens = torch.randn(4, 48)
+    with torch.no_grad():
+        (mu, alpha), graph = captured(lambda: step(tokens))
+        for i in range(6):
+            step.positions.fill_(i)
+            eager.positions.fill_(i)
+            tokens.normal_()
+            graph.replay()
+            assert_close((mu, alpha), eager(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_training_step_is_captured_whole():
+    model, x = small_model(), torch.randn(4, 3, 16, 16)
+    twin = copy.deepcopy(model)
+
+    def loss(model):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            z, logdet = model(x)
+        return z.square().mean() - logdet.mean() / model.config.num_dims
+
+    def step():
+        result = loss(model)
+        result.backward()
+        return result
+
+    result, graph = captured(step, before=lambda: model.zero_grad(set_to_none=True))
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    graph.replay()
+    expected = loss(twin)
+    expected.backward()
+    assert_close(result, expected)
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_the_whole_model_compiles_forward_and_backward_without_a_break(mode):
+    model, x = small_model(), torch.randn(4, 3, 16, 16)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, mode=mode)):
+        model.zero_grad()
+        z, logdet = run(x)
+        (z.square().mean() - logdet.mean() / model.config.num_dims).backward()
+        results.append([z.clone(), logdet.clone(), *(p.grad.clone() for p in model.parameters())])
+    assert_close(*results, atol=1e-4, rtol=1e-3)
+
+
+def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
+    seen = []
+    from tarflow_kernels import dispatch
+
+    for name, backend in itertools.product(("causal_attention", "guided_affine_inverse"), ("torch", "triton")):
+        run = dispatch._implementations[name][backend]
+        monkeypatch.setitem(
+            dispatch._implementations[name],
+            backend,
+            lambda *args, run=run, backend=backend: seen.append(backend) or run(*args),
+        )
+    half, double = torch.ones(1, 1, 2, 16, dtype=torch.bfloat16), torch.ones(1, 1, 2, 16, dtype=torch.float64)
+    causal_attention(half, half, half)
+    causal_attention(double, double, double)
+    guided_affine_inverse(*[torch.ones(2, 3)] * 5, 1.0)
+    guided_affine_inverse(*[torch.ones(2, 3, requires_grad=True)] * 5, 1.0)
+    assert seen == ["triton", "torch", "triton", "torch"]
+
+
+def small_model():
+    config = TarFlowConfig(image_size=16, in_channels=3, patch_size=4, channels=128, num_blocks=2, layers_per_block=2)
+    return randomize(TarFlow(config).cpu()).to(DEVICE)
+
+
+def captured(run, before=lambda: None):
+    """What run returned while it was recorded, and the graph; it has run before, as recording asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return result, graph

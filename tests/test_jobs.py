@@ -1,0 +1,79 @@
+"""The Triton kernels without a GPU: interpreted, and compiled for cards that are not there, each in its own process."""
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parent.parent
+INTERPRETED = ["test_kernels.py", "test_ops.py", "test_scales.py", "test_triton.py"]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """All of them, two at a time, the longest first; a test waits for its own."""
+    table = tmp_path_factory.mktemp("inspect") / "resources.json"
+    commands = {"compile": ["-m", "tarflow_kernels.inspect", "--workers", "1", "--out", table]}
+    for name in reversed(INTERPRETED):
+        commands[name] = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / name]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(_run, name, command, table) for name, command in commands.items()}
+
+
+def _run(name, command, table):
+    """What the process printed where it failed; else the table, of the one that writes it."""
+    environment = os.environ | {"TRITON_INTERPRET": "0" if name == "compile" else "1"}
+    job = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert job.returncode == 0, job.stdout[-20000:] + job.stderr[-20000:]
+    return json.loads(table.read_text()) if name == "compile" else None
+
+
+@pytest.fixture(scope="module")
+def compiled(jobs):
+    """Job B: what the inspector finds, and the committed table of what it found before."""
+    return jobs["compile"].result(), json.loads((ROOT / "tests" / "resources.json").read_text())
+
+
+@pytest.mark.parametrize("tests", INTERPRETED)
+def test_every_kernel_passes_under_the_interpreter(jobs, tests):
+    """Job A: the tests of all backends, on the Triton backend, in float32 and float64."""
+    jobs[tests].result()
+
+
+def test_kernels_take_the_registers_and_memory_that_the_table_says(compiled):
+    """After a change that is meant: python -m tarflow_kernels.inspect --out tests/resources.json."""
+    found, committed = compiled
+    if found["triton"] != committed["triton"]:
+        pytest.skip(f"the table is that of triton {committed['triton']}, and this is {triton.__version__}")
+    assert found["resources"] == committed["resources"]
+
+
+def test_no_kernel_spills_on_hopper(compiled):
+    found, _ = compiled
+    assert {name: spilled for name, (_, spilled, _, _) in found["resources"]["sm_90"].items() if spilled} == {}
+
+
+@pytest.mark.parametrize(("target", "kilobytes"), [("sm_80", 163), ("sm_90", 227), ("sm_100", 227), ("gfx942", 64)])
+def test_kernels_fit_their_cards(compiled, target, kilobytes):
+    found, _ = compiled
+    too_large = {name: row for name, row in found["resources"][target].items() if row[2] > kilobytes * 1024}
+    assert too_large == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
+)
+def test_matrices_are_multiplied_by_tensor_cores(compiled, target, instruction):
+    """By the best of each card where the published models train: heads of 64 in bfloat16."""
+    found, _ = compiled
+    rows = found["resources"][target]
+    training = [row for name, row in rows.items() if name.startswith("causal_attention bfloat16 N=1024 D=64")]
+    assert {used for *_, used in training} == {instruction}
+    attention = [row for name, row in rows.items() if "attention" in name and "merge" not in name]
+    assert "-" not in {used for *_, used in attention}
