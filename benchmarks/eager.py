@@ -23,20 +23,15 @@ def inverse(flow: TokenFlow, z: Tensor, labels: Tensor | None, guidance: Guidanc
     return z
 
 
-def loss(flow: TokenFlow, tokens: Tensor, labels: Tensor | None) -> Tensor:
-    """Negative log-likelihood in nats per dimension, up to a constant."""
-    mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
-    logdet = 0
-    for block in flow.blocks:
-        transformer = block.transformer
-        tokens = _permute(block, tokens)
-        h = _embed(block, tokens, labels) + transformer.pos_embed
-        for layer in transformer.layers:
-            h = _layer(layer, h, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        mu, alpha = (F.pad(parameter[:, :-1], (0, 0, 1, 0)) for parameter in transformer.affine_parameters(h))
-        tokens = _permute(block, (tokens - mu) * torch.exp(-alpha))
-        logdet = logdet - alpha.mean()
-    return 0.5 * tokens.square().mean() - logdet
+def forward(block: Block, tokens: Tensor, labels: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens to latents, and the log-det, attending where the dense ``mask`` ``(N, N)`` is True."""
+    transformer = block.transformer
+    tokens = _permute(block, tokens)
+    h = _embed(block, tokens, labels) + transformer.pos_embed
+    for layer in transformer.layers:
+        h = _layer(layer, h, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    mu, alpha = (F.pad(parameter[:, :-1], (0, 0, 1, 0)) for parameter in transformer.affine_parameters(h))
+    return _permute(block, (tokens - mu) * torch.exp(-alpha)), -alpha.sum((1, 2))
 
 
 def _inverse_block(block: Block, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:

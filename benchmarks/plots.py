@@ -1,0 +1,172 @@
+"""Two plots of a device, fit for a paper: its roofline, and how near each op comes to its limit."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import records
+from records import Record
+from tarflow.files import replacing
+
+DPI = 200
+_BLUE, _ORANGE, _GRAY = "#0072b2", "#d55e00", "#777777"
+_STYLE = {
+    "font.size": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 7.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
+# Two labels of a roofline are at least so far apart, in decades of the axes.
+_COLUMN, _LINE = 0.8, 0.2
+
+
+def roofline(rows: list[Record], path: Path) -> None:
+    """Operations per byte against operations per second: ours, the best other contender, and the measured ceilings."""
+    rows = _one_per_op(rows)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+        axes = figure.subplots()
+        copy, matrix = _ceilings(rows)
+        _draw_ceilings(axes, rows, copy, matrix)
+        points = []
+        for row in rows:
+            intensity, own = row["operations"] / row["bytes"], records.ours(row)
+            rate, rival = row["contenders"][own]["teraflops"], records.best_other(row, own)
+            if rival:
+                other = row["contenders"][rival]["teraflops"]
+                axes.plot([intensity] * 2, [rate, other], color=_GRAY, linewidth=0.6, zorder=2)
+                axes.plot(intensity, other, "o", color="white", markeredgecolor=_ORANGE, markersize=4.5, zorder=3)
+            axes.plot(intensity, rate, "o", color=_BLUE, markersize=4.5, zorder=4)
+            points.append((np.log10(intensity), np.log10(rate), _label(row)))
+        _label_points(axes, points, copy, matrix)
+        axes.plot([], [], "o", color=_BLUE, markersize=4.5, label="ours")
+        axes.plot([], [], "o", color="white", markeredgecolor=_ORANGE, markersize=4.5, label="best other")
+        axes.legend(frameon=False, loc="upper left")
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
+        axes.set_title(_title(rows), fontsize=8)
+        _write(figure, path)
+
+
+def limits(rows: list[Record], path: Path) -> None:
+    """Bars of the percentage of the larger of the two limits."""
+    rows = _one_per_op(rows)[::-1]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.8, 0.7 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for place, row in enumerate(rows):
+            own = records.ours(row)
+            _draw_bar(axes, place + 0.19, row, own, _BLUE)
+            rival = records.best_other(row, own)
+            if rival:
+                _draw_bar(axes, place - 0.19, row, rival, _ORANGE)
+        figure.legend(axes.patches[:2], ["ours", "best other"], frameon=False, ncols=2, loc="outside lower center")
+        axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(100, color=_GRAY, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
+        longest = max(bar.get_width() for bar in axes.patches)
+        axes.set(xlim=(0, 1.25 * max(100, longest)), ylim=(-0.5, len(rows) - 0.5))
+        axes.set(xlabel="percent of the measured copy or matrix rate, whichever limits")
+        axes.set_title(_title(rows), fontsize=8)
+        _write(figure, path)
+
+
+def _one_per_op(rows: list[Record]) -> list[Record]:
+    """The first row of each op, as the table of rows orders them; decoding once for each number of new tokens."""
+    return list({_label(row): row for row in reversed(rows)}.values())[::-1]
+
+
+def _ceilings(rows: list[Record]) -> tuple[float, float]:
+    """The latest copy rate and the fastest matrix rate, in terabytes and TFLOP/s."""
+    latest = max(rows, key=lambda row: row["measured"])["ceilings"]["copy_bytes_per_second"]
+    return latest / 1e12, max(row["ceilings"]["matrix_operations_per_second"] for row in rows) / 1e12
+
+
+def _draw_ceilings(axes: Axes, rows: list[Record], copy: float, matrix: float) -> None:
+    """The copy rate as a slope up to the matrix rate."""
+    intensities = [row["operations"] / row["bytes"] for row in rows]
+    ridge, left, right = matrix / copy, min(intensities) / 3, max(*intensities, matrix / copy) * 20
+    axes.plot([left, ridge, right], [copy * left, matrix, matrix], color="black", linewidth=1)
+    axes.text(right, matrix * 1.08, f"matrices {matrix:.3g} TFLOP/s", ha="right", va="bottom", fontsize=7.5)
+    slope = {"xy": (ridge / 6, matrix / 6), "xytext": (-6, 4), "textcoords": "offset points"}
+    axes.annotate(f"copy {1e3 * copy:.4g} GB/s", **slope, ha="right", fontsize=7.5)
+
+
+def _label_points(axes: Axes, points: list[tuple[float, float, str]], copy: float, matrix: float) -> None:
+    """Names to the right of each group of neighbouring points, below the ceiling, with a line to their point.
+
+    What multiplies is one group, since the ceiling leaves no room between its points.
+    """
+    points = sorted(points)
+    ridge = np.log10(matrix / copy)
+    apart = (i for i in range(1, len(points)) if points[i][0] - points[i - 1][0] > _COLUMN and points[i - 1][0] < ridge)
+    for start, end in pairwise([0, *apart, len(points)]):
+        column = sorted(points[start:end], key=lambda point: point[1])
+        x = max(point[0] for point in column) + 0.18
+        heights = _spread([point[1] for point in column])
+        lower = max(0.0, heights[-1] + _LINE / 2 - min(np.log10(matrix), np.log10(copy) + x))
+        for (log_x, log_y, name), height in zip(column, heights, strict=True):
+            axes.plot([10**log_x, 10**x], [10**log_y, 10 ** (height - lower)], color="0.75", linewidth=0.5, zorder=1)
+            axes.text(10 ** (x + 0.03), 10 ** (height - lower), name, va="center", fontsize=7.5)
+
+
+def _spread(heights: list[float]) -> list[float]:
+    """Ascending heights moved apart to a line's distance, staying about where they are.
+
+    >>> [round(height, 2) for height in _spread([1.0, 1.0, 3.0])]
+    [0.9, 1.1, 3.0]
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _bottom(groups[-1]) - _top(groups[-2]) < _LINE:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_bottom(group) + _LINE * i for group in groups for i in range(len(group))]
+
+
+def _bottom(group: list[float]) -> float:
+    return sum(group) / len(group) - _LINE * (len(group) - 1) / 2
+
+
+def _top(group: list[float]) -> float:
+    return _bottom(group) + _LINE * (len(group) - 1)
+
+
+def _draw_bar(axes: Axes, height: float, row: Record, contender: str, color: str) -> None:
+    percent = row["contenders"][contender]["percent_of_limit"]
+    axes.barh(height, percent, 0.34, color=color)
+    axes.annotate(
+        f"{percent:.0f} %  {contender}",
+        (percent, height),
+        xytext=(3, -0.5),
+        textcoords="offset points",
+        va="center",
+        fontsize=6.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    )
+
+
+def _label(row: Record) -> str:
+    """An op as one reads it: ``decode attention, 16 new``."""
+    new = row["shape"].get("G")
+    return row["op"].replace("_", " ").replace("affine forward backward", "affine backward") + (
+        f", {new} new" if new else ""
+    )
+
+
+def _title(rows: list[Record]) -> str:
+    latest = max(rows, key=lambda row: row["measured"])
+    machine, dtypes = latest["machine"], sorted({row["dtype"] for row in rows})
+    return f"{machine['device']}, {', '.join(dtypes)}, torch {machine['torch']}, commit {machine['commit']}"
+
+
+def _write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=DPI, format="png")

@@ -1,0 +1,231 @@
+"""A row measured is a record; records of a device are kept in one JSON file, by row.
+
+A record says where it was measured, what the row costs, the ceilings of the device, and for each contender its error,
+its times and how near it came to the larger of the two floors: bytes over the measured copy rate, operations over the
+measured matrix rate. What was not measured is there too, with the reason.
+"""
+
+import datetime
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import device as devices
+from rows import BACKENDS, OURS, Contender, Outputs, Row
+from tarflow.files import replacing
+
+FOLDER = Path(__file__).parent / "results"
+SECONDS = 1.0
+# Below this an error is rounding, and twice another's means nothing.
+_ROUNDING = 1e-6
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Measurement:
+    """A record and the times in seconds that its percentiles are of."""
+
+    record: Record
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure(row: Row, device: torch.device, seconds: float = SECONDS) -> Measurement:
+    """Check all contenders of a row, then time those that are right, in turn."""
+    torch.manual_seed(0)
+    inputs = row.draw(device)
+    expected = row.expect(inputs)
+    contenders, runs = {}, {}
+    for name, contender in row.contenders.items():
+        contenders[name], run = _prepare(contender, inputs, expected)
+        if run is not None:
+            runs[name] = devices.Timed(run, contender.context)
+    for name in _inaccurate(contenders, row.plain):
+        del runs[name]
+    if device.type == "cuda" and row.graph:
+        runs = _captured(runs, row, contenders)
+    times = devices.interleave(runs, device, seconds, row.flush)
+    times = {name: [taken / row.launches for taken in times[name]] for name in times}
+    record = _header(row, device) | {"contenders": contenders}
+    _add_times(record, times, row)
+    torch._dynamo.reset()
+    return Measurement(record, times)
+
+
+def attempt(row: Row, device: torch.device) -> Measurement:
+    """The measurement of a row, or the reason why there is none: for want of memory, say."""
+    try:
+        return measure(row, device)
+    except Exception as failure:  # the other rows go on
+        return Measurement(not_measured(row, device, f"{type(failure).__name__}: {_reason(failure, [])}"))
+
+
+def not_measured(row: Row, device: torch.device, reason: str) -> Record:
+    """The record of a row that was left out."""
+    return {**_identity(row), "machine": devices.describe(device), "not_measured": reason}
+
+
+def path_of(device: torch.device, folder: Path = FOLDER) -> Path:
+    """The file of a device."""
+    return folder / f"{devices.slug(device)}.json"
+
+
+def load(path: Path) -> Record:
+    """What is known of a device: ``rows`` by name, and what else ``gpu.py`` found."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+
+
+def update(path: Path, records: list[Record], **others: Any) -> None:
+    """Add records in place of those of the same rows; a row that is left out now keeps what it had."""
+    known = load(path)
+    for record in records:
+        if "not_measured" not in record or "contenders" not in known["rows"].get(record["name"], {}):
+            known["rows"][record["name"]] = record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(known | others, indent=1) + "\n")
+
+
+def three_digits(value: float) -> str:
+    """A positive number as one reads it, never with a power of ten.
+
+    >>> three_digits(1234.5), three_digits(12.345), three_digits(0.0012345)
+    ('1234', '12.3', '0.00123')
+    """
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def floors(record: Record) -> dict[str, float]:
+    """The least time of a row in seconds: what copying its bytes takes, and what multiplying its operations takes."""
+    ceilings = record["ceilings"]
+    return {
+        "copy": record["bytes"] / ceilings["copy_bytes_per_second"],
+        "matrix": record["operations"] / ceilings["matrix_operations_per_second"],
+    }
+
+
+def ours(record: Record) -> str | None:
+    """The contender that a user of the device gets, where it was timed."""
+    timed = [name for name, result in record.get("contenders", {}).items() if "p50" in result]
+    return next((name for name in BACKENDS if name in timed), None)
+
+
+def best_other(record: Record, name: str) -> str | None:
+    """The fastest of the other contenders; one of ours is compared with none of ours."""
+    medians = {
+        other: result["p50"]
+        for other, result in record["contenders"].items()
+        if "p50" in result and other != name and not (name in OURS and other in OURS)
+    }
+    return min(medians, key=medians.get) if medians else None
+
+
+def _identity(row: Row) -> Record:
+    return {
+        "name": row.name,
+        "op": row.op,
+        "model": row.model,
+        "shape": row.shape,
+        "dtype": str(row.dtype).removeprefix("torch."),
+        "bytes": row.bytes,
+        "operations": row.operations,
+        "note": row.note,
+    }
+
+
+def _header(row: Row, device: torch.device) -> Record:
+    record = {
+        **_identity(row),
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": devices.describe(device),
+        "ceilings": {
+            "copy_bytes_per_second": devices.copy_rate(device),
+            "matrix_operations_per_second": devices.matrix_rate(device, row.dtype),
+        },
+        "checked_against": row.exact,
+    }
+    limits = floors(record)
+    return record | {"bound": max(limits, key=limits.get), "floor_seconds": max(limits.values())}
+
+
+def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Record, Callable[[], Outputs] | None]:
+    """Its error and what to time, or why it cannot be had."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with contender.context():
+                run = contender.prepare(inputs)
+                error = relative_error(run(), expected)
+        except Exception as failure:  # whatever a compiler or a driver may throw, the other contenders go on
+            return {"unavailable": _reason(failure, [str(warning.message) for warning in caught])}, None
+    return {"error": error}, run
+
+
+def relative_error(outputs: Outputs, expected: Outputs) -> float:
+    """The largest of ``|out - expected| / |expected|`` over the outputs, in Euclidean norm."""
+    return max(_relative_error(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+def _relative_error(output: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> float:
+    if isinstance(output, Tensor):
+        output, expected = [output], [expected]
+    difference = sum((a.to(b.dtype) - b).square().sum() for a, b in zip(output, expected, strict=True))
+    return (difference / sum(b.square().sum() for b in expected)).sqrt().item()
+
+
+def _inaccurate(contenders: dict[str, Record], plain: str) -> list[str]:
+    """Mark who is wrong: of ours, more than twice the error of plain torch; of the others, ten times."""
+    wrong = []
+    for name, entry in contenders.items():
+        allowed = max((2 if name in OURS else 10) * contenders[plain].get("error", _ROUNDING), _ROUNDING)
+        if "error" in entry and not entry["error"] <= allowed:
+            entry["inaccurate"] = f"error {entry['error']:.1e}, of which {allowed:.1e} is allowed"
+            wrong.append(name)
+    return wrong
+
+
+def _captured(runs: dict[str, devices.Timed], row: Row, contenders: dict[str, Record]) -> dict[str, devices.Timed]:
+    """Each contender as a CUDA graph where it can be one; who cannot says so."""
+    graphs = {}
+    for name, run in runs.items():
+        if not row.contenders[name].graph:
+            contenders[name]["note"] = "launched kernel by kernel, for want of a CUDA graph"
+            graphs[name] = run
+            continue
+        try:
+            graphs[name] = devices.captured(run)
+        except Exception as failure:  # the others go on
+            contenders[name]["unavailable"] = f"in a CUDA graph: {_reason(failure, [])}"
+    return graphs
+
+
+def _add_times(record: Record, times: dict[str, list[float]], row: Row) -> None:
+    for name, taken in times.items():
+        entry = record["contenders"][name]
+        entry |= {**devices.percentiles(taken), "rounds": len(taken)}
+        entry["percent_of_limit"] = 100 * record["floor_seconds"] / entry["p50"]
+        entry["gigabytes_per_second"] = record["bytes"] / entry["p50"] / 1e9
+        entry["teraflops"] = record["operations"] / entry["p50"] / 1e12
+        if row.images:
+            entry["images_per_second"] = row.images / entry["p50"]
+    for name in times:
+        rival = best_other(record, name)
+        if rival:
+            entries = record["contenders"]
+            entries[name]["ratio_to_best_other"] = entries[rival]["p50"] / entries[name]["p50"]
+
+
+def _reason(failure: Exception, warned: list[str]) -> str:
+    """The first sentence of an error, and what PyTorch warned of when a kernel does not fit."""
+    lines = [line for line in (str(failure) or repr(failure)).splitlines() if line.strip()]
+    # For each backend it warns that it is not used; of those that were never asked for, because they are disabled.
+    hints = [text.partition(" (Triggered")[0] for text in warned if not re.search("not used because|disabled", text)]
+    return "; ".join([lines[0].partition(". ")[0], *hints[-1:]])[:300]

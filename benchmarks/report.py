@@ -1,0 +1,265 @@
+"""Tables and plots of what was measured, from ``benchmarks/results/*.json``.
+
+    python benchmarks/report.py
+
+Prints the tables as markdown, puts each between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` where a
+file has such a pair, and draws ``docs/roofline-<device>.png`` and ``docs/limits-<device>.png``.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+import plots
+import records
+from records import Record, three_digits
+from targets import TARGETS
+
+ROOT = Path(__file__).resolve().parents[1]
+MISSING = "not measured"
+Results = dict[str, Record]
+
+
+def main() -> None:
+    """Read, print, splice, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=records.FOLDER)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the plots")
+    pages = [ROOT / "README.md", ROOT / "kernels" / "README.md"]
+    parser.add_argument("--pages", type=Path, nargs="*", default=pages, help="files that have markers")
+    arguments = parser.parse_args()
+    results = {path.stem: records.load(path) for path in sorted(arguments.results.glob("*.json"))}
+    if not results:
+        parser.error(f"--results: no *.json in {arguments.results}")
+    tables = {name: table(results) for name, table in TABLES.items()}
+    for name, text in tables.items():
+        print(f"<!-- benchmarks:{name} -->\n{text}\n<!-- /benchmarks:{name} -->\n")
+    for page in arguments.pages:
+        page.write_text(splice(page.read_text(), tables))
+    for device, result in results.items():
+        measured = measured_rows(result)
+        if measured:
+            plots.roofline(measured, arguments.docs / f"roofline-{device}.png")
+            plots.limits(measured, arguments.docs / f"limits-{device}.png")
+
+
+def splice(page: str, tables: dict[str, str]) -> str:
+    """Put the tables between their markers.
+
+    >>> print(splice("a <!-- benchmarks:x --> b <!-- /benchmarks:x --> c", {"x": "new", "y": "unused"}))
+    a <!-- benchmarks:x -->
+    new
+    <!-- /benchmarks:x --> c
+    """
+    for name, table in tables.items():
+        begin, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        page = pattern.sub(lambda _, text=f"{begin}\n{table}\n{end}": text, page)
+    return page
+
+
+def measured_rows(result: Record) -> list[Record]:
+    """The rows of a device in which something was timed."""
+    return [row for row in result["rows"].values() if records.ours(row)]
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def ops(results: Results) -> str:
+    """Each op: ours, how near it comes to the limit of the device, and the best other contender."""
+    head = ("op", "shape", "ours", "20 % to 80 %", "rate", "of the limit", "best other", "ratio")
+    return _by_device(results, head, _op_cells, lambda row: not _is_model(row))
+
+
+def models(results: Results) -> str:
+    """Whole models: every contender."""
+    head = ("", "contender", "median", "20 % to 80 %", "images/s", "of the limit", "ratio to best other")
+    return _by_device(results, head, _model_cells, _is_model)
+
+
+def contenders(results: Results) -> str:
+    """The medians of all contenders, and why some have none."""
+    parts = []
+    for result in results.values():
+        rows = [row for row in result["rows"].values() if not _is_model(row)]
+        names = list(dict.fromkeys(name for row in rows for name in row.get("contenders", ())))
+        cells = [[f"{row['op']}, {_shape(row)}", *(_median(row, name) for name in names)] for row in rows]
+        reasons = _reasons(rows)
+        parts.append(f"{_where(result)}\n\n{_table(('median in ms', *names), cells)}{reasons}")
+    return "\n\n".join(parts)
+
+
+def profiles(results: Results) -> str:
+    """The most expensive kernels of a training step and of a decoding step."""
+    parts = []
+    for result in results.values():
+        for name, profile in result.get("profiles", {}).items():
+            if "unavailable" in profile:
+                parts.append(f"{name}: {MISSING} ({profile['unavailable']})")
+                continue
+            cells = [
+                (f"{kernel['share']:.1%}", _milliseconds(kernel["seconds"]), f"{kernel['calls']:.0f}", kernel["name"])
+                for kernel in profile["kernels"]
+            ]
+            title = (
+                f"A {name} on {result['profiles_machine']['device']}, {_milliseconds(profile['seconds'])} in kernels:"
+            )
+            parts.append(f"{title}\n\n{_table(('share', 'time', 'calls', 'kernel'), cells)}")
+    return "\n\n".join(parts) or MISSING
+
+
+def targets(results: Results) -> str:
+    """What the kernels are meant to reach on an H100, in bfloat16, and what they reach on each GPU."""
+    gpus = [result for result in results.values() if _is_gpu(result)]
+    columns = [_machine(result)["device"] for result in gpus] or ["H100"]
+    cells = []
+    for target in TARGETS:
+        found = [target.verdict(result["rows"].values()) for result in gpus] or [None]
+        cells.append([target.name, target.required, *(verdict or MISSING for verdict in found)])
+    return _table(("target, bfloat16", "required", *columns), cells)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "targets": targets,
+    "ops": ops,
+    "models": models,
+    "contenders": contenders,
+    "profiles": profiles,
+}
+
+
+# Cells ----------------------------------------------------------------------------------------------------------------
+
+
+def _by_device(
+    results: Results, head: tuple[str, ...], cells: Callable[[Record], list], keep: Callable[[Record], bool]
+) -> str:
+    parts = []
+    for result in results.values():
+        rows = [line for row in result["rows"].values() if keep(row) for line in cells(row)]
+        parts.append(f"{_where(result)}\n\n{_table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _op_cells(row: Record) -> list[list[str]]:
+    own = records.ours(row)
+    if own is None:
+        return [[row["op"], _shape(row), *[MISSING] * 6]]
+    result, rival = row["contenders"][own], records.best_other(row, own)
+    return [
+        [
+            row["op"],
+            _shape(row),
+            f"{_milliseconds(result['p50'])} ({own})",
+            _spread(result),
+            _rate(row, result),
+            f"{result['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{_milliseconds(row['contenders'][rival]['p50'])} ({rival})" if rival else MISSING,
+            f"{result['ratio_to_best_other']:.2f}" if rival else MISSING,
+        ]
+    ]
+
+
+def _model_cells(row: Record) -> list[list[str]]:
+    what = f"{row['op']}, {_shape(row)}{'; ' + row['note'] if row['note'] else ''}"
+    if "contenders" not in row:
+        return [[what, "", *[MISSING] * 5]]
+    lines = []
+    for name, result in row["contenders"].items():
+        if "p50" in result:
+            ratio = result.get("ratio_to_best_other")
+            cells = [
+                _milliseconds(result["p50"]),
+                _spread(result),
+                three_digits(result["images_per_second"]),
+                f"{result['percent_of_limit']:.0f} % ({row['bound']})",
+                f"{ratio:.2f}" if ratio else MISSING,
+            ]
+        else:
+            cells = [MISSING] * 5
+        lines.append([what, name, *cells])
+        what = ""
+    return lines
+
+
+def _reasons(rows: list[Record]) -> str:
+    """Why contenders have no times, a line each."""
+    found = {
+        f"{name}: {reason}": None
+        for row in rows
+        for name, result in row.get("contenders", {}).items()
+        if (reason := result.get("unavailable") or result.get("inaccurate"))
+    } | {f"{row['name']}: {row['not_measured']}": None for row in rows if "not_measured" in row}
+    return "\n\nNot measured:\n" + "".join(f"\n- {line}" for line in found) if found else ""
+
+
+def _median(row: Record, name: str) -> str:
+    """In milliseconds; a dash where the op has no such contender."""
+    if "contenders" not in row:
+        return MISSING
+    if name not in row["contenders"]:
+        return "–"
+    taken = row["contenders"][name].get("p50")
+    return three_digits(1e3 * taken) if taken else MISSING
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{three_digits(1e3 * seconds)} ms"
+
+
+def _spread(result: Record) -> str:
+    return f"{_milliseconds(result['p20'])[:-3]} to {_milliseconds(result['p80'])}"
+
+
+def _rate(row: Record, result: Record) -> str:
+    if row["bound"] == "copy":
+        return f"{three_digits(result['gigabytes_per_second'])} GB/s"
+    return f"{three_digits(result['teraflops'])} TFLOP/s"
+
+
+def _shape(row: Record) -> str:
+    sizes = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+    return f"{row['model']}, {sizes}, {row['dtype']}"
+
+
+def _is_model(row: Record) -> bool:
+    return row["op"] in ("training step", "guided sampling")
+
+
+def _is_gpu(result: Record) -> bool:
+    return "threads" not in _machine(result)["driver"]
+
+
+def _machine(result: Record) -> Record:
+    """Where the rows were measured, the latest of them."""
+    return max(result["rows"].values(), key=lambda row: row.get("measured", ""))["machine"]
+
+
+def _where(result: Record) -> str:
+    """The device, its software and its ceilings."""
+    machine = _machine(result)
+    text = (
+        f"{machine['device']}, {'driver ' if _is_gpu(result) else ''}{machine['driver']}, torch {machine['torch']}, "
+        f"triton {machine['triton']}, commit {machine['commit']}"
+    )
+    rows = sorted((row for row in result["rows"].values() if "ceilings" in row), key=lambda row: row["measured"])
+    if not rows:
+        return text
+    copy = rows[-1]["ceilings"]["copy_bytes_per_second"] / 1e9
+    matrices = {row["dtype"]: row["ceilings"]["matrix_operations_per_second"] / 1e12 for row in rows}
+    rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in matrices.items())
+    return f"{text}. Measured limits: copy {copy:.4g} GB/s; matrices {rates}."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    main()
