@@ -3,7 +3,7 @@
 import torch
 from hypothesis import Phase, settings
 
-from helpers import BACKENDS, INTERPRETED
+from helpers import BACKENDS, DEVICE, INTERPRETED
 
 # The tensors here are tiny: a second thread costs more than it gives, the more so on a busy machine.
 torch.set_num_threads(1)
@@ -14,7 +14,9 @@ settings.register_profile("tarflow", deadline=None, derandomize=True)
 settings.register_profile(
     "interpreter", settings.get_profile("tarflow"), max_examples=50, phases=[Phase.explicit, Phase.generate]
 )
-settings.load_profile("interpreter" if INTERPRETED else "tarflow")
+# On a GPU every other example is compiled first.
+settings.register_profile("gpu", settings.get_profile("tarflow"), max_examples=12)
+settings.load_profile("interpreter" if INTERPRETED else "tarflow" if DEVICE == "cpu" else "gpu")
 
 # Where no kernel runs: test_jobs.py has it collected in a process that interprets them.
 collect_ignore = [] if "triton" in BACKENDS else ["test_triton.py"]

@@ -253,7 +253,7 @@ def test_temperatures_may_be_more_precise_than_queries(low, backend):
     assert_close((attended, decoded), (expected, expected), atol=0.05, rtol=0.05)
 
 
-@settings(max_examples=150)
+@settings(max_examples=settings.default.max_examples * 3 // 2)
 @given(
     backend=st.sampled_from(BACKENDS),
     shape=st.tuples(BATCHES, HEADS, LENGTHS, HEAD_DIMS),

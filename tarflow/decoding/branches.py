@@ -44,14 +44,15 @@ class Branches:
         """``(rows, ...)`` viewed as ``(branches, B, ...)``."""
         return rows.view(-1, self.batch, *rows.shape[1:])
 
-    def affine_inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, i: int) -> Tensor:
-        """``x = z exp(alpha) + mu`` for the latents z ``(B, D)`` of token i, guided where asked for."""
+    def affine_inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, i: int, out: Tensor) -> None:
+        """Write ``x = z exp(alpha) + mu`` for the latents z ``(B, D)`` of token i, guided where asked for."""
         if self.guidance is None:
-            return affine_inverse(z, mu, alpha)[0]
+            out.copy_(affine_inverse(z, mu, alpha)[0])
+            return
         mu, mu_ref = mu[: self.batch], mu[self.batch :]
         alpha, alpha_ref = alpha[: self.batch], alpha[self.batch :]
         if self.guidance.parameters == "alpha":
             mu_ref = mu
         elif self.guidance.parameters == "mu":
             alpha_ref = alpha
-        return guided_affine_inverse(z, mu, alpha, mu_ref, alpha_ref, self.weights[i])
+        guided_affine_inverse(z, mu, alpha, mu_ref, alpha_ref, self.weights[i], out=out)

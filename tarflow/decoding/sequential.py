@@ -21,14 +21,14 @@ def sequential(
     """Latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in the order in which the block generates."""
     batch, num_tokens, token_dim = z.shape
     branches = Branches(transformer, batch, num_tokens, labels, guidance)
-    x = z.clone()
+    x = z.to(torch.promote_types(z.dtype, torch.float32), copy=True)
     step = Step(transformer, branches.rows, branches.context, branches.temperature)
-    tokens = z.new_empty(branches.rows, token_dim)
+    tokens = step.embedding.new_empty(branches.rows, token_dim)
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False), without_onednn(step.hidden):
         for i in range(num_tokens - 1):
             branches.split(tokens).copy_(x[:, i])
             step.positions.fill_(i)
             mu, alpha = step(tokens)
-            x[:, i + 1] = branches.affine_inverse(z[:, i + 1], mu, alpha, i + 1)
+            branches.affine_inverse(z[:, i + 1], mu, alpha, i + 1, out=x[:, i + 1])
     return x
