@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch, reference
 from .checks import check_floating, check_same_shape
-from .scales import EXP, Scale, log_scale
+from .scales import EXP, Scale
 
 
 def affine_forward(
@@ -150,23 +150,17 @@ def _reference_guided_affine_inverse(z, mu, alpha, mu_ref, alpha_ref, per_token,
 def _torch_affine_forward(
     x: Tensor, mu: Tensor, alpha: Tensor, shift: bool, *scale: str | float
 ) -> tuple[Tensor, Tensor]:
-    if not shift:
-        x, mu, alpha = _in_full_precision(x, mu, alpha)
-        a = log_scale(alpha, Scale(*scale))
-        return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
-    tail, logdet = _torch_affine_forward(x[:, 1:], mu[:, :-1], alpha[:, :-1], False, *scale)
-    return torch.cat((x[:, :1].to(tail.dtype), tail), dim=1), logdet
+    x, mu, alpha = _in_full_precision(x, mu, alpha)
+    mu, a = reference.parameters(mu, alpha, shift, Scale(*scale))
+    return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
 
 
 def _torch_affine_inverse(
     z: Tensor, mu: Tensor, alpha: Tensor, shift: bool, *scale: str | float
 ) -> tuple[Tensor, Tensor]:
-    if not shift:
-        z, mu, alpha = _in_full_precision(z, mu, alpha)
-        a = log_scale(alpha, Scale(*scale))
-        return torch.addcmul(mu, z, torch.exp(a)), _sum_per_sample(a)
-    tail, logdet = _torch_affine_inverse(z[:, 1:], mu[:, :-1], alpha[:, :-1], False, *scale)
-    return torch.cat((z[:, :1].to(tail.dtype), tail), dim=1), logdet
+    z, mu, alpha = _in_full_precision(z, mu, alpha)
+    mu, a = reference.parameters(mu, alpha, shift, Scale(*scale))
+    return torch.addcmul(mu, z, torch.exp(a)), _sum_per_sample(a)
 
 
 def _torch_guided_affine_inverse(

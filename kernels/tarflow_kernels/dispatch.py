@@ -57,11 +57,15 @@ def register(
     arguments is opaque to autograd and to the compiler, and must bring ``fake``.
     """
     name = schema.partition("(")[0]
+
+    def run(*args):
+        return _run(name, *args)
+
     _library.define(schema)
     if fake is None:
-        _library.impl(name, functools.partial(_run, name), "CompositeImplicitAutograd")
+        _library.impl(name, run, "CompositeImplicitAutograd")
     else:
-        _library.impl(name, functools.partial(_run, name), "CompositeExplicitAutograd")
+        _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tarflow::{name}", fake, lib=_library)
         _opaque.add(name)
     _implementations[name] = implementations
@@ -76,12 +80,17 @@ def register_kernel(schema: str, *, module: str, fake: Callable) -> Callable:
     name = schema.partition("(")[0]
 
     def launch(*args):
-        return getattr(importlib.import_module(f".triton.{module}", __package__), name)(*args)
+        return _launcher(module, name)(*args)
 
     _library.define(schema)
     _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tarflow::{name}", fake, lib=_library)
     return getattr(torch.ops.tarflow, name).default
+
+
+@functools.cache
+def _launcher(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f".triton.{module}", __package__), name)
 
 
 def call(name: str, *args):

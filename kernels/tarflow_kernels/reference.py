@@ -49,7 +49,7 @@ def affine_forward(
     x: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False, scale: Scale = EXP
 ) -> tuple[Tensor, Tensor]:
     """``z = (x - mu) exp(-a)``, ``logdet = -sum a``, with ``a`` the log-scale that ``scale`` makes of alpha."""
-    mu, a = _parameters(mu, alpha, shift, scale)
+    mu, a = parameters(mu, alpha, shift, scale)
     return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
 
 
@@ -57,7 +57,7 @@ def affine_inverse(
     z: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False, scale: Scale = EXP
 ) -> tuple[Tensor, Tensor]:
     """``x = z exp(a) + mu``, ``logdet = sum a``, with ``a`` the log-scale that ``scale`` makes of alpha."""
-    mu, a = _parameters(mu, alpha, shift, scale)
+    mu, a = parameters(mu, alpha, shift, scale)
     return z * torch.exp(a) + mu, _sum_per_sample(a)
 
 
@@ -72,6 +72,12 @@ def guided_affine_inverse(
     return z * torch.exp(guided_alpha) + guided_mu
 
 
+def parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
+    """mu and the log-scale a of every element, of the token before where ``shift``."""
+    a = log_scale(alpha, scale)
+    return (_shift(mu), _shift(a)) if shift else (mu, a)
+
+
 def per_token(weight: Tensor, tokens: Tensor) -> Tensor:
     """A weight ``()``, ``(N,)`` or ``(B, N)``, viewed so that it broadcasts against tokens ``(B, N, ...)``."""
     return weight.reshape(*weight.shape, *[1] * (tokens.dim() - 2))
@@ -83,11 +89,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, temperature: float | 
         temperature = temperature.reshape(-1, 1, 1, 1)
     logits = (q @ k.transpose(-1, -2)) * scale / temperature
     return logits.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v
-
-
-def _parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
-    a = log_scale(alpha, scale)
-    return (_shift(mu), _shift(a)) if shift else (mu, a)
 
 
 def _shift(parameter: Tensor) -> Tensor:
