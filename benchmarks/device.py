@@ -153,7 +153,9 @@ def _driver() -> str:
 
 def _commit() -> str:
     here = ("git", "-C", str(Path(__file__).parent))
-    changed = " with changes" if _output(*here, "status", "--porcelain", "-uno") not in ("", "unknown") else ""
+    # Results, plots and the tables made of them are no part of what is measured.
+    code = ("--", ":/", ":(exclude,top)benchmarks/results", ":(exclude,top)docs", ":(exclude,top,glob)**/*.md")
+    changed = " with changes" if _output(*here, "status", "--porcelain", "-uno", *code) not in ("", "unknown") else ""
     return _output(*here, "rev-parse", "--short", "HEAD") + changed
 
 

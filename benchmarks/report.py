@@ -78,9 +78,9 @@ def ops(results: Results) -> str:
 
 
 def models(results: Results) -> str:
-    """Whole models: every contender."""
+    """Whole models: every contender that ran, and why the others did not."""
     head = ("", "contender", "median", "20 % to 80 %", "images/s", "of the limit", "ratio to best other")
-    return _by_device(results, head, _model_cells, _is_model)
+    return _by_device(results, head, _model_cells, _is_model, _reasons)
 
 
 def contenders(results: Results) -> str:
@@ -138,12 +138,17 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def _by_device(
-    results: Results, head: tuple[str, ...], cells: Callable[[Record], list], keep: Callable[[Record], bool]
+    results: Results,
+    head: tuple[str, ...],
+    cells: Callable[[Record], list],
+    keep: Callable[[Record], bool],
+    below: Callable[[list[Record]], str] = lambda rows: "",
 ) -> str:
     parts = []
     for result in results.values():
-        rows = [line for row in result["rows"].values() if keep(row) for line in cells(row)]
-        parts.append(f"{_where(result)}\n\n{_table(head, rows)}")
+        rows = [row for row in result["rows"].values() if keep(row)]
+        lines = [line for row in rows for line in cells(row)]
+        parts.append(f"{_where(result)}\n\n{_table(head, lines)}{below(rows)}")
     return "\n\n".join(parts)
 
 
@@ -172,17 +177,16 @@ def _model_cells(row: Record) -> list[list[str]]:
         return [[what, "", *[MISSING] * 5]]
     lines = []
     for name, result in row["contenders"].items():
-        if "p50" in result:
-            ratio = result.get("ratio_to_best_other")
-            cells = [
-                _milliseconds(result["p50"]),
-                _spread(result),
-                three_digits(result["images_per_second"]),
-                f"{result['percent_of_limit']:.0f} % ({row['bound']})",
-                f"{ratio:.2f}" if ratio else MISSING,
-            ]
-        else:
-            cells = [MISSING] * 5
+        if "p50" not in result:
+            continue
+        ratio = result.get("ratio_to_best_other")
+        cells = [
+            _milliseconds(result["p50"]),
+            _spread(result),
+            three_digits(result["images_per_second"]),
+            f"{result['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{ratio:.2f}" if ratio else MISSING,
+        ]
         lines.append([what, name, *cells])
         what = ""
     return lines
