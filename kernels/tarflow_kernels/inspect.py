@@ -68,9 +68,8 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         head_dims = (16, 32, 64, 128, 256) if dtype == torch.bfloat16 else (16, 32, 64, 128)
         for head_dim in head_dims:
-            yield Case(
-                "causal_attention", dtype, f"N=1024 D={head_dim}", lambda t=dtype, d=head_dim: _attend(t, 1024, d)
-            )
+            launch = functools.partial(_attend, dtype, 1024, head_dim)
+            yield Case("causal_attention", dtype, f"N=1024 D={head_dim}", launch)
         for head_dim in (64, 128):
             for new, rows in ((1, 64), (64, 64), (1, 1)):
                 launch = functools.partial(_decode, dtype, rows, new, head_dim)
@@ -78,7 +77,17 @@ def cases() -> Iterator[Case]:
         for token_dim in (12, 48):
             yield Case("affine", dtype, f"N=1024 D={token_dim}", functools.partial(_affine, dtype, token_dim, EXP))
             yield Case("guided_affine", dtype, f"N=1024 D={token_dim}", functools.partial(_guide, dtype, token_dim))
-    yield Case("causal_attention", torch.bfloat16, "N=1000 D=48", lambda: _attend(torch.bfloat16, 1000, 48))
+    # A ragged end, padded heads, and sizes of one, which Triton compiles as constants.
+    for dtype, length, head_dim in (
+        (torch.bfloat16, 1000, 48),
+        (torch.bfloat16, 1000, 96),
+        (torch.float32, 1000, 96),
+        (torch.bfloat16, 1, 16),
+    ):
+        shape = f"N={length} D={head_dim}"
+        yield Case("causal_attention", dtype, shape, functools.partial(_attend, dtype, length, head_dim))
+    yield Case("decode_attention", torch.bfloat16, "B=64 G=64 D=256", lambda: _decode(torch.bfloat16, 64, 64, 256))
+    yield Case("affine", torch.float32, "N=1024 D=1", lambda: _affine(torch.float32, 1, EXP))
     for scale in (softclip(5.0), softplus(), sigmoid(), clamp(-5.0, 3.0), tanh(2.0)):
         launch = functools.partial(_affine, torch.float32, 48, scale)
         yield Case("affine", torch.float32, f"N=1024 D=48 {scale.kind}", launch)

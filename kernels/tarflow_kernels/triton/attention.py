@@ -302,7 +302,7 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
 # By phase and bytes per element: the configuration up to a head dim. Those of float32 keep three products in registers.
 _FALLBACKS = {
     ("forward", 2): {64: _config(128, 64, 4, 2), 128: _config(64, 64, 4, 2), 256: _config(64, 32, 8, 2)},
-    ("forward", 4): {32: _config(64, 32, 4, 2), 64: _config(64, 32, 8, 2), 128: _config(32, 32, 8, 1)},
+    ("forward", 4): {32: _config(64, 32, 4, 2), 64: _config(64, 32, 8, 2), 128: _config(16, 16, 4, 1)},
     ("backward_queries", 2): {128: _config(64, 32, 4, 2), 256: _config(32, 16, 8, 1)},
     ("backward_queries", 4): {
         16: _config(64, 32, 4, 1),

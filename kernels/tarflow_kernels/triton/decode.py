@@ -178,7 +178,7 @@ def decode_attention(
         return out
     capacity = cache_k.shape[2]
     block_d = configs.block_of(head_dim)
-    block_g = min(max(triton.next_power_of_2(new), 16), 64 if q.element_size() == 2 else 16)
+    block_g = min(max(triton.next_power_of_2(new), 16), 64 if q.element_size() == 2 and block_d <= 128 else 16)
     key = configs.attention_key(q, capacity)
     config = configs.choose("decode_attention", key, fallback(q.element_size(), block_d))
     blocks = batch * heads * triton.cdiv(new, block_g)
