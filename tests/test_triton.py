@@ -3,6 +3,7 @@
 Collected where they run: on a GPU, or under the interpreter, in the process that test_jobs.py starts.
 """
 
+import contextlib
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 
 from helpers import DEVICE, draw, on_device, tarflow  # noqa: F401
 from tarflow import Guidance
-from tarflow_kernels import affine_forward, causal_attention, decode_attention, use_backend
+from tarflow_kernels import affine_forward, causal_attention, decode_attention, dispatch, use_backend
 from tarflow_kernels.triton import configs, decode
 from tarflow_kernels.triton.tiles import head_of, tile_pointers
 
@@ -124,6 +125,22 @@ def _offsets_kernel(Anchor, Out, strides, batch, head, start):
     tl.store(Out + places, pointers.to(tl.int64) - Anchor.to(tl.int64))
 
 
+def test_kernels_are_registered_as_they_behave():
+    """What a compiler is told of shapes, strides, dtypes and mutation is what happens."""
+    heads = draw(0, 4, 2, 3, 5, 16, dtype=DTYPE)
+    tokens, (alpha, mu) = draw(1, 2, 5, 6, dtype=DTYPE), draw(2, 2, 5, 12, dtype=DTYPE).chunk(2, dim=-1)
+    lse, logdet, tau = draw(3, 2, 3, 5, dtype=DTYPE), draw(4, 2, dtype=DTYPE), torch.ones(2)
+    exp = ("exp", 0.0, 0.0)
+    for name, args in {
+        "causal_attention_forward": (*heads[:3], tau, 0.3),
+        "causal_attention_backward": (*heads, heads[0], lse, None, 0.3),
+        "affine_map": (tokens, mu, alpha, True, False, *exp),
+        "affine_map_backward": (tokens, logdet, tokens, alpha, DTYPE, DTYPE, True, False, *exp),
+        "guided_affine_map": (tokens, mu, alpha, mu, alpha, None, 2.0, torch.empty_like(tokens)),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.tarflow, name).default, args)
+
+
 def test_results_are_the_same_bit_for_bit_every_time():
     inputs = [t.requires_grad_() for t in draw(0, 3, 2, 2, 100, 32, dtype=torch.float32)]
 
@@ -168,10 +185,13 @@ def test_a_model_trains_and_samples_as_on_the_reference(guidance):
     assert_close(results["triton"], results["reference"], atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_compiles_whole_on_the_kernels():
+@pytest.mark.parametrize("forced", [True, False], ids=["forced", "picked by the device"])
+def test_a_model_compiles_whole_on_the_kernels(forced, monkeypatch):
+    """A backend asked for by name is traced into; the compiler meets registered ops otherwise."""
+    monkeypatch.setattr(dispatch, "_pick", lambda name, args: "triton")
     x, labels = draw(0, 2, 1, 4, 4, dtype=torch.float32), torch.tensor([0, 1])
     results = []
-    with use_backend("triton"):
+    with use_backend("triton") if forced else contextlib.nullcontext():
         for compile in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
             model = tarflow(num_classes=2, num_blocks=2, dtype=torch.float32).to(DEVICE)
             z, logdet = compile(model)(x, labels)

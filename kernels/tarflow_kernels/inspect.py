@@ -57,11 +57,6 @@ class Case(NamedTuple):
     shape: str
     launch: Callable[[], object]
 
-    @property
-    def name(self) -> str:
-        """As the table calls it."""
-        return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.shape}"
-
 
 def cases() -> Iterator[Case]:
     """Every kernel in every variant that differs in more than a number."""
@@ -139,9 +134,10 @@ def inspect(target: str, case: Case) -> dict[str, Resources]:
     """Resources of the kernels that a case launches, by their names."""
     found = {}
     for compiled in compile_only(TARGETS[target], case.launch):
-        name = compiled.metadata.name.strip("_").removesuffix("_kernel")
+        kernel = compiled.metadata.name.removeprefix("_").removesuffix("_kernel")
+        name = f"{kernel} {str(case.dtype).removeprefix('torch.')} {case.shape}"
         used = resources(compiled)
-        found[f"{case.name} {name}"] = max(found.get(f"{case.name} {name}", used), used)
+        found[name] = max(found.get(name, used), used)
     return found
 
 

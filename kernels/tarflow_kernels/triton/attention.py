@@ -23,7 +23,7 @@ from .tiles import accumulate, accumulator, base_2, head_of, load_tile, logit_fa
 
 
 @triton.jit
-def _forward_kernel(
+def _causal_attention_forward_kernel(
     Q,
     K,
     V,
@@ -75,7 +75,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_queries_kernel(
+def _causal_attention_backward_queries_kernel(
     Q,
     K,
     V,
@@ -139,7 +139,7 @@ def _backward_queries_kernel(
 
 
 @triton.jit
-def _backward_keys_kernel(
+def _causal_attention_backward_keys_kernel(
     Q,
     K,
     V,
@@ -227,7 +227,15 @@ def causal_attention_forward(
     """Output ``(B, H, N, D)``, laid out as ``(B, N, H, D)``, and the log-sum-exp in base 2, ``(B, H, N)``."""
     out, lse = empty_forward(q, k, v, temperature, scale)
     strides = (q.stride(), k.stride(), v.stride(), out.stride())
-    _launch("forward", _forward_kernel, "BLOCK_M", (q, k, v, out, lse, temperature), strides, temperature, scale)
+    _launch(
+        "forward",
+        _causal_attention_forward_kernel,
+        "BLOCK_M",
+        (q, k, v, out, lse, temperature),
+        strides,
+        temperature,
+        scale,
+    )
     return out, lse
 
 
@@ -241,7 +249,7 @@ def causal_attention_backward(
     inputs = (q.stride(), k.stride(), v.stride())
     _launch(
         "backward_queries",
-        _backward_queries_kernel,
+        _causal_attention_backward_queries_kernel,
         "BLOCK_M",
         (q, k, v, out, grad, lse, delta, temperature, dq),
         (*inputs, out.stride(), grad.stride(), dq.stride()),
@@ -250,7 +258,7 @@ def causal_attention_backward(
     )
     _launch(
         "backward_keys",
-        _backward_keys_kernel,
+        _causal_attention_backward_keys_kernel,
         "BLOCK_N",
         (q, k, v, grad, lse, delta, temperature, dk, dv),
         (*inputs, grad.stride(), dk.stride(), dv.stride()),

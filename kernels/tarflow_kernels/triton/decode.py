@@ -104,7 +104,7 @@ def _decode_attention_kernel(
     else:
         # Partial results are (B H, SPLITS, G, D); a split without keys has l = 0.
         part = row_and_head * SPLITS + split
-        acc = acc / tl.where(l == 0, 1.0, l)[:, None]
+        acc /= tl.where(l == 0, 1.0, l)[:, None]
         Out += part * new * HEAD_DIM
         store_tile(Out, (0, 0, HEAD_DIM, 1), acc, start_g, new, BLOCK_G, BLOCK_D, HEAD_DIM, False)
         rows = start_g + tl.arange(0, BLOCK_G)
