@@ -129,12 +129,15 @@ _backward_kernel = dispatch.register_kernel(
 )
 
 
-def serves(q: Tensor, *_) -> bool:
-    """Whether the attention kernels take such queries: what does not fit on the chip is for stock PyTorch.
+_WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 128}
 
-    That is heads of more than 256 channels, or 128 of float32, and float64, which only the interpreter takes.
+
+def serves(q: Tensor, *_) -> bool:
+    """Whether the attention kernels take such queries: stock PyTorch takes heads that do not fit on the chip.
+
+    Of float64, for which only the interpreter has tiles, it takes all on a GPU.
     """
-    return q.shape[-1] <= (256 if q.element_size() == 2 else 128) and (q.dtype != torch.float64 or q.is_cpu)
+    return q.shape[-1] <= _WIDEST.get(q.dtype, 0) and (q.dtype != torch.float64 or q.is_cpu)
 
 
 dispatch.register(

@@ -45,6 +45,7 @@ def _causal_attention_forward_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)
     blocks = tl.cdiv(length, BLOCK_M)
     batch, head, block = _place(heads, blocks)
     start_m = (blocks - 1 - block) * BLOCK_M  # late queries see more keys: they start first
@@ -102,6 +103,7 @@ def _causal_attention_backward_queries_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)
     blocks = tl.cdiv(length, BLOCK_M)
     batch, head, block = _place(heads, blocks)
     start_m = (blocks - 1 - block) * BLOCK_M
@@ -166,6 +168,7 @@ def _causal_attention_backward_keys_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_N % BLOCK_M == 0)
     batch, head, block = _place(heads, tl.cdiv(length, BLOCK_N))
     start_n = block * BLOCK_N  # early keys are seen by more queries, and are first as it is
     Q = head_of(Q, q_strides, batch, head)
