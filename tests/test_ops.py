@@ -98,6 +98,7 @@ def test_compiled_whole_it_is_the_same(op, shapes, backend):
 )
 def test_registration(name, shapes, rest):
     inputs = inputs_of(shapes, requires_grad=name != "decode_attention")
+    rest = [t.to(inputs[0].device) if isinstance(t, torch.Tensor) else t for t in rest]
     torch.library.opcheck(getattr(torch.ops.tarflow, name).default, (*inputs, *rest))
 
 
@@ -120,7 +121,7 @@ def test_autocast_reaches_attention_and_leaves_affine_maps():
     caches = torch.zeros(2, 2, 2, 5, 16, dtype=torch.bfloat16)
     attended, affine = causal_attention(q, k, v), affine_forward(q, k, v)
     inverse, guided = affine_inverse(q, k, v), guided_affine_inverse(q, k, v, k, v, 1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         low = causal_attention(q, k, v), decode_attention(q, k, v, *caches, torch.zeros(2, dtype=torch.int32))
         low += (causal_attention(q, k, v, temperature=torch.ones(2)),)
         assert_close((affine_forward(q, k, v), affine_inverse(q, k, v)), (affine, inverse), atol=0, rtol=0)
@@ -146,7 +147,7 @@ def test_a_backend_holds_until_its_block_ends_even_by_an_error(monkeypatch):
         affine_forward(x, x, x)
         raise KeyError
 
-    x = torch.zeros(1, 1)
+    x = torch.zeros(1, 1, device="cpu")
     with use_backend("reference"):
         with pytest.raises(KeyError), use_backend("torch"):
             fail()
