@@ -3,13 +3,12 @@
     python -m tarflow_kernels.tune
     python -m tarflow_kernels.tune --op decode_attention --seconds 60
 
-For every kernel and problem, the candidates that stand beside the kernel are compiled by several processes; those that
-spill nothing are checked against the default configuration and timed on the card, the fastest median wins, and a file
+For every kernel and problem, the candidates that stand beside the kernel are compiled by several processes. Those that
+spill nothing are checked against the present configuration and timed on the card; the fastest median wins, and a file
 ``configs/<kernel>,<device>.json`` keeps it. Running out of time leaves problems as they were.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import functools
 import json
@@ -61,7 +60,7 @@ def problems() -> Iterator[Problem]:
 
 
 def tune(problem: Problem, candidates: list[dict[str, int]]) -> tuple[dict[str, int] | None, str]:
-    """The fastest candidate, None where it is the default, and a line that says what was found."""
+    """The fastest candidate, None where what there is is faster, and a line that says what was found."""
     import triton
     from triton.runtime.errors import OutOfResources
 
@@ -70,17 +69,17 @@ def tune(problem: Problem, candidates: list[dict[str, int]]) -> tuple[dict[str, 
     launch = problem.make("cuda" if torch.cuda.is_available() else "xpu")
     time_it = functools.partial(triton.testing.do_bench, launch, warmup=5, rep=40, return_mode="median")
     expected = launch()
-    times = {"default": time_it()}
+    times = {"present": time_it()}
     for candidate in candidates:
         with configs.use(problem.kernel, candidate), contextlib.suppress(OutOfResources):
             if _agree(launch(), expected):
                 times[json.dumps(candidate)] = time_it()
     best = min(times, key=times.get)
     line = (
-        f"{problem.kernel:34}{problem.key:24}{1e3 * times['default']:9.1f} us{1e3 * times[best]:9.1f} us  {best}"
+        f"{1e3 * times['present']:9.1f} us{1e3 * times[best]:9.1f} us  {best}"
         f"  ({len(times) - 1} of {len(problem.candidates)} candidates timed)"
     )
-    return None if best == "default" else json.loads(best), line
+    return None if best == "present" else json.loads(best), line
 
 
 def _agree(results, expected) -> bool:
@@ -89,33 +88,18 @@ def _agree(results, expected) -> bool:
     return all((a.float() - b.float()).norm() <= 1e-2 * b.float().norm() for a, b in pairs)
 
 
-def save(folder: Path, kernel: str, device: str, key: str, config: dict[str, int] | None) -> None:
+def save(folder: Path, kernel: str, device: str, key: str, config: dict[str, int]) -> None:
     """Put one finding into the file of its kernel and device; the rest of the file stays."""
     path = folder / f"{kernel},{device}.json"
     table = json.loads(path.read_text()) if path.exists() else {}
-    table.pop(key, None)
-    if config is not None:
-        table[key] = config
     folder.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json.tmp")
-    beside.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+    beside.write_text(json.dumps(dict(sorted((table | {key: config}).items())), indent=1) + "\n")
     beside.replace(path)
 
 
-def precompile(workers: int) -> list[concurrent.futures.Future]:
-    """Fill Triton's cache from several processes, one problem each, so that timing finds everything compiled."""
-    import triton
-
-    target = triton.runtime.driver.active.get_current_target()
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
-    jobs = [pool.submit(_compile_candidates, i, target) for i in range(len(list(problems())))]
-    pool.shutdown(wait=False)
-    return jobs
-
-
 def _compile_candidates(index: int, target) -> list[dict[str, int]]:
-    """Those that compile and spill nothing."""
+    """Those that compile and spill nothing; they are in Triton's cache then, where timing finds them."""
     from .inspect import compile_only, resources
     from .triton import configs
 
@@ -167,33 +151,37 @@ def _affine(kernel: str, dtype: torch.dtype, inner: int, device: str) -> Callabl
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tune what was asked for, printing a line for each problem."""
+    """Tune what was asked for, printing a line for each problem: the time of what there was, and the best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", action="append", help="tune kernels whose names begin so; all of them, unless given")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no problem after that time")
+    parser.add_argument("--op", action="append", help="tune kernels whose names begin so; all, unless given")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin no problem after that time")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--out", type=Path, help="folder of the files; where launchers look, unless given")
     arguments = parser.parse_args(argv)
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         sys.exit("tune: there is no GPU to tune for")
+    import triton
+
     from .triton import configs
 
     deadline = time.monotonic() + arguments.seconds
-    device = configs.device_name()
-    print(f"{device}: default and fastest", flush=True)
-    for problem, compiled in zip(problems(), precompile(arguments.workers), strict=True):
-        if arguments.op and not problem.kernel.startswith(tuple(arguments.op)):
-            compiled.cancel()
-            continue
-        try:
-            candidates = compiled.result(timeout=max(deadline - time.monotonic(), 0))
-        except TimeoutError:
-            compiled.cancel()
-            print(f"{problem.kernel:34}{problem.key:24}left alone: out of time", flush=True)
-            continue
-        config, line = tune(problem, candidates)
-        save(arguments.out or configs.FOLDER, problem.kernel, device, problem.key, config)
-        print(line, flush=True)
+    device, target = configs.device_name(), triton.runtime.driver.active.get_current_target()
+    print(device, flush=True)
+    asked = tuple(arguments.op or [""])
+    chosen = [(i, problem) for i, problem in enumerate(problems()) if problem.kernel.startswith(asked)]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        jobs = [(problem, pool.apply_async(_compile_candidates, (i, target))) for i, problem in chosen]
+        for problem, compiled in jobs:
+            print(f"{problem.kernel:34}{problem.key:24}", end="", flush=True)
+            try:
+                candidates = compiled.get(timeout=max(deadline - time.monotonic(), 0))
+            except multiprocessing.TimeoutError:
+                print("left alone: out of time", flush=True)
+                continue
+            config, line = tune(problem, candidates)
+            if config is not None:
+                save(arguments.out or configs.FOLDER, problem.kernel, device, problem.key, config)
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
