@@ -1,5 +1,6 @@
-"""Settings of all tests."""
+"""Settings of all tests, and what several of them need set up."""
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 
@@ -20,3 +21,19 @@ settings.load_profile("interpreter" if INTERPRETED else "tarflow" if DEVICE == "
 
 # Where no kernel runs: test_jobs.py has it collected in a process that interprets them.
 collect_ignore = [] if "triton" in BACKENDS else ["test_triton.py"]
+
+
+@pytest.fixture(scope="module")
+def on_device():
+    """Tensors are made where the kernels run."""
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture
+def poisoned():
+    """Whatever is allocated and not written to is not a number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -15,22 +15,15 @@ BACKENDS = ["triton"] if INTERPRETED else ["torch", "reference"] + ["triton"] * 
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="no bfloat16 to interpret"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_device():
-    """For the test files that import it: tensors are made where the kernels run."""
-    with torch.device(DEVICE):
-        yield
-
-
 def randomize(module, seed=0):
     """Redraw every parameter in place, so that layers mix, mu spreads by about 0.5 and alpha by about 0.3.
 
     An untrained flow is the identity, which would hide most mistakes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
             if name.endswith("norm.weight"):
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("proj_out.weight"):
@@ -52,5 +45,6 @@ def tarflow(seed=0, dtype=torch.float64, **config):
 
 def draw(seed, *shape, dtype=torch.float64):
     """Normal numbers from a seed on the default device; the same whatever device and dtype, but for rounding."""
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(torch.get_default_device(), dtype)

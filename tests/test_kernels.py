@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from helpers import BACKENDS, BFLOAT16, DEVICE, draw, on_device  # noqa: F401
+from helpers import BACKENDS, BFLOAT16, DEVICE, INTERPRETED, draw
 from tarflow_kernels import (
     KVCache,
     affine_forward,
@@ -21,6 +21,8 @@ from tarflow_kernels import (
     reference,
     use_backend,
 )
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 # No kernel takes float64 on a GPU, where the backends would differ only in what is tested elsewhere.
 PRECISIONS = st.sampled_from([(torch.float64, 1e-11)] * (DEVICE == "cpu") + [(torch.float32, 2e-4)])
@@ -136,6 +138,7 @@ def test_affine(op, shape, precision, layouts, shift, cotangent, seed):
     agree(call, op, inputs, cotangent, tolerance)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernel is for sampling, and has no gradients")
 @given(
     shape=SHAPES | st.just((0, 4)),
     precision=PRECISIONS,

@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 from torch.testing import assert_close
 
-from helpers import BACKENDS, DEVICE, INTERPRETED, draw, on_device  # noqa: F401
+from helpers import BACKENDS, DEVICE, INTERPRETED, draw
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,
@@ -17,6 +18,8 @@ from tarflow_kernels import (
     guided_affine_inverse,
     use_backend,
 )
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def decode(q, k, v, cache_k, cache_v, tau):
@@ -99,7 +102,7 @@ def test_compiled_whole_it_is_the_same(op, shapes, backend):
 def test_registration(name, shapes, rest):
     inputs = inputs_of(shapes, requires_grad=name != "decode_attention")
     rest = [t.to(inputs[0].device) if isinstance(t, torch.Tensor) else t for t in rest]
-    torch.library.opcheck(getattr(torch.ops.tarflow, name).default, (*inputs, *rest))
+    library.opcheck(getattr(torch.ops.tarflow, name).default, (*inputs, *rest))
 
 
 def test_a_compiler_meets_the_registered_op_unless_a_backend_is_forced():

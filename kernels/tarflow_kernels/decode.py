@@ -154,12 +154,6 @@ def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale):
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # as a compiler was told, and CPUs have it anyway
 
 
-def _triton(*args):
-    from .triton import decode
-
-    return decode.decode_attention(*args)
-
-
 def _fake(q, k, v, cache_k, cache_v, positions, temperature, scale):
     batch, heads, new, head_dim = q.shape
     return q.new_empty(batch, new, heads, head_dim).transpose(1, 2)
@@ -172,5 +166,5 @@ dispatch.register(
     serves=serves,
     reference=_reference,
     torch=_torch,
-    triton=_triton,
+    triton=dispatch.launcher("decode", "decode_attention"),
 )

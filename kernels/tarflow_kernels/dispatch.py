@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import library
 
 BACKENDS = ("reference", "torch", "triton")
 
-_library = torch.library.Library("tarflow", "DEF")
+_library = library.Library("tarflow", "DEF")
 _implementations: dict[str, dict[str, Callable]] = {}
 _serves: dict[str, Callable[..., bool]] = {}
 _opaque: set[str] = set()
@@ -66,31 +67,29 @@ def register(
         _library.impl(name, run, "CompositeImplicitAutograd")
     else:
         _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"tarflow::{name}", fake, lib=_library)
+        library.register_fake(f"tarflow::{name}", fake, lib=_library)
         _opaque.add(name)
     _implementations[name] = implementations
     _serves[name] = serves or (lambda *args: True)
 
 
 def register_kernel(schema: str, *, module: str, fake: Callable) -> Callable:
-    """Define ``tarflow::<schema>``, opaque to compilers, as the launcher of that name in ``triton/<module>.py``.
-
-    The module, and with it Triton, is imported when the op first runs.
-    """
+    """Define ``tarflow::<schema>``, opaque to compilers, as the launcher of that name in ``triton/<module>.py``."""
     name = schema.partition("(")[0]
-
-    def launch(*args):
-        return _launcher(module, name)(*args)
-
     _library.define(schema)
-    _library.impl(name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tarflow::{name}", fake, lib=_library)
+    _library.impl(name, launcher(module, name), "CompositeExplicitAutograd")
+    library.register_fake(f"tarflow::{name}", fake, lib=_library)
     return getattr(torch.ops.tarflow, name).default
 
 
-@functools.cache
-def _launcher(module: str, name: str) -> Callable:
-    return getattr(importlib.import_module(f".triton.{module}", __package__), name)
+def launcher(module: str, name: str) -> Callable:
+    """The launcher of that name in ``triton/<module>.py``, imported, and Triton with it, when it first runs."""
+
+    @functools.cache
+    def find() -> Callable:
+        return getattr(importlib.import_module(f".triton.{module}", __package__), name)
+
+    return lambda *args: find()(*args)
 
 
 def call(name: str, *args):

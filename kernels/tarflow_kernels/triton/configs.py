@@ -8,6 +8,7 @@ and results do not depend on what ran before. ``python -m tarflow_kernels.tune``
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,10 +73,9 @@ def tuned(kernel: str, device: str | None) -> dict[str, Config]:
 @functools.cache
 def device_name() -> str | None:
     """The device in the names of files, such as ``nvidia-h100-80gb-hbm3``; None where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-")
-    if torch.xpu.is_available():
-        return torch.xpu.get_device_name().lower().replace(" ", "-")
+    for devices in (torch.cuda, torch.xpu):
+        if devices.is_available():
+            return re.sub(r"[^a-z0-9]+", "-", devices.get_device_name().lower()).strip("-")
     return None
 
 
@@ -99,5 +99,9 @@ def num_multiprocessors() -> int:
     """Of the current device; of the interpreter, one."""
     if triton.knobs.runtime.interpret:
         return 1
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
+    return _num_multiprocessors(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _num_multiprocessors(device: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"]
