@@ -118,17 +118,19 @@ def _reference(q, k, v, cache_k, cache_v, positions, temperature, scale):
 
 def _torch(q, k, v, cache_k, cache_v, positions, temperature, scale):
     q = scale_queries(q, temperature)
-    if q.device.type == "cpu" and q.shape[0]:
-        standing = positions.tolist()
-        first, last = min(standing), max(standing)
-        end = last + q.shape[2]
-        if first < 0 or end > cache_k.shape[2]:
-            raise ValueError(f"positions: expected 0 to capacity {cache_k.shape[2]} - G; got {first} to {last}")
-        # What no row has reached yet need not be read.
-        cache_k, cache_v = cache_k[:, :, :end], cache_v[:, :, :end]
-        if first == last:
-            return _torch_abreast(q, k, v, cache_k, cache_v, first, scale)
-    return _torch_scattered(q, k, v, cache_k, cache_v, positions, scale)
+    if q.device.type != "cpu" or not q.shape[0]:
+        return _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean=False)
+    standing, new = positions.tolist(), q.shape[2]
+    first, last = min(standing), max(standing)
+    if first < 0 or last + new > cache_k.shape[2]:
+        raise ValueError(f"positions: expected 0 to capacity {cache_k.shape[2]} - G; got {first} to {last}")
+    # What no row has reached yet need not be read.
+    cache_k, cache_v = cache_k[:, :, : last + new], cache_v[:, :, : last + new]
+    if first == last:
+        return _torch_abreast(q, k, v, cache_k, cache_v, first, scale)
+    # To look at what only some rows have written costs far less than to copy everything.
+    clean = all(cache[:, :, first + new :].sum().isfinite() for cache in (cache_k, cache_v))
+    return _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean)
 
 
 def _torch_abreast(q, k, v, cache_k, cache_v, start, scale):
@@ -141,15 +143,17 @@ def _torch_abreast(q, k, v, cache_k, cache_v, start, scale):
     return F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
 
 
-def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale):
+def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean):
+    """Rows stand anywhere; ``clean`` where the caches are known to hold numbers throughout."""
     index = positions[:, None].long() + torch.arange(q.shape[2], device=q.device)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     cache_k[rows, :, index] = k.transpose(1, 2)
     cache_v[rows, :, index] = v.transpose(1, 2)
     seen = torch.arange(cache_k.shape[2], device=q.device) <= index[:, None, :, None]
-    # A masked logit does not hide a NaN in memory that was never written.
-    written = seen[:, :, -1, :, None]
-    cache_k, cache_v = cache_k.masked_fill(~written, 0), cache_v.masked_fill(~written, 0)
+    if not clean:
+        # A masked logit does not hide a NaN in memory that was never written.
+        written = seen[:, :, -1, :, None]
+        cache_k, cache_v = cache_k.masked_fill(~written, 0), cache_v.masked_fill(~written, 0)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # as a compiler was told, and CPUs have it anyway
 
