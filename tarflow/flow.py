@@ -8,14 +8,15 @@ Source: TarFlow (arXiv 2412.06329).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tarflow_kernels import affine_forward
 
-from .decoding import get_decoder
+from .decoding import Decoded, Decoder, Report
+from .decoding.calibration import Timing, choose
 from .guidance import Guidance
 from .transformer import CausalTransformer
 
@@ -35,6 +36,8 @@ class TokenFlow(nn.Module):
     """
 
     prior_variance: Tensor
+    calibration: Sequence[Timing] = ()
+    """What the ``auto`` decoder goes by, from :func:`tarflow.decoding.calibration.calibrate`."""
 
     def __init__(
         self,
@@ -91,26 +94,41 @@ class TokenFlow(nn.Module):
         return -0.5 * (z.square() / variance + (2 * math.pi * variance).log()).sum((1, 2))
 
     def inverse(
-        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+        decoder: str | Decoder = "auto",
+        report: Report = lambda decoded: None,
     ) -> Tensor:
-        """Latent to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a map beside it."""
-        *_, tokens = self.trajectory(z, labels, guidance, decoder)
+        """Latent to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a map beside it.
+
+        ``decoder`` is a :class:`~tarflow.Decoder` or the name of one; ``report`` is called after each block.
+        """
+        *_, tokens = self.trajectory(z, labels, guidance, decoder, report)
         return tokens
 
     def trajectory(
-        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+        decoder: str | Decoder = "auto",
+        report: Report = lambda decoded: None,
     ) -> Iterator[Tensor]:
         """The tokens after each block on the way from latent to data."""
         self._check(z, labels, "z")
         if guidance is not None:
             guidance.check(self.num_classes)
-        get_decoder(decoder)
-        return self._trajectory(z, labels, guidance, decoder)
+        return self._trajectory(z, labels, guidance, Decoder.of(decoder), report)
 
-    def _trajectory(self, tokens, labels, guidance, decoder):
-        for block in reversed(self.blocks):
+    def _trajectory(self, tokens, labels, guidance, decoder, report):
+        rows = len(tokens) * (2 if guidance is not None and guidance.weight else 1)
+        for t, block in reversed(list(enumerate(self.blocks))):
+            chosen = choose(self.calibration, decoder, t, rows, tokens.device)
             with torch.inference_mode():
-                decoded = block.inverse(tokens, labels, guidance, decoder)
+                decoded, passes = block.inverse(tokens, labels, guidance, chosen)
+            report(Decoded(t, chosen, len(tokens), passes, steps=tokens.shape[1] - 1))
             tokens = decoded.clone()  # made in inference mode, it could never be trained on
             yield tokens
 
@@ -154,10 +172,11 @@ class Block(nn.Module):
         return self._permute(z), logdet
 
     def inverse(
-        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "auto"
-    ) -> Tensor:
-        """``x_i = z_i exp(alpha_i) + mu_i``, by the decoder of that name."""
-        return self._permute(get_decoder(decoder)(self.transformer, self._permute(z), labels, guidance))
+        self, z: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
+    ) -> tuple[Tensor, int]:
+        """``x_i = z_i exp(alpha_i) + mu_i``, and the passes of the transformer that it took."""
+        x, passes = decoder(self.transformer, self._permute(z), labels, guidance)
+        return self._permute(x), passes
 
     def _permute(self, tokens: Tensor) -> Tensor:
         return tokens.flip(1) if self.reverse else tokens

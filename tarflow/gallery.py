@@ -1,6 +1,6 @@
 """Pictures of what a model generates: a row per class, and the way from latent to image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import pictures
+from .decoding import Decoder, Report
 from .guidance import Guidance
 from .model import TarFlow
 
@@ -25,7 +26,7 @@ class Gallery:
     class_names: Sequence[str] = ()
     guidance: Guidance | None = None
     denoise_sigma: float = 0.0
-    decoder: str = "auto"
+    decoder: str | Decoder = "auto"
     seed: int = 0
 
     def samples(
@@ -35,14 +36,14 @@ class Gallery:
         title: str,
         num: int = 80,
         classes: Sequence[int] = (),
-        progress: Callable[[int], None] = lambda num: None,
+        report: Report = lambda decoded: None,
     ) -> None:
         """Draw a grid of ``num`` samples; for a conditional model a row per class, ten of them or those given."""
         labels = self._labels(model, classes, rows=10)
         rows = max(1, num // 8) if labels is None else len(labels)
         columns = max(1, num // rows)
         labels_of_all = None if labels is None else labels.repeat_interleave(columns)
-        images = self.draw(model, rows * columns, labels_of_all, progress=progress)
+        images = self.draw(model, rows * columns, labels_of_all, report=report)
         grid = images.unflatten(0, (rows, columns)).cpu()
         pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels))
 

@@ -27,9 +27,11 @@ def activation_bytes(shapes: Shapes, itemsize: int = 4) -> int:
     return shapes.num_blocks * shapes.layers_per_block * shapes.num_tokens * per_token
 
 
-def cache_bytes(shapes: Shapes, branches: int = 1, itemsize: int = 4) -> int:
-    """The key-value cache of one sample in the block being decoded."""
-    return 2 * branches * shapes.layers_per_block * shapes.num_tokens * shapes.channels * itemsize
+def decoding_bytes(shapes: Shapes, branches: int = 1, itemsize: int = 4) -> int:
+    """The key-value cache of one sample in the block being decoded, and a layer's activations of all its tokens."""
+    cached = 2 * shapes.layers_per_block
+    active = 3 + 2 * shapes.expansion + 6  # qkv, the MLP before and after its GELU, residuals and norms
+    return branches * shapes.num_tokens * shapes.channels * (cached + active) * itemsize
 
 
 def chunk_size(bytes_per_sample: int, device: torch.device) -> int:

@@ -1,7 +1,6 @@
 """TarFlow: the flow over the patches of an image, its configuration, its samples and its files."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from . import memory
+from .decoding import Decoder, Report, calibration
 from .denoising import tweedie
 from .files import replacing
 from .flow import TokenFlow, check_labels
@@ -103,7 +103,11 @@ class TarFlow(nn.Module):
         return self.flow.log_prob(self._to_tokens(x), labels)
 
     def inverse(
-        self, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, decoder: str = "sequential"
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+        decoder: str | Decoder = "sequential",
     ) -> Tensor:
         """Latent ``(B, N, D)`` to image ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable."""
         return self._to_images(self.flow.inverse(z, labels, guidance, decoder))
@@ -119,11 +123,11 @@ class TarFlow(nn.Module):
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
         denoise_sigma: float = 0.0,
-        decoder: str = "auto",
+        decoder: str | Decoder = "auto",
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
         chunk_size: int | None = None,
-        progress: Callable[[int], None] = lambda num: None,
+        report: Report = lambda decoded: None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw ``num`` images.
 
@@ -132,11 +136,12 @@ class TarFlow(nn.Module):
             labels: int64 ``(num,)``, or None for an unconditional model.
             guidance: see :class:`tarflow.Guidance`; None samples the model's own distribution.
             denoise_sigma: the standard deviation of the noise in training, to be removed from the samples; 0 leaves it.
-            decoder: ``"sequential"``, or ``"auto"``, the fastest one that is exact.
+            decoder: a :class:`tarflow.Decoder` or the name of one: ``"sequential"``, ``"jacobi"``, or ``"auto"``, the
+                faster of these for each block where the model was calibrated (``tarflow calibrate``).
             generator: makes the samples reproducible, whatever the chunks; on the device of the model.
             return_trajectory: also return the image after every block.
             chunk_size: how many images to decode at a time; by default what half of the free memory holds.
-            progress: called with the number of images finished after every chunk.
+            report: called after every block of every chunk with a :class:`tarflow.decoding.Decoded`.
 
         Returns:
             images ``(num, C, H, W)``, nominally in [-1, 1] but not clipped, and, if asked for, their trajectory
@@ -154,7 +159,7 @@ class TarFlow(nn.Module):
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least 1; got {chunk_size}")
         if chunk_size is None:
-            per_sample = memory.cache_bytes(self.config, branches=2)
+            per_sample = memory.decoding_bytes(self.config, branches=2)
             if denoise_sigma:
                 per_sample = max(per_sample, memory.activation_bytes(self.config))
             chunk_size = memory.chunk_size(per_sample, z.device)
@@ -162,22 +167,23 @@ class TarFlow(nn.Module):
         for start in range(0, num, chunk_size):
             chunk = slice(start, start + chunk_size)
             chunk_labels = None if labels is None else labels[chunk]
-            frames = [z[chunk], *self.flow.trajectory(z[chunk], chunk_labels, guidance, decoder)]
+            frames = [z[chunk], *self.flow.trajectory(z[chunk], chunk_labels, guidance, decoder, report)]
             images = self._to_images(frames[-1])
             if return_trajectory:
                 trajectories.append(torch.stack([self._to_images(frame) for frame in frames]))
             samples.append(self.denoise(images, denoise_sigma, chunk_labels) if denoise_sigma else images)
-            progress(len(images))
         images = torch.cat(samples)
         return (images, torch.cat(trajectories, dim=1)) if return_trajectory else images
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
+        """Write ``config.json`` and ``model.safetensors``, and the calibration of the decoders if there is one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder / "model.safetensors")
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps({"model": asdict(self.config)}, indent=2) + "\n")
+        if self.flow.calibration:
+            calibration.save(folder, self.flow.calibration)
 
     def save_weights(self, path: Path | str) -> None:
         """Write the weights alone, as safetensors, beside what may be there and then over it."""
@@ -209,6 +215,7 @@ class TarFlow(nn.Module):
             raise ValueError(f"{weights_path}: truncated or corrupt: {error}") from error
         model = cls(config).to(next((tensor.dtype for tensor in state.values()), torch.float32))
         model.load_checked(state, str(weights_path))
+        model.flow.calibration = calibration.load(folder)
         return model
 
     @classmethod
@@ -264,4 +271,4 @@ def _download(repository: str) -> Path:
         raise FileNotFoundError(
             f'source: no folder {repository!r}; reading it from the hub needs: pip install "tarflow[hub]"'
         ) from error
-    return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"]))
+    return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors", calibration.FILE]))

@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
+from tarflow.decoding import calibration
 from tarflow.gallery import spread
 from tarflow.training.config import PRESETS, TrainConfig
 
@@ -91,7 +92,7 @@ def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
 def test_sample_draws_a_picture_and_a_trajectory(run, tmp_path, capsys, flags):
     out, trajectory = tmp_path / "s.png", tmp_path / "t.png"
     assert main("sample", run, *flags, "--num=20", f"--out={out}", f"--trajectory={trajectory}") == 0
-    assert capsys.readouterr().out == f"wrote {out}, {trajectory}\n"
+    assert capsys.readouterr().out.splitlines()[1:] == [f"wrote {out}, {trajectory}"]
     assert is_picture(out)
     assert is_picture(trajectory)
 
@@ -118,6 +119,35 @@ def test_samples_are_repeated_by_the_seed_and_changed_by_each_setting(run, tmp_p
     images = [arrays(run, tmp_path / "s.npz", *flags.split())["images"].tobytes() for flags in ("", *settings)]
     assert len(set(images)) == len(images)
     assert arrays(run, tmp_path / "again.npz")["images"].tobytes() == images[0]
+
+
+def test_sample_says_what_decoding_took(run, tmp_path, capsys):
+    flags = ("--num=20", f"--out={tmp_path / 's.npz'}", "--guidance=1")
+    assert main("sample", run, *flags, "--decoder=jacobi", "--window=4", "--tolerance=0.01") == 0
+    printed = capsys.readouterr()
+    found = re.match(
+        r"20 images in .* s, .* images/s; (\d+) passes for 30 sequential steps \(1/.*\): (.*)\n", printed.out
+    )
+    assert 4 <= int(found[1]) <= 30
+    assert found[2] == "jacobi, window 4"
+    assert "block 1: jacobi, window 4, " in printed.err
+
+
+def test_calibrate_stores_what_auto_then_goes_by(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    model = TarFlow.from_pretrained(run)
+    model.save_pretrained(folder)
+    assert main("calibrate", folder, "--batches", "1", "2", "--device=cpu") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"wrote {folder / 'calibration.json'}"
+    stored = calibration.load(folder)
+    assert {timing.rows for timing in stored} == {2, 4}
+    assert {(timing.block, timing.decoder) for timing in stored if timing.rows == 2} == {
+        (t, name) for t in (0, 1) for name in ("sequential", "jacobi")
+    }
+    assert all(timing.passes == 15 for timing in stored if timing.decoder == "sequential")
+    assert TarFlow.from_pretrained(folder).flow.calibration == stored
+    assert main("sample", folder, "--num=1", f"--out={tmp_path / 's.npz'}") == 0
 
 
 def test_a_model_without_classes_is_guided_by_temperature(unconditional, tmp_path):
@@ -206,6 +236,7 @@ def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classe
     [
         ("train", [cli.Train, TrainConfig]),
         ("sample", [cli.Sample]),
+        ("calibrate", [cli.Calibrate]),
         ("evaluate", [cli.Evaluate]),
         ("convert", [cli.Convert]),
     ],
@@ -262,6 +293,11 @@ ERRORS = {
     "no such class": ("sample {run} --out={broken}/s.npz --labels 10", "labels: .* got values from 10 to 10"),
     "no classes": ("sample {unconditional} --out={broken}/s.png --labels 1", "labels: .* an unconditional model"),
     "nothing to guide by": ("sample {unconditional} --guidance=2", "guidance: .* or a temperature other than 1; got"),
+    "no such window": ("sample {run} --decoder=jacobi --window=0", "window: expected at least 1; got 0"),
+    "window of nothing": ("sample {run} --window=4", "window: expected none with the auto decoder, only with jacobi"),
+    "negative tolerance": ("sample {run} --tolerance=-1", "tolerance: expected a finite number >= 0; got -1"),
+    "nothing to time": ("calibrate {run} --batches 0", r"batches: expected positive numbers; got \(0,\)"),
+    "nowhere to store": ("calibrate someone/model", "run: expected a folder to write to; got someone/model"),
     "negative guidance": ("sample {run} --guidance=-1", "weight: expected a finite number >= 0; got -1"),
     "model without a run": ("train --resume={broken}/model", "resume: .*/model holds a model without a training run"),
     "cut settings": ("train --resume={broken}/cut-config", r".*/cut-config/config\.json"),

@@ -87,7 +87,7 @@ def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size):
     model, finished = tarflow(num_classes=3), []
     images, frames = model.sample(
         5, LABELS, Guidance(0.5), 0.1, generator=seeded(), return_trajectory=True, chunk_size=chunk_size,
-        progress=finished.append,
+        report=lambda decoded: finished.append(decoded.batch),
     )  # fmt: skip
     z = model.flow.sample_prior(5, seeded())
     noisy = model.inverse(z, LABELS, Guidance(0.5))
@@ -98,14 +98,14 @@ def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size):
     assert_close(model.sample(5, LABELS, Guidance(0.5), generator=seeded(), chunk_size=chunk_size), noisy)
     assert not torch.isclose(model.sample(5, LABELS, Guidance(0.5), generator=seeded(1)), noisy).any()
     size = chunk_size or 5
-    assert finished == [min(size, 5 - start) for start in range(0, 5, size)]
+    assert finished == [min(size, 5 - start) for start in range(0, 5, size) for _ in model.flow.blocks]
 
 
 def test_a_chunk_is_what_fits_into_memory(monkeypatch):
     model, finished = tarflow(num_classes=3), []
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2 * memory.cache_bytes(model.config, branches=2))
-    model.sample(5, LABELS, progress=finished.append)
-    assert finished == [2, 2, 1]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2 * memory.decoding_bytes(model.config, branches=2))
+    model.sample(5, LABELS, report=lambda decoded: finished.append(decoded.batch))
+    assert finished == [2, 2, 2, 2, 2, 2, 1, 1, 1]
 
 
 def test_samples_of_a_volume_preserving_model_have_the_tracked_variance():

@@ -13,25 +13,28 @@ class Branches:
     """What B samples cost in rows, what each row adds to its tokens, and how the rows make one sample again.
 
     Attributes:
+        count: of branches: 2 under guidance, else 1.
         rows: B, or 2B under guidance.
         context: class embedding of each row, ``(rows, C)``, or None for a model without classes.
         temperature: of the attention logits, 1.0 or ``(rows,)``.
+        weights: w_i of guidance for every token, ``(N,)``, or None without guidance.
     """
 
     def __init__(
         self,
         transformer: CausalTransformer,
-        batch: int,
-        num_tokens: int,
+        z: Tensor,
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
     ):
-        self.batch = batch
+        batch, num_tokens, _ = z.shape
         self.guidance = guidance if guidance is not None and guidance.weight else None
-        self.rows = batch if self.guidance is None else 2 * batch
+        self.count = 1 if self.guidance is None else 2
+        self.rows = self.count * batch
         self.temperature: float | Tensor = 1.0
+        self.weights: Tensor | None = None
         if self.guidance is not None:
-            self.weights = guidance.weights(num_tokens).tolist()
+            self.weights = guidance.weights(num_tokens).to(z)
             if labels is not None:
                 reference = torch.full_like(labels, -1) if guidance.drop_label else labels
                 labels = torch.cat((labels, reference))
@@ -40,19 +43,32 @@ class Branches:
                 self.temperature = taus.repeat_interleave(batch)
         self.context = transformer.embed_classes(labels)
 
-    def split(self, rows: Tensor) -> Tensor:
-        """``(rows, ...)`` viewed as ``(branches, B, ...)``."""
-        return rows.view(-1, self.batch, *rows.shape[1:])
+    def repeat(self, samples: Tensor) -> Tensor:
+        """``(B, ...)`` for every branch, ``(rows, ...)``."""
+        return samples if self.guidance is None else torch.cat((samples, samples))
 
-    def affine_inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, i: int, out: Tensor) -> None:
-        """Write ``x = z exp(alpha) + mu`` for the latents z ``(B, D)`` of token i, guided where asked for."""
-        if self.guidance is None:
-            out.copy_(affine_inverse(z, mu, alpha)[0])
-            return
-        mu, mu_ref = mu[: self.batch], mu[self.batch :]
-        alpha, alpha_ref = alpha[: self.batch], alpha[self.batch :]
+    def rows_of(self, samples: Tensor, batch: int) -> Tensor:
+        """The rows of samples, given by their indices in a batch of that size."""
+        return samples if self.guidance is None else torch.cat((samples, samples + batch))
+
+    def affine_inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, weights: Tensor | None) -> Tensor:
+        """``x = z exp(alpha) + mu`` for latents ``(B, G, D)``, guided by ``weights`` ``(G,)`` where asked for."""
+        if weights is None:
+            return affine_inverse(z, mu, alpha)[0]
+        return guided_affine_inverse(z, *self._pairs(mu, alpha), weights)
+
+    def guide(self, mu: Tensor, alpha: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The parameters ``(rows, G, D)`` of all branches to those of the samples' tokens at ``places`` ``(B, G)``."""
+        if self.weights is None:
+            return mu, alpha
+        mu, alpha, mu_ref, alpha_ref = self._pairs(mu, alpha)
+        w = -self.weights[places][..., None]
+        return torch.lerp(mu, mu_ref, w), torch.lerp(alpha, alpha_ref, w)
+
+    def _pairs(self, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (mu, mu_ref), (alpha, alpha_ref) = mu.chunk(2), alpha.chunk(2)
         if self.guidance.parameters == "alpha":
             mu_ref = mu
         elif self.guidance.parameters == "mu":
             alpha_ref = alpha
-        guided_affine_inverse(z, mu, alpha, mu_ref, alpha_ref, self.weights[i], out=out)
+        return mu, alpha, mu_ref, alpha_ref

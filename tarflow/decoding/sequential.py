@@ -12,23 +12,33 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
+from .graphs import Replayed
 from .step import Step, without_onednn
 
 
 def sequential(
     transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
-) -> Tensor:
-    """Latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in the order in which the block generates."""
-    batch, num_tokens, token_dim = z.shape
-    branches = Branches(transformer, batch, num_tokens, labels, guidance)
+) -> tuple[Tensor, int]:
+    """Latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in the order in which the block generates; and the passes."""
     x = z.to(torch.promote_types(z.dtype, torch.float32), copy=True)
+    branches = Branches(transformer, x, labels, guidance)
     step = Step(transformer, branches.rows, branches.context, branches.temperature)
-    tokens = step.embedding.new_empty(branches.rows, token_dim)
+    tokens = branches.repeat(x[:, :1]).clone(memory_format=torch.contiguous_format)
+    steps = z.shape[1] - 1
+    following = torch.ones(1, dtype=torch.int64, device=z.device)
+
+    def advance() -> None:
+        mu, alpha = step(tokens)
+        weights = None if branches.weights is None else branches.weights.index_select(0, following)
+        token = branches.affine_inverse(z.index_select(1, following), mu, alpha, weights)
+        x.index_copy_(1, following, token)
+        tokens.view(branches.count, *token.shape).copy_(token)
+        step.positions.add_(1)
+        following.add_(1)
+
+    replayed = Replayed(advance, z.device)
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False), without_onednn(step.hidden):
-        for i in range(num_tokens - 1):
-            branches.split(tokens).copy_(x[:, i])
-            step.positions.fill_(i)
-            mu, alpha = step(tokens)
-            branches.affine_inverse(z[:, i + 1], mu, alpha, i + 1, out=x[:, i + 1])
-    return x
+        for _ in range(steps):
+            replayed()
+    return x, steps

@@ -1,4 +1,4 @@
-"""One decoding step: the next token of every row through the transformer of a block, in buffers made beforehand."""
+"""One pass of a block's transformer over the next G tokens of every row, against a key-value cache made beforehand."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ..transformer import CausalTransformer
 
 
 class Step:
-    """What :class:`CausalTransformer` computes for one new token per row, given all the earlier ones.
+    """What :class:`CausalTransformer` computes for G new tokens per row, given all the earlier ones.
 
     Weights are cast (to the dtype of the autocast in force) and laid out once; the cache and the activations that
     outlive an operator have fixed buffers, so that a step allocates nothing but what its operators return. Residuals
@@ -24,9 +24,10 @@ class Step:
         rows: R, the batch size times the branches of guidance.
         context: embedding of each row's class, ``(R, C)``, or None.
         temperature: of the attention logits, a number or ``(R,)``.
+        window: the largest G.
 
     Attributes:
-        positions: int32 ``(R,)``, where each row stands, from 0; whoever decodes moves it.
+        positions: int32 ``(R,)``, where the first new token of each row stands, from 0; whoever decodes moves it.
     """
 
     def __init__(
@@ -35,54 +36,75 @@ class Step:
         rows: int,
         context: Tensor | None = None,
         temperature: float | Tensor = 1.0,
+        window: int = 1,
     ):
         weight = transformer.proj_in.weight
         device, (num_tokens, channels) = weight.device, transformer.pos_embed.shape
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         head_dim = transformer.layers[0].head_dim
-        heads = channels // head_dim
+        hidden_channels = transformer.layers[0].mlp[0].out_features
 
         self.split_output = transformer.split_output
+        self.heads, self.head_dim = channels // head_dim, head_dim
+        self.context = context
         self.temperature = temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=dtype)
+        self.cache = KVCache.allocate(
+            len(transformer.layers), rows, self.heads, num_tokens, head_dim, device=device, dtype=dtype
+        )
         self.layers = [
             (
                 layer.attention_norm,
                 *_prepare(layer.qkv, dtype),
-                *keys_and_values,
                 *_prepare(layer.proj, dtype),
                 layer.mlp_norm,
                 *_prepare(layer.mlp[0], dtype),
                 *_prepare(layer.mlp[2], dtype),
             )
-            for layer, keys_and_values in zip(transformer.layers, cache, strict=True)
+            for layer in transformer.layers
         ]
         self.proj_in, self.proj_in_bias = _prepare(transformer.proj_in, weight.dtype)
         self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, weight.dtype)
         self.embedding = transformer.pos_embed + self.proj_in_bias
-        self.context = context if context is not None else weight.new_zeros(1, channels)
-        hidden_channels = transformer.layers[0].mlp[0].out_features
-        self.hidden = torch.empty(rows, hidden_channels, device=device, dtype=dtype)
-        self.qkv = torch.empty(rows, 3 * channels, device=device, dtype=dtype)
-        self.q, self.k, self.v = self.qkv.view(rows, 3, heads, 1, head_dim).unbind(1)
+        self.offsets = torch.arange(window, dtype=torch.int32, device=device)
+        self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=dtype)
+        self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=dtype)
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens ``(R, D)`` at ``positions`` to mu and alpha of those behind them, each ``(R, D)``.
+        """The tokens ``(R, G, D)`` at ``positions`` and behind to mu and alpha, ``(R, G, D)``, one token further on.
 
         Where it stands is on the device alone, so that one CUDA graph serves every step.
         """
-        h = torch.addmm(self.context, tokens, self.proj_in).add_(self.embedding.index_select(0, self.positions))
-        for norm1, w_qkv, b_qkv, cache_k, cache_v, w_proj, b_proj, norm2, w_up, b_up, w_down, b_down in self.layers:
-            torch.addmm(b_qkv, _normalize(norm1, h, self.qkv.dtype), w_qkv, out=self.qkv)
-            attended = decode_attention(
-                self.q, self.k, self.v, cache_k, cache_v, self.positions, temperature=self.temperature
-            )
-            _accumulate(h, attended.view(len(h), -1), w_proj, b_proj)
-            torch.addmm(b_up, _normalize(norm2, h, self.hidden.dtype), w_up, out=self.hidden)
-            _accumulate(h, F.gelu(self.hidden), w_down, b_down)
-        return self.split_output(torch.addmm(self.proj_out_bias, h, self.proj_out))
+        rows, new, _ = tokens.shape
+        qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
+        q, k, v = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+        h = self._embed(tokens)
+        for layer, (cache_k, cache_v) in zip(self.layers, self.cache, strict=True):
+            norm1, w_qkv, b_qkv, w_proj, b_proj, norm2, w_up, b_up, w_down, b_down = layer
+            torch.addmm(b_qkv, _normalize(norm1, h, qkv.dtype), w_qkv, out=qkv)
+            attended = decode_attention(q, k, v, cache_k, cache_v, self.positions, temperature=self.temperature)
+            _accumulate(h, attended.transpose(1, 2).flatten(2).flatten(0, 1), w_proj, b_proj)
+            torch.addmm(b_up, _normalize(norm2, h, hidden.dtype), w_up, out=hidden)
+            _accumulate(h, F.gelu(hidden), w_down, b_down)
+        return self.split_output(torch.addmm(self.proj_out_bias, h, self.proj_out).unflatten(0, (rows, new)))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.positions = self.positions[rows]
+        self.cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows])
+        if self.context is not None:
+            self.context = self.context[rows]
+        if isinstance(self.temperature, Tensor):
+            self.temperature = self.temperature[rows]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        rows, new, _ = tokens.shape
+        places = self.positions[:, None] + self.offsets[:new]
+        h = self.embedding.index_select(0, places.flatten()).addmm_(tokens.flatten(0, 1), self.proj_in)
+        if self.context is not None:
+            h.unflatten(0, (rows, new)).add_(self.context[:, None])
+        return h
 
 
 @contextlib.contextmanager

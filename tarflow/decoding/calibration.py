@@ -1,0 +1,143 @@
+"""What ``auto`` goes by: how long each block of a model takes on a device, by each decoder, at a few batch sizes.
+
+Decoders are timed as they are, on latents as they come, so that no cost model has to be right. A choice is then a table
+lookup: the same calibration gives the same samples, whatever else the machine is doing.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..files import replacing
+from ..guidance import Guidance
+from . import Decoder
+
+_SEQUENTIAL = Decoder("sequential")
+WINDOWS = (16, 64, None)
+BATCHES = (1, 4, 16, 64)
+FILE = "calibration.json"
+# What a decoder has to save to be chosen over the sequential one: less would be the noise of the clock.
+_GAIN = 0.95
+# A decoder that takes so many times longer than the sequential one need not be tried on a larger batch.
+_HOPELESS = 1.5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A block, decoded once: ``rows`` are samples times the branches of guidance."""
+
+    device: str
+    dtype: str
+    rows: int
+    block: int
+    decoder: str
+    window: int | None
+    passes: int
+    seconds: float
+
+
+def choose(timings: Iterable[Timing], decoder: Decoder, block: int, rows: int, device: torch.device) -> Decoder:
+    """What ``auto`` stands for: the fastest decoder of a block, as timed on this device in this precision.
+
+    What counts is the next larger number of rows that was timed, since parallel passes gain least on large batches;
+    beyond all of them, or where nothing was timed, it is the sequential decoder. Others stand for themselves.
+    """
+    if decoder.name != "auto":
+        return decoder
+    place = *_name(device), block
+    known = [t for t in timings if (t.device, t.dtype, t.block) == place and t.rows >= rows]
+    if not known:
+        return _SEQUENTIAL
+    nearest = min(timing.rows for timing in known)
+    best = min((timing for timing in known if timing.rows == nearest), key=_seconds_to_beat)
+    return Decoder(best.decoder, best.window, decoder.tolerance)
+
+
+def _seconds_to_beat(timing: Timing) -> float:
+    return timing.seconds * (_GAIN if timing.decoder == "sequential" else 1)
+
+
+@torch.inference_mode()
+def calibrate(
+    flow,
+    guidance: Guidance | None = None,
+    tolerance: float = Decoder.tolerance,
+    batches: Sequence[int] = BATCHES,
+    report: Callable[[Timing], None] = lambda timing: None,
+) -> list[Timing]:
+    """Time every decoder on every block of a :class:`tarflow.TokenFlow`, under the autocast in force.
+
+    Args:
+        guidance: that of the samples to come; it changes how far a block depends on distant tokens.
+        tolerance: of the Jacobi decoder.
+        batches: numbers of samples.
+        report: called with each timing.
+    """
+    device, num_tokens = flow.prior_variance.device, len(flow.prior_variance)
+    windows = [window for window in WINDOWS if window is None or window < num_tokens - 1]
+    parallel = [Decoder("jacobi", window, tolerance) for window in windows]
+    promising = dict.fromkeys(range(len(flow.blocks)), parallel)
+    timings = []
+    for batch in sorted(batches):
+        tokens = flow.sample_prior(batch, torch.Generator(device).manual_seed(0))
+        labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
+        rows = batch * (2 if guidance is not None and guidance.weight else 1)
+        for t, block in reversed(list(enumerate(flow.blocks))):
+            decoded, seconds = {}, {}
+            for decoder in (_SEQUENTIAL, *promising[t]):
+                runs = [_timed(block, tokens, labels, guidance, decoder) for _ in range(2)]
+                decoded[decoder], passes, seconds[decoder] = min(runs, key=lambda run: run[2])
+                timings.append(Timing(*_name(device), rows, t, decoder.name, decoder.window, passes, seconds[decoder]))
+                report(timings[-1])
+            promising[t] = [d for d in promising[t] if seconds[d] <= _HOPELESS * seconds[_SEQUENTIAL]]
+            tokens = decoded[_SEQUENTIAL]
+    return timings
+
+
+def load(folder: Path) -> tuple[Timing, ...]:
+    """What was stored beside a checkpoint, if anything.
+
+    Raises:
+        ValueError: the file is not a calibration.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return ()
+    try:
+        return tuple(Timing(**row) for row in json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected what `tarflow calibrate` writes; {error}") from error
+
+
+def save(folder: Path, timings: Sequence[Timing]) -> None:
+    """Store timings beside a checkpoint, in place of earlier ones of the same device and precision."""
+    new = {(timing.device, timing.dtype) for timing in timings}
+    kept = [timing for timing in load(folder) if (timing.device, timing.dtype) not in new]
+    with replacing(folder / FILE) as path:
+        path.write_text(json.dumps([asdict(timing) for timing in (*kept, *timings)], indent=1) + "\n")
+
+
+def _name(device: torch.device) -> tuple[str, str]:
+    """The device and the precision of the transformers that timings hold for."""
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"{device.type}, {torch.get_num_threads()} threads"
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else torch.get_default_dtype()
+    return name, str(dtype).removeprefix("torch.")
+
+
+def _timed(block, tokens, labels, guidance, decoder):
+    _synchronize(tokens.device)
+    began = time.perf_counter()
+    decoded, passes = block.inverse(tokens, labels, guidance, decoder)
+    _synchronize(tokens.device)
+    return decoded, passes, time.perf_counter() - began
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

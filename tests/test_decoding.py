@@ -1,0 +1,329 @@
+"""Jacobi decoding is sequential decoding to a tolerance, for any guidance, window and batch; auto is one of the two."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from helpers import draw, randomize
+from tarflow import Decoder, Guidance, TarFlow, TokenFlow
+from tarflow.decoding import DISTANCE, calibration
+from tarflow.decoding.calibration import Timing, choose
+
+TRAINED = Path(__file__).parents[1] / "benchmarks" / "trained" / "fashion-mnist"
+TOKENS, CLASSES = 13, 3
+WINDOWS = [1, 2, 5, TOKENS - 1, TOKENS + 3, None]
+GUIDANCE = {
+    "none": None,
+    "no weight": Guidance(0.0),
+    "label": Guidance(1.5),
+    "constant": Guidance(1.0, "constant"),
+    "alpha": Guidance(1.0, parameters="alpha"),
+    "mu": Guidance(1.0, parameters="mu"),
+    "temperature": Guidance(1.0, temperature=0.5, drop_label=False),
+    "label and temperature": Guidance(1.0, temperature=1.5),
+}
+every_window = pytest.mark.parametrize("window", WINDOWS)
+MODELS = [
+    pytest.param(options, guidance, id=f"{name}, {options}")
+    for options in ({}, {"num_classes": 0}, {"volume_preserving": True})
+    for name, guidance in GUIDANCE.items()
+    if "num_classes" not in options or guidance is None or not guidance.weight or guidance.temperature != 1
+]
+every_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+
+
+def token_flow(**options):
+    settings = {"num_classes": CLASSES, "head_dim": 8} | options
+    return randomize(TokenFlow(TOKENS, 2, 16, 2, 2, **settings)).double().requires_grad_(False)
+
+
+def latents_and_labels(flow, batch=4, seed=0):
+    z = draw(seed, batch, *flow.prior_variance.shape)
+    return z, torch.arange(batch) % CLASSES - 1 if flow.num_classes else None
+
+
+def decode(flow, z, labels, guidance, decoder):
+    """Tokens, and the passes of each block in the order in which they are decoded."""
+    passes = []
+    tokens = flow.inverse(z, labels, guidance, decoder, lambda decoded: passes.append(decoded.passes))
+    return tokens, passes
+
+
+@functools.cache
+def trained():
+    return TarFlow.from_pretrained(TRAINED).float().requires_grad_(False)
+
+
+# Exactness ------------------------------------------------------------------------------------------------------------
+
+
+@every_window
+@pytest.mark.parametrize(("options", "guidance"), MODELS)
+def test_without_tolerance_it_is_the_sequential_decoder(options, guidance, window):
+    flow = token_flow(**options)
+    z, labels = latents_and_labels(flow)
+    tokens, passes = decode(flow, z, labels, guidance, Decoder("jacobi", window, tolerance=0.0))
+    expected, steps = decode(flow, z, labels, guidance, "sequential")
+    assert_close(tokens, expected, atol=1e-10, rtol=1e-10)
+    assert steps == [TOKENS - 1] * 2
+    assert all(1 <= taken <= TOKENS - 1 for taken in passes)
+
+
+@every_window
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_block_is_inverted_exactly_at_latents_within_the_tolerance(dtype, tolerance, window):
+    flow = token_flow().to(dtype)
+    z, labels = latents_and_labels(flow, batch=6)
+    for block in flow.blocks:
+        tokens, _ = block.inverse(z.to(dtype), labels, None, Decoder("jacobi", window, tolerance))
+        latents, _ = block(tokens, labels)
+        assert (latents - z).abs().max() <= tolerance + (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("window", [16, 64, None])
+@pytest.mark.parametrize("guidance", [None, Guidance(2.0)], ids=["unguided", "guided"])
+def test_a_trained_model_needs_few_passes_and_stays_near_the_sequential_decoder(guidance, window):
+    flow, tolerance = trained().flow, 1e-2
+    z, labels = flow.sample_prior(3, torch.Generator().manual_seed(0)), torch.tensor([0, 5, 8])
+    expected, steps = decode(flow, z, labels, guidance, "sequential")
+    tokens, passes = decode(flow, z, labels, guidance, Decoder("jacobi", window, tolerance))
+    distance = (tokens - expected).abs()
+    assert distance.max() <= DISTANCE * tolerance
+    assert distance.square().mean().sqrt() <= tolerance
+    assert distance.max() > 0, "or nothing was approximated"
+    assert sum(passes) <= sum(steps) / (8 if window is None else 3)
+
+
+@every_guidance
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3])
+def test_a_random_model_stays_near_the_sequential_decoder(guidance, tolerance):
+    flow = token_flow()
+    z, labels = latents_and_labels(flow, batch=8)
+    expected = flow.inverse(z, labels, guidance, "sequential")
+    tokens = flow.inverse(z, labels, guidance, Decoder("jacobi", 6, tolerance))
+    assert (tokens - expected).abs().max() <= DISTANCE * tolerance
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def mixed_batch(flow):
+    """Latents that differ in how hard they are: the larger, the more tokens depend on each other."""
+    z, labels = latents_and_labels(flow, batch=7)
+    return z * torch.tensor([0.01, 1.2, 0.1, 1.0, 0.8, 0.3, 0.001])[:, None, None], labels
+
+
+@every_window
+@pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
+def test_a_row_depends_on_no_other_and_waits_for_none(guidance, window):
+    flow = token_flow()
+    z, labels = mixed_batch(flow)
+    decoder = Decoder("jacobi", window, 1e-2)
+    together, passes = decode(flow, z, labels, guidance, decoder)
+    alone = [decode(flow, z[b : b + 1], labels[b : b + 1], guidance, decoder) for b in range(len(z))]
+    assert_close(together, torch.cat([tokens for tokens, _ in alone]), atol=1e-9, rtol=1e-9)
+    slowest = [max(taken) for taken in zip(*(taken for _, taken in alone), strict=True)]
+    assert passes == slowest
+    fastest = [min(taken) for taken in zip(*(taken for _, taken in alone), strict=True)]
+    assert window == 1 or fastest < slowest, "or all rows are equally hard"
+
+
+def test_what_no_row_has_reached_may_hold_anything(poisoned):
+    flow = token_flow()
+    z, labels = mixed_batch(flow)
+    for window in WINDOWS:
+        tokens = flow.inverse(z, labels, Guidance(1.0), Decoder("jacobi", window, 1e-3))
+        assert_close(tokens, flow.inverse(z, labels, Guidance(1.0), "sequential"), atol=DISTANCE * 1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, TOKENS), (3, 1), (3, 2), (1, TOKENS)], ids=str)
+def test_batches_and_sequences_of_any_size(shape):
+    batch, num_tokens = shape
+    flow = randomize(TokenFlow(num_tokens, 2, 16, 2, 1, head_dim=8)).double()
+    z = draw(0, batch, num_tokens, 2)
+    tokens, passes = decode(flow, z, None, None, Decoder("jacobi", tolerance=0.0))
+    assert_close(tokens, flow.inverse(z, decoder="sequential"))
+    assert max(passes) <= num_tokens - 1
+
+
+# Termination ----------------------------------------------------------------------------------------------------------
+
+
+def chaotic_flow():
+    """One block in which every token depends on the one before so strongly that no guess is ever any good."""
+    flow = token_flow(num_classes=0)
+    with torch.no_grad():
+        for block in flow.blocks:
+            weight = block.transformer.proj_out.weight
+            weight[2:] *= 30  # mu
+            weight[:2] = 0  # alpha
+    return flow
+
+
+@every_window
+def test_the_worst_case_ends_after_as_many_passes_as_the_sequential_decoder(window):
+    flow = chaotic_flow()
+    z, _ = latents_and_labels(flow)
+    tokens, passes = decode(flow, z, None, None, Decoder("jacobi", window, tolerance=0.0))
+    assert passes == [TOKENS - 1] * 2
+    assert_close(tokens, flow.inverse(z, decoder="sequential"))
+
+
+def explosive_flow():
+    """One block with ``alpha_i = 4 x_{i-1}`` and ``mu = 0``."""
+    flow = TokenFlow(TOKENS, 1, 16, 1, 1, head_dim=8)
+    for parameter in flow.parameters():
+        parameter.data.zero_()
+    transformer = flow.blocks[0].transformer
+    transformer.proj_in.weight.data[0] = 1
+    transformer.proj_out.weight.data[0, 0] = 4
+    return flow.requires_grad_(False)
+
+
+@every_window
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_iterates_that_diverge_do_no_harm(dtype, window):
+    """The latents of every other token are large, the tokens are not: exp(4 z) overflows where exp(4 x) does not."""
+    flow = explosive_flow().to(dtype)
+    z = torch.tensor([-3.0, 300.0], dtype=dtype).repeat(2, TOKENS)[:, :TOKENS, None]
+    assert not (z * (4 * z).exp()).isfinite().all()
+    expected = flow.inverse(z, decoder="sequential")
+    assert expected.abs().max() < 4
+    tokens, passes = decode(flow, z, None, None, Decoder("jacobi", window, 0.0))
+    assert_close(tokens, expected)
+    assert passes <= [TOKENS - 1]
+
+
+@pytest.mark.parametrize("largest", [0.5, 2.0])
+def test_where_an_iterate_starts_over_does_not_change_the_result(monkeypatch, largest):
+    monkeypatch.setitem(Decoder.__call__.__globals__["jacobi"].__globals__, "LARGEST", largest)
+    flow = token_flow()
+    z, labels = latents_and_labels(flow)
+    tokens, passes = decode(flow, z, labels, None, Decoder("jacobi", tolerance=0.0))
+    assert_close(tokens, flow.inverse(z, labels, decoder="sequential"))
+    assert max(passes) <= TOKENS - 1
+
+
+def test_a_row_without_an_inverse_ends_and_leaves_the_others_alone():
+    flow = token_flow()
+    z, labels = latents_and_labels(flow)
+    z[1, 4] = torch.inf
+    expected = flow.inverse(z, labels, decoder="sequential")
+    tokens = flow.inverse(z, labels, None, Decoder("jacobi", 5, 0.0))
+    assert not torch.isfinite(tokens[1]).all()
+    others = torch.tensor([0, 2, 3])
+    assert_close(tokens[others], expected[others])
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(2.0)], ids=["unguided", "guided"])
+def test_under_autocast_it_agrees_with_the_sequential_decoder_as_far_as_bfloat16_does(guidance):
+    flow = trained().flow
+    z, labels = flow.sample_prior(2, torch.Generator().manual_seed(0)), torch.tensor([0, 5])
+    exact = flow.inverse(z, labels, guidance, "sequential")
+    with torch.autocast("cpu", torch.bfloat16):
+        low, _ = decode(flow, z, labels, guidance, "sequential")
+        tokens, passes = decode(flow, z, labels, guidance, Decoder("jacobi"))
+    assert tokens.dtype == torch.float32
+    rounding = (low - exact).square().mean().sqrt()
+    assert (tokens - exact).square().mean().sqrt() <= 2 * rounding + Decoder.tolerance
+    assert sum(passes) <= 4 * 195 / 4
+
+
+# The choice between them ----------------------------------------------------------------------------------------------
+
+
+def timing(rows, block, decoder, seconds, window=None, **place):
+    here = dict(zip(("device", "dtype"), calibration._name(torch.device("cpu")), strict=True)) | place
+    return Timing(**here, rows=rows, block=block, decoder=decoder, window=window, passes=1, seconds=seconds)
+
+
+TIMINGS = [
+    timing(2, 0, "sequential", 1.0),
+    timing(2, 0, "jacobi", 0.5),
+    timing(2, 0, "jacobi", 0.4, window=16),
+    timing(8, 0, "sequential", 1.0),
+    timing(8, 0, "jacobi", 0.97),
+    timing(2, 1, "sequential", 1.0),
+    timing(2, 1, "jacobi", 2.0),
+    timing(2, 2, "jacobi", 1.0, device="another"),
+    timing(2, 2, "jacobi", 1.0, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("block", "rows", "expected"),
+    [
+        (0, 1, Decoder("jacobi", 16)),
+        (0, 2, Decoder("jacobi", 16)),
+        (0, 3, Decoder("sequential")),  # the gain at 8 rows is noise
+        (0, 9, Decoder("sequential")),  # more than were timed
+        (1, 2, Decoder("sequential")),
+        (2, 2, Decoder("sequential")),  # timed elsewhere
+    ],
+)
+def test_auto_is_the_fastest_where_it_was_timed(block, rows, expected):
+    assert choose(TIMINGS, Decoder("auto"), block, rows, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 3, 0.5)], ids=str)
+def test_a_decoder_that_is_asked_for_is_taken(decoder):
+    assert choose(TIMINGS, decoder, 0, 2, torch.device("cpu")) is decoder
+
+
+def test_auto_decodes_block_by_block_as_calibrated_and_within_the_tolerance():
+    flow = token_flow()
+    z, labels = latents_and_labels(flow)
+    expected, _ = decode(flow, z, labels, None, "sequential")
+    flow.calibration = [timing(4, 1, "jacobi", 0.1, window=4), timing(4, 1, "sequential", 1.0)]
+    reports = []
+    tokens = flow.inverse(z, labels, None, Decoder("auto", tolerance=1e-3), reports.append)
+    assert [(d.block, d.decoder, d.batch, d.steps) for d in reports] == [
+        (1, Decoder("jacobi", 4, 1e-3), 4, TOKENS - 1),
+        (0, Decoder("sequential"), 4, TOKENS - 1),
+    ]
+    assert reports[0].passes < reports[1].passes == TOKENS - 1
+    assert 0 < (tokens - expected).abs().max() <= DISTANCE * 1e-3
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0)], ids=["unguided", "guided"])
+def test_calibration_times_every_decoder_and_is_read_back(tmp_path, guidance):
+    flow = token_flow()
+    timings = calibration.calibrate(flow, guidance, batches=(3, 1))
+    small = [(t.block, t.decoder, t.window) for t in timings if t.rows == (1 if guidance is None else 2)]
+    assert small == [(t, name, None) for t in (1, 0) for name in ("sequential", "jacobi")]
+    assert {t.rows for t in timings} == ({1, 3} if guidance is None else {2, 6})
+    assert all(t.seconds > 0 and 1 <= t.passes <= TOKENS - 1 for t in timings)
+    calibration.save(tmp_path, TIMINGS[-2:])
+    calibration.save(tmp_path, TIMINGS[:1])
+    calibration.save(tmp_path, timings)
+    assert calibration.load(tmp_path) == (*TIMINGS[-2:], *timings), "those of other devices stay"
+
+
+def test_a_calibration_that_is_none_is_refused(tmp_path):
+    assert calibration.load(tmp_path) == ()
+    for text in ("{", "[1]", '[{"device": "cpu"}]'):
+        (tmp_path / calibration.FILE).write_text(text)
+        with pytest.raises(ValueError, match=r"calibration\.json: expected what `tarflow calibrate` writes; "):
+            calibration.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fast",), "decoder: expected one of auto, sequential, jacobi; got 'fast'"),
+        (("jacobi", 0), "window: expected at least 1; got 0"),
+        (("sequential", 4), "window: expected none with the sequential decoder, only with jacobi; got 4"),
+        (("jacobi", None, -1e-3), "tolerance: expected a finite number >= 0; got -0.001"),
+        (("jacobi", None, float("nan")), "tolerance: expected a finite number >= 0; got nan"),
+    ],
+)
+def test_decoders_that_do_not_exist(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(*arguments)
