@@ -236,6 +236,20 @@ def test_under_autocast_it_agrees_with_the_sequential_decoder_as_far_as_bfloat16
     assert sum(passes) <= 4 * 195 / 4
 
 
+@pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 5, 1e-3)], ids=str)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("latents", [torch.bfloat16, torch.float32, torch.float64])
+def test_latents_and_weights_of_any_precision(latents, weights, decoder):
+    flow = token_flow()
+    z, labels = latents_and_labels(flow)
+    z = z.to(latents)
+    expected = flow.inverse(z.double(), labels, Guidance(0.5), "sequential")
+    tokens = flow.to(weights).inverse(z, labels, Guidance(0.5), decoder)
+    assert tokens.dtype == torch.promote_types(latents, torch.float32)
+    rounding = 1e-4 if weights == torch.float32 else 0.2
+    assert_close(tokens.double(), expected, atol=rounding + DISTANCE * 1e-3, rtol=0)
+
+
 # The choice between them ----------------------------------------------------------------------------------------------
 
 

@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import tarflow_kernels
 from helpers import DEVICE, randomize
-from tarflow import TarFlow, TarFlowConfig
-from tarflow.decoding.step import Step
+from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
+from tarflow.decoding.graphs import Replayed
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,
     causal_attention,
     decode_attention,
+    embed_next,
     guided_affine_inverse,
     reference,
+    residual_norm,
     use_backend,
 )
 
@@ -25,6 +28,7 @@ if DEVICE == "cpu":
 pytestmark = pytest.mark.gpu
 
 HALF = [torch.bfloat16, torch.float16]
+DECODERS = [Decoder("sequential"), Decoder("jacobi", tolerance=1e-3), Decoder("jacobi", 4, tolerance=1e-3)]
 every_half = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
@@ -81,6 +85,40 @@ def test_decoding_is_as_accurate_as_pytorch(dtype, new, rows):
 
     inputs = [*torch.randn(3, rows, 12, new, 64).to(dtype), *torch.randn(2, rows, 12, 1024, 64).to(dtype)]
     no_worse_than_torch(op, inputs, dtype)
+
+
+@pytest.mark.parametrize("channels", [24, 96, 768, 1000, 8192])
+@pytest.mark.parametrize("full", [False, True], ids=["in low precision", "in full precision"])
+@every_half
+def test_residual_norm_is_as_accurate_as_pytorch(dtype, full, channels):
+    """Residuals may be more precise than what is added to them and what becomes of them."""
+
+    def op(h, delta, weight, bias):
+        kept = torch.promote_types(h.dtype, torch.float32) if full else h.dtype
+        h, weight, bias = (t.detach().to(kept, copy=True) for t in (h, weight, bias))
+        return residual_norm(h, delta.detach(), weight, bias, dtype=delta.dtype), h
+
+    no_worse_than_torch(op, [*torch.randn(2, 37, channels).to(dtype), *torch.randn(2, channels).to(dtype)], dtype)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("token_dim", "channels"), [(12, 768), (48, 1000), (192, 96), (256, 24)])
+@every_half
+def test_embedding_the_next_token_is_as_accurate_as_pytorch(dtype, token_dim, channels, guided):
+    """Parameters come in low precision, as the parts of one output; all the rest is float32."""
+    z, projection, embedding = torch.randn(5, 9, token_dim), torch.randn(token_dim, channels), torch.randn(9, channels)
+    context, weights = torch.randn(10 if guided else 5, channels), torch.linspace(0, 2, 9)
+    positions = torch.tensor([0, 7, 3, 3, 6], dtype=torch.int32)
+
+    def op(parameters):
+        full = torch.promote_types(parameters.dtype, torch.float32)
+        (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in parameters.detach().chunk(2))
+        x = torch.zeros_like(z, dtype=full)
+        guidance = (mu_ref, alpha_ref, weights) if guided else (None, None, None)
+        tables = (t.to(full) for t in (projection, embedding, context))
+        return embed_next(x, z.to(full), mu, alpha, *guidance, positions, *tables), x
+
+    no_worse_than_torch(op, [(0.3 * torch.randn(10, 2 * token_dim)).to(dtype)], dtype)
 
 
 @pytest.mark.parametrize("op", [affine_forward, affine_inverse])
@@ -149,18 +187,55 @@ def test_one_graph_serves_every_position():
         assert_close(out, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_a_decoding_step_is_captured_whole():
-    transformer = small_model().flow.blocks[0].transformer
-    step, eager = Step(transformer, 4), Step(transformer, 4)
-    tokens = torch.randn(4, 48)
-    with torch.no_grad():
-        (mu, alpha), graph = captured(lambda: step(tokens))
-        for i in range(6):
-            step.positions.fill_(i)
-            eager.positions.fill_(i)
-            tokens.normal_()
-            graph.replay()
-            assert_close((mu, alpha), eager(tokens), atol=1e-5, rtol=1e-5)
+def test_one_graph_goes_from_token_to_token():
+    """What lies between the products of a decoding step, with the position on the device."""
+    x, z = torch.zeros(4, 9, 48), torch.randn(4, 9, 48)
+    mu, alpha, mu_ref, alpha_ref = 0.3 * torch.randn(4, 4, 48)
+    delta, (weight, bias) = torch.randn(8, 96), torch.randn(2, 96)
+    tables = torch.randn(9), torch.zeros(4, dtype=torch.int32), torch.randn(48, 96), torch.randn(9, 96), None
+    positions = tables[1]
+
+    def step(ops, x):
+        h = ops.embed_next(x, z, mu, alpha, mu_ref, alpha_ref, *tables)
+        return ops.residual_norm(h, delta, weight, bias), h
+
+    results, graph = captured(lambda: step(tarflow_kernels, x))
+    expected_x = x.zero_().clone()
+    for i in range(8):
+        positions.fill_(i)
+        graph.replay()
+        assert_close(results, step(reference, expected_x), atol=1e-4, rtol=1e-4)
+        assert_close(x, expected_x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+def test_replayed_graphs_decode_as_launched_kernels_do(monkeypatch, decoder, guidance):
+    flow = small_model(num_classes=3).flow
+    z, labels = torch.randn(5, 16, 48), torch.tensor([0, 1, 2, -1, 0])
+    reports: dict[bool, list[int]] = {}
+    tokens = []
+    for launched in (True, False):
+        monkeypatch.setattr(Replayed, "WARM_UP", 10**6 if launched else 2)
+        passes = reports.setdefault(launched, [])
+        tokens.append(
+            flow.inverse(z, labels, guidance, decoder, lambda done, passes=passes: passes.append(done.passes))
+        )
+    assert_close(*tokens, atol=1e-4, rtol=1e-4)
+    assert reports[True] == reports[False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+def test_decoders_agree_with_float64_on_the_reference(decoder, dtype):
+    model = small_model(num_classes=3)
+    z, labels, guidance = torch.randn(5, 16, 48), torch.tensor([0, 1, 2, -1, 0]), Guidance(1.0)
+    with use_backend("reference"):
+        expected = copy.deepcopy(model).double().flow.inverse(z.double(), labels, guidance, "sequential")
+    with torch.autocast(DEVICE, dtype, enabled=dtype == torch.bfloat16):
+        tokens = model.flow.inverse(z, labels, guidance, decoder)
+    rounding = 1e-3 if dtype == torch.float32 else 0.1
+    assert (tokens - expected).square().mean().sqrt() <= rounding + decoder.tolerance
 
 
 def test_a_training_step_is_captured_whole():
@@ -218,8 +293,9 @@ def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
     assert seen == ["triton", "torch", "triton", "torch"]
 
 
-def small_model():
-    config = TarFlowConfig(image_size=16, in_channels=3, patch_size=4, channels=128, num_blocks=2, layers_per_block=2)
+def small_model(num_classes=0):
+    sizes = {"image_size": 16, "in_channels": 3, "patch_size": 4, "channels": 128, "num_blocks": 2}
+    config = TarFlowConfig(**sizes, layers_per_block=2, num_classes=num_classes)
     return randomize(TarFlow(config).cpu()).to(DEVICE)
 
 

@@ -17,8 +17,10 @@ from tarflow_kernels import (
     affine_inverse,
     causal_attention,
     decode_attention,
+    embed_next,
     guided_affine_inverse,
     reference,
+    residual_norm,
     use_backend,
 )
 
@@ -324,3 +326,114 @@ def test_a_row_may_go_back_and_overwrite(backend):
             result = decode_attention(*parts, *caches, torch.tensor([i, behind], dtype=torch.int32))
             expected = causal_attention(q, k, v)
             assert_close(result, torch.stack((expected[0, :, i : i + 1], expected[1, :, behind : behind + 1])))
+
+
+def room_for(t, dim):
+    """Memory with a place for t between two others of its size, all of it poison, and that place."""
+    room = torch.stack([nans(t)] * 3, dim)
+    return room, room.select(dim, 1)
+
+
+@given(
+    backend=st.sampled_from(BACKENDS),
+    shape=st.sampled_from([(24,), (1, 24), (3, 64), (0, 64), (5, 96), (7, 768), (2, 3, 100), (2, 0, 3), (2, 3, 2, 1)]),
+    precision=PRECISIONS,
+    place=st.sampled_from([0, -2, -1]),
+    layouts=st.tuples(*[one_of(AFFINE_LAYOUTS)] * 3),
+    added=st.sampled_from([None, torch.float16, torch.float32]),
+    result=st.sampled_from([None, torch.float32, torch.float64]),
+    eps=st.sampled_from([1e-5, 0.3]),
+    seed=SEEDS,
+)
+def test_residual_norm_updates_its_rows_and_nothing_beside_them(
+    backend, shape, precision, place, layouts, added, result, eps, seed
+):
+    dtype, tolerance = precision
+    room, h = room_for(draw(seed, *shape, dtype=dtype), place if len(shape) > 1 else 0)
+    h.copy_(draw(seed, *shape))
+    delta, weight, bias = (
+        layout(draw(seed + k, *size, dtype=dtype))
+        for k, (layout, size) in enumerate(zip(layouts, (shape, shape[-1:], shape[-1:]), strict=True), 1)
+    )
+    delta = None if added is None else delta.to(added)
+    expected_room = room.to(torch.float64, copy=True)
+    expected = reference.residual_norm(
+        expected_room.select(place if len(shape) > 1 else 0, 1),
+        None if delta is None else delta.double(),
+        weight.double(),
+        bias.double(),
+        eps=eps,
+    )
+    with use_backend(backend):
+        y = residual_norm(h, delta, weight, bias, eps=eps, dtype=result)
+    assert y.dtype == (result or dtype)
+    tolerance = max(tolerance, 2e-4 if y.dtype == torch.float32 else 0)
+    assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+    assert_close(room, expected_room.to(dtype), equal_nan=True)
+
+
+@given(
+    backend=st.sampled_from(BACKENDS),
+    shape=st.tuples(BATCHES, st.sampled_from([2, 5]), st.sampled_from([1, 4, 12, 48, 100, 256])),
+    channels=st.sampled_from([1, 24, 64, 96, 768]),
+    precision=PRECISIONS,
+    place=st.sampled_from([0, 1, -1]),
+    layouts=st.tuples(*[one_of(AFFINE_LAYOUTS)] * 5),
+    low=st.sampled_from([None, torch.float16]),
+    guided=st.booleans(),
+    with_context=st.booleans(),
+    seed=SEEDS,
+)
+def test_embed_next_writes_one_token_of_each_sample(
+    backend, shape, channels, precision, place, layouts, low, guided, with_context, seed
+):
+    (dtype, tolerance), (batch, length, token_dim) = precision, shape
+    positions = torch.arange(seed, seed + batch, dtype=torch.int32) * 3 % (length - 1)
+    room, x = room_for(draw(seed, *shape, dtype=dtype), place)
+    sizes = [shape, (4, batch, token_dim), (token_dim, channels), (length, channels), ((1 + guided) * batch, channels)]
+    z, parameters, projection, embedding, context = (draw(seed + k, *size, dtype=dtype) for k, size in enumerate(sizes))
+    on_parameters, *others = layouts
+    mu, alpha, *refs = (on_parameters(t) for t in 0.5 * parameters.to(low or dtype))
+    z, projection, embedding, context = (
+        layout(t) for layout, t in zip(others, (z, projection / token_dim**0.5, embedding, context), strict=True)
+    )
+    guidance = (*refs, draw(seed, length, dtype=dtype)) if guided else (None, None, None)
+    args = z, mu, alpha, *guidance, positions, projection, embedding, context if with_context else None
+
+    def double(t):
+        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    expected_room = room.to(torch.float64, copy=True)
+    expected = reference.embed_next(expected_room.select(place, 1), *map(double, args))
+    with use_backend(backend):
+        h = embed_next(x, *args)
+    assert h.shape == expected.shape
+    assert_close(h, expected.to(dtype), atol=tolerance, rtol=tolerance)
+    assert_close(room, expected_room.to(dtype), atol=tolerance, rtol=tolerance, equal_nan=True)
+    assert (~x.isnan()).sum() == batch * token_dim
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("channels", [1, 24, 96, 200])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_small_ops_of_a_step_write_all_of_their_results(backend, channels):
+    h, delta = draw(0, 2, 3, channels, dtype=torch.float32)
+    x, z = draw(1, 2, 3, 4, 5, dtype=torch.float32)
+    mu, alpha, *refs = draw(2, 4, 3, 5, dtype=torch.float32)
+    at, ones = torch.tensor([0, 2, 1], dtype=torch.int32), torch.ones(5, channels)
+    with use_backend(backend):
+        results = [
+            residual_norm(h, delta, ones[0], ones[0]),
+            embed_next(x, z, mu, alpha, *refs, torch.ones(4), at, ones, ones[:4], None),
+        ]
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what the kernel does where PyTorch raises")
+@pytest.mark.parametrize("position", [-100, -2, 3, 100])
+def test_a_token_that_does_not_exist_is_written_nowhere(position):
+    room, x = room_for(torch.zeros(1, 4, 3), 0)
+    z, token, at = torch.zeros(1, 4, 3), torch.zeros(1, 3), torch.tensor([position], dtype=torch.int32)
+    with use_backend("triton"):
+        embed_next(x, z, token, token, None, None, None, at, torch.eye(3), torch.zeros(4, 3), None)
+    assert room.isnan().all()

@@ -15,7 +15,9 @@ from tarflow_kernels import (
     causal_attention,
     decode_attention,
     dispatch,
+    embed_next,
     guided_affine_inverse,
+    residual_norm,
     use_backend,
 )
 
@@ -33,10 +35,23 @@ def attend(q, k, v, tau):
     return causal_attention(q, k, v, temperature=tau.exp())
 
 
-HEADS, CACHE, TOKENS = (2, 3, 5, 4), (2, 3, 9, 4), (2, 3, 4)
+def normalize(h, delta, weight, bias):
+    """:func:`residual_norm` as a pure function: with something to add and without, and h after it."""
+    h = h.clone()
+    return residual_norm(h, delta, weight, bias), residual_norm(h, None, weight, bias, dtype=torch.float32), h
 
-# Every public function, and the shapes of the tensors it takes.
-OPS = {
+
+def embed(x, z, mu, alpha, projection, embedding, context=None, mu_ref=None, alpha_ref=None, weights=None):
+    """:func:`embed_next` as a pure function: its output, and x after it."""
+    x, at = x.clone(), torch.tensor([0, 1], dtype=torch.int32)
+    return embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, at, projection, embedding, context), x
+
+
+HEADS, CACHE, TOKENS = (2, 3, 5, 4), (2, 3, 9, 4), (2, 3, 4)
+EMBED = [TOKENS, TOKENS, (2, 4), (2, 4), (4, 5), (3, 5)]
+
+# Every public function, and the shapes of the tensors it takes; those that change their arguments have no gradients.
+DIFFERENTIABLE = {
     "causal_attention": (attend, [HEADS, HEADS, HEADS, (2,)]),
     "affine_forward": (affine_forward, [TOKENS] * 3),
     "affine_forward, shift": (partial(affine_forward, shift=True), [TOKENS] * 3),
@@ -45,10 +60,16 @@ OPS = {
     "guided_affine_inverse": (partial(guided_affine_inverse, weight=1.7), [TOKENS] * 5),
     "guided_affine_inverse, weights": (guided_affine_inverse, [*[TOKENS] * 5, (3,)]),
     "guided_affine_inverse, weights of rows": (guided_affine_inverse, [*[TOKENS] * 5, (2, 3)]),
-    "decode_attention": (decode, [HEADS, HEADS, HEADS, CACHE, CACHE, (2,)]),
 }
+IN_PLACE = {
+    "decode_attention": (decode, [HEADS, HEADS, HEADS, CACHE, CACHE, (2,)]),
+    "residual_norm": (normalize, [TOKENS, TOKENS, (4,), (4,)]),
+    "embed_next": (embed, EMBED),
+    "embed_next, guided": (embed, [*EMBED, (4, 5), (2, 4), (2, 4), (3,)]),
+}
+OPS = DIFFERENTIABLE | IN_PLACE
+STANDING, EYE = torch.tensor([0, 1], dtype=torch.int32), torch.eye(4, dtype=torch.float64)
 every_op = pytest.mark.parametrize(("op", "shapes"), OPS.values(), ids=OPS)
-DIFFERENTIABLE = {name: row for name, row in OPS.items() if name != "decode_attention"}
 
 
 def inputs_of(shapes, requires_grad=True, dtype=torch.float64):
@@ -73,7 +94,8 @@ def test_gradients(op, shapes, backend):
 @every_op
 def test_compiled_whole_it_is_the_same(op, shapes, backend):
     torch.compiler.reset()
-    differentiable = op is not decode and not (backend == "triton" and "guided" in name_of(op))
+    in_place = op in (decode, normalize, embed)
+    differentiable = not in_place and not (backend == "triton" and "guided" in name_of(op))
     results = []
     with use_backend(backend) if backend else contextlib.nullcontext():
         for run in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
@@ -97,10 +119,12 @@ def test_compiled_whole_it_is_the_same(op, shapes, backend):
         ("guided_affine_inverse", [TOKENS] * 5, (None, 1.7)),
         ("guided_affine_inverse", [TOKENS] * 5, (torch.tensor([0.5, 1.0, 2.0]), 0.0)),
         ("decode_attention", [HEADS, HEADS, HEADS, CACHE, CACHE], (torch.tensor([0, 3]).int(), None, 0.3)),
+        ("residual_norm", [TOKENS, TOKENS, (4,), (4,)], (1e-5, torch.float32)),
+        ("embed_next", [TOKENS, TOKENS, *[(2, 4)] * 4, (3,)], (STANDING, EYE, EYE[:3], None)),
     ],
 )
 def test_registration(name, shapes, rest):
-    inputs = inputs_of(shapes, requires_grad=name != "decode_attention")
+    inputs = inputs_of(shapes, requires_grad=name not in IN_PLACE)
     rest = [t.to(inputs[0].device) if isinstance(t, torch.Tensor) else t for t in rest]
     library.opcheck(getattr(torch.ops.tarflow, name).default, (*inputs, *rest))
 
@@ -133,6 +157,15 @@ def test_autocast_reaches_attention_and_leaves_affine_maps():
     assert_close([t.float() for t in low], [attended] * 3, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.parametrize("name", ["residual_norm", "embed_next", "embed_next, guided"])
+def test_autocast_leaves_the_small_ops_of_a_step(name):
+    op, shapes = IN_PLACE[name]
+    inputs = inputs_of(shapes, requires_grad=False, dtype=torch.float32)
+    expected = op(*inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_close(op(*inputs), expected, atol=0, rtol=0)
+
+
 @every_op
 def test_an_op_without_a_triton_kernel_says_so(op, shapes, monkeypatch):
     for implementations in dispatch._implementations.values():
@@ -163,6 +196,14 @@ X, INTEGERS, WIDE = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), tor
 Q, HALF, LONG = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4).half(), torch.zeros(2, 1, 4, 4)
 ELSEWHERE = torch.device("meta")
 CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
+SEQUENCE = torch.zeros(2, 5, 3)
+
+
+def embed_with(**wrong):
+    """:func:`embed_next` under guidance, with all arguments right but these."""
+    right = {"x": SEQUENCE, "z": SEQUENCE, "mu": X, "alpha": X, "mu_ref": X, "alpha_ref": X, "weights": torch.zeros(5)}
+    right |= {"positions": AT, "projection": torch.zeros(3, 4), "embedding": torch.zeros(5, 4)}
+    return embed_next(**right | {"context": torch.zeros(4, 4)} | wrong)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +255,43 @@ CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT + 3), ValueError, "positions"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT - 1), ValueError, "positions"),
         (lambda: decode_attention(Q, Q, Q, CACHED, CACHED, AT, temperature=-1.0), ValueError, "temperature"),
+        (lambda: residual_norm(INTEGERS, X, X[0], X[0]), TypeError, "h"),
+        (lambda: residual_norm(X[0, 0], None, X[0, 0], X[0, 0]), ValueError, "h"),
+        (lambda: residual_norm(X, WIDE, X[0], X[0]), ValueError, "delta"),
+        (lambda: residual_norm(X, INTEGERS, X[0], X[0]), TypeError, "delta"),
+        (lambda: residual_norm(X, X.to(ELSEWHERE), X[0], X[0]), ValueError, "delta"),
+        (lambda: residual_norm(X, X, X, X[0]), ValueError, "weight"),
+        (lambda: residual_norm(X, X, X[0].half(), X[0]), TypeError, "weight"),
+        (lambda: residual_norm(X, X, X[0], WIDE[0]), ValueError, "bias"),
+        (lambda: residual_norm(X, X, X[0], X[0].to(ELSEWHERE)), ValueError, "bias"),
+        (lambda: residual_norm(X, X, X[0], X[0], eps=0.0), ValueError, "eps"),
+        (lambda: residual_norm(X, X, X[0], X[0], eps=float("nan")), ValueError, "eps"),
+        (lambda: residual_norm(X, X, X[0], X[0], dtype=torch.int64), TypeError, "dtype"),
+        (lambda: residual_norm(X, X, X[0], X[0], dtype="float32"), TypeError, "dtype"),
+        (lambda: embed_with(x=SEQUENCE.half()), TypeError, "x"),
+        (lambda: embed_with(x=X), ValueError, "x"),
+        (lambda: embed_with(z=SEQUENCE[:1]), ValueError, "z"),
+        (lambda: embed_with(z=SEQUENCE.double()), TypeError, "z"),
+        (lambda: embed_with(mu=WIDE), ValueError, "mu"),
+        (lambda: embed_with(mu=X.to(ELSEWHERE)), ValueError, "mu"),
+        (lambda: embed_with(alpha=INTEGERS), TypeError, "alpha"),
+        (lambda: embed_with(mu_ref=None), ValueError, "mu_ref"),
+        (lambda: embed_with(alpha_ref=WIDE), ValueError, "alpha_ref"),
+        (lambda: embed_with(mu_ref=INTEGERS), TypeError, "mu_ref"),
+        (lambda: embed_with(weights=X[0]), ValueError, "weights"),
+        (lambda: embed_with(weights=None), ValueError, "weights"),
+        (lambda: embed_with(weights=torch.zeros(5).int()), TypeError, "weights"),
+        (lambda: embed_with(positions=AT.long()), TypeError, "positions"),
+        (lambda: embed_with(positions=AT[:1]), ValueError, "positions"),
+        (lambda: embed_with(positions=AT.to(ELSEWHERE)), ValueError, "positions"),
+        (lambda: embed_with(projection=WIDE), ValueError, "projection"),
+        (lambda: embed_with(projection=WIDE[0]), ValueError, "projection"),
+        (lambda: embed_with(projection=torch.zeros(3, 4).double()), TypeError, "projection"),
+        (lambda: embed_with(embedding=WIDE), ValueError, "embedding"),
+        (lambda: embed_with(embedding=torch.zeros(5, 4).half()), TypeError, "embedding"),
+        (lambda: embed_with(context=WIDE), ValueError, "context"),
+        (lambda: embed_with(context=torch.zeros(4, 4).double()), TypeError, "context"),
+        (lambda: embed_with(context=torch.zeros(4, 4, device=ELSEWHERE)), ValueError, "context"),
         (lambda: use_backend("cuda").__enter__(), ValueError, "name"),
     ],
 )

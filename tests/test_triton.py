@@ -15,7 +15,7 @@ from torch import library
 from torch.testing import assert_close
 
 from helpers import DEVICE, draw, tarflow
-from tarflow import Guidance
+from tarflow import Decoder, Guidance
 from tarflow_kernels import affine_forward, causal_attention, decode_attention, dispatch, use_backend
 from tarflow_kernels.triton import configs, decode
 from tarflow_kernels.triton.tiles import head_of, tile_pointers
@@ -173,7 +173,8 @@ def test_a_model_trains_and_samples_as_on_the_reference(guidance):
                 optimizer.zero_grad()
                 losses.append(loss.detach())
             z, logdet = model(x, labels)
-            samples = model.inverse(z.detach(), labels, guidance)
+            decoders = "sequential", Decoder("jacobi", 2, tolerance=0.0), Decoder("jacobi", tolerance=0.0)
+            samples = [model.inverse(z.detach(), labels, guidance, decoder) for decoder in decoders]
         results[backend] = losses, z, logdet, samples
     assert_close(results["triton"], results["reference"], atol=1e-4, rtol=1e-4)
 

@@ -5,6 +5,8 @@ from .affine import affine_forward, affine_inverse, guided_affine_inverse
 from .attention import causal_attention
 from .decode import KVCache, decode_attention
 from .dispatch import use_backend
+from .embed import embed_next
+from .norm import residual_norm
 
 __all__ = [
     "KVCache",
@@ -12,8 +14,10 @@ __all__ = [
     "affine_inverse",
     "causal_attention",
     "decode_attention",
+    "embed_next",
     "guided_affine_inverse",
     "reference",
+    "residual_norm",
     "scales",
     "use_backend",
 ]

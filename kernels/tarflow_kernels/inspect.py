@@ -73,6 +73,10 @@ def cases() -> Iterator[Case]:
         for token_dim in (12, 48):
             yield Case("affine", dtype, f"N=1024 D={token_dim}", functools.partial(_affine, dtype, token_dim, EXP))
             yield Case("guided_affine", dtype, f"N=1024 D={token_dim}", functools.partial(_guide, dtype, token_dim))
+            launch = functools.partial(_embed, dtype, token_dim)
+            yield Case("embed_next", dtype, f"N=1024 D={token_dim} C=768", launch)
+        for channels in (768, 8192):
+            yield Case("residual_norm", dtype, f"B=64 C={channels}", functools.partial(_normalize, dtype, channels))
     # A ragged end, padded heads, and sizes of one, which Triton compiles as constants.
     for dtype, length, head_dim in (
         (torch.bfloat16, 1000, 48),
@@ -83,6 +87,7 @@ def cases() -> Iterator[Case]:
         shape = f"N={length} D={head_dim}"
         yield Case("causal_attention", dtype, shape, functools.partial(_attend, dtype, length, head_dim))
     yield Case("decode_attention", torch.bfloat16, "B=64 G=64 D=256", lambda: _decode(torch.bfloat16, 64, 64, 256))
+    yield Case("embed_next", torch.float32, "N=64 D=256 C=100", lambda: _embed(torch.float32, 256, 64, 100))
     yield Case("affine", torch.float32, "N=1024 D=1", lambda: _affine(torch.float32, 1, EXP))
     for scale in (softclip(5.0), softplus(), sigmoid(), clamp(-5.0, 3.0), tanh(2.0)):
         launch = functools.partial(_affine, torch.float32, 48, scale)
@@ -125,6 +130,32 @@ def _guide(dtype, token_dim):
     tokens = _meta(4, 1024, token_dim)
     (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in _meta(8, 2 * token_dim, dtype=dtype).chunk(2))
     guided_affine_map(tokens[:, 3], mu, alpha, mu_ref, alpha_ref, None, 2.0, tokens[:, 3])
+
+
+def _embed(dtype, token_dim, num_tokens=1024, channels=768):
+    """With and without guidance, whose parameters are the quarters of an output."""
+    from .triton.embed import embed_next
+
+    x, z = _meta(2, 64, num_tokens, token_dim)
+    (alpha, mu), (alpha_ref, mu_ref) = (
+        half.chunk(2, dim=-1) for half in _meta(128, 2 * token_dim, dtype=dtype).chunk(2)
+    )
+    positions, projection, embedding = (
+        _meta(64, dtype=torch.int32),
+        _meta(token_dim, channels),
+        _meta(num_tokens, channels),
+    )
+    for guidance, rows in (((None, None, None), 64), ((mu_ref, alpha_ref, _meta(num_tokens)), 128)):
+        embed_next(x, z, mu, alpha, *guidance, positions, projection, embedding, _meta(rows, channels))
+
+
+def _normalize(dtype, channels):
+    """Behind a product in low precision and before another, and where there is nothing to add."""
+    from .triton.norm import residual_norm
+
+    h, weight = _meta(64, channels), _meta(channels)
+    for delta in (_meta(64, channels, dtype=dtype), None):
+        residual_norm(h, delta, weight, weight, 1e-5, dtype)
 
 
 def _meta(*shape, dtype=torch.float32):

@@ -72,6 +72,50 @@ def guided_affine_inverse(
     return z * torch.exp(guided_alpha) + guided_mu
 
 
+def residual_norm(
+    h: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``h += delta`` in place, then ``(h - mean) / sqrt(var + eps) * weight + bias`` over the last dimension."""
+    if delta is not None:
+        h += delta
+    x = h.to(torch.promote_types(h.dtype, torch.float32))
+    centered = x - x.mean(-1, keepdim=True)
+    variance = centered.square().mean(-1, keepdim=True)
+    y = centered / torch.sqrt(variance + eps) * weight + bias
+    return y.to(h.dtype if dtype is None else dtype)
+
+
+def embed_next(
+    x: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    alpha: Tensor,
+    mu_ref: Tensor | None,
+    alpha_ref: Tensor | None,
+    weights: Tensor | None,
+    positions: Tensor,
+    projection: Tensor,
+    embedding: Tensor,
+    context: Tensor | None,
+) -> Tensor:
+    """``x_i = z_i exp(a) + m`` in place at ``i = positions + 1``, then ``x_i projection + embedding_i + context``."""
+    samples, i = torch.arange(len(x), device=x.device), positions.long() + 1
+    if weights is None:
+        token, _ = affine_inverse(z[samples, i], mu, alpha)
+    else:
+        token = guided_affine_inverse(z[samples, i], mu, alpha, mu_ref, alpha_ref, weights[i, None])
+    x[samples, i] = token
+    h = token @ projection + embedding[i]
+    h = h if weights is None else torch.cat((h, h))  # the branches differ in their context alone
+    return h if context is None else h + context
+
+
 def parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
     """mu and the log-scale a of every element, of the token before where ``shift``."""
     a = log_scale(alpha, scale)

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from tarflow_kernels import affine_inverse, guided_affine_inverse
-
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 
@@ -51,21 +49,21 @@ class Branches:
         """The rows of samples, given by their indices in a batch of that size."""
         return samples if self.guidance is None else torch.cat((samples, samples + batch))
 
-    def affine_inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, weights: Tensor | None) -> Tensor:
-        """``x = z exp(alpha) + mu`` for latents ``(B, G, D)``, guided by ``weights`` ``(G,)`` where asked for."""
-        if weights is None:
-            return affine_inverse(z, mu, alpha)[0]
-        return guided_affine_inverse(z, *self._pairs(mu, alpha), weights)
-
     def guide(self, mu: Tensor, alpha: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """The parameters ``(rows, G, D)`` of all branches to those of the samples' tokens at ``places`` ``(B, G)``."""
         if self.weights is None:
             return mu, alpha
-        mu, alpha, mu_ref, alpha_ref = self._pairs(mu, alpha)
+        mu, alpha, mu_ref, alpha_ref = self.pair(mu, alpha)
         w = -self.weights[places][..., None]
         return torch.lerp(mu, mu_ref, w), torch.lerp(alpha, alpha_ref, w)
 
-    def _pairs(self, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pair(self, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The parameters of all rows as mu and alpha of the conditional and of the reference branch, if there is one.
+
+        Where one of them is not guided, its reference is itself.
+        """
+        if self.guidance is None:
+            return mu, alpha, None, None
         (mu, mu_ref), (alpha, alpha_ref) = mu.chunk(2), alpha.chunk(2)
         if self.guidance.parameters == "alpha":
             mu_ref = mu

@@ -17,7 +17,7 @@ from ..guidance import Guidance
 from . import Decoder
 
 _SEQUENTIAL = Decoder("sequential")
-WINDOWS = (16, 64, None)
+WINDOWS = (16, 64, 256, None)
 BATCHES = (1, 4, 16, 64)
 FILE = "calibration.json"
 # What a decoder has to save to be chosen over the sequential one: less would be the noise of the clock.

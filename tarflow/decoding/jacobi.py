@@ -69,7 +69,7 @@ class _Iterates:
 
     def __init__(self, transformer, z, labels, guidance, window, tolerance):
         self.branches = Branches(transformer, z, labels, guidance)
-        self.step = Step(transformer, self.branches.rows, self.branches.context, self.branches.temperature, window)
+        self.step = Step(transformer, self.branches, z.dtype, window)
         self.last = z.shape[1] - 1
         self.window = window
         self.tolerance = tolerance

@@ -9,6 +9,8 @@ the floor is 12 L C^2 weights and, at position n, 2 L R n C elements of cache, e
 import torch
 from torch import Tensor
 
+from tarflow_kernels import embed_next
+
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
@@ -20,21 +22,18 @@ def sequential(
     transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
 ) -> tuple[Tensor, int]:
     """Latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in the order in which the block generates; and the passes."""
-    x = z.to(torch.promote_types(z.dtype, torch.float32), copy=True)
-    branches = Branches(transformer, x, labels, guidance)
-    step = Step(transformer, branches.rows, branches.context, branches.temperature)
-    tokens = branches.repeat(x[:, :1]).clone(memory_format=torch.contiguous_format)
-    steps = z.shape[1] - 1
-    following = torch.ones(1, dtype=torch.int64, device=z.device)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    x, steps = z.clone(), z.shape[1] - 1
+    branches = Branches(transformer, z, labels, guidance)
+    step = Step(transformer, branches, z.dtype)
+    h = step.embed(branches.repeat(x[:, :1]))
 
     def advance() -> None:
-        mu, alpha = step(tokens)
-        weights = None if branches.weights is None else branches.weights.index_select(0, following)
-        token = branches.affine_inverse(z.index_select(1, following), mu, alpha, weights)
-        x.index_copy_(1, following, token)
-        tokens.view(branches.count, *token.shape).copy_(token)
+        mu, alpha = step.transform(h)
+        parameters = branches.pair(mu[:, 0], alpha[:, 0])
+        places = step.positions[: len(x)]
+        h[:, 0] = embed_next(x, z, *parameters, branches.weights, places, step.proj_in, step.embedding, step.context)
         step.positions.add_(1)
-        following.add_(1)
 
     replayed = Replayed(advance, z.device)
     # The step has cast its weights itself.

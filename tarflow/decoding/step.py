@@ -7,87 +7,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow_kernels import KVCache, decode_attention
+from tarflow_kernels import KVCache, decode_attention, residual_norm
 
-from ..transformer import CausalTransformer
+from ..transformer import CausalTransformer, TransformerLayer
+from .branches import Branches
 
 
 class Step:
     """What :class:`CausalTransformer` computes for G new tokens per row, given all the earlier ones.
 
-    Weights are cast (to the dtype of the autocast in force) and laid out once; the cache and the activations that
-    outlive an operator have fixed buffers, so that a step allocates nothing but what its operators return. Residuals
-    stay in the dtype of the weights, and so does the output projection.
+    Weights are cast and laid out once; the cache and the activations that outlive an operator have fixed buffers, so
+    that a step allocates nothing but what its operators return. The layers run in the dtype of the autocast in force,
+    or else in that of the weights; residuals, norms and the projections at both ends in that of the tokens.
+
+    *Launches on a GPU.* Eight per layer: residual and norm, qkv, append and attend (one more where rows and heads are
+    too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
+    and the GELU between them. Around the L layers five more: the last residual, the projection to mu and alpha, the
+    guided affine map with the embedding of the next token, its copy, the positions: ``8 L + 5``, 69 for eight layers.
+
+    *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
+    position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
 
     Args:
         transformer: of the block.
-        rows: R, the batch size times the branches of guidance.
-        context: embedding of each row's class, ``(R, C)``, or None.
-        temperature: of the attention logits, a number or ``(R,)``.
+        branches: whose rows are decoded.
+        dtype: of the tokens, float32 or float64.
         window: the largest G.
 
     Attributes:
         positions: int32 ``(R,)``, where the first new token of each row stands, from 0; whoever decodes moves it.
     """
 
-    def __init__(
-        self,
-        transformer: CausalTransformer,
-        rows: int,
-        context: Tensor | None = None,
-        temperature: float | Tensor = 1.0,
-        window: int = 1,
-    ):
-        weight = transformer.proj_in.weight
+    def __init__(self, transformer: CausalTransformer, branches: Branches, dtype: torch.dtype, window: int = 1):
+        weight, rows = transformer.proj_in.weight, branches.rows
         device, (num_tokens, channels) = weight.device, transformer.pos_embed.shape
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        head_dim = transformer.layers[0].head_dim
+        low = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        heads, head_dim = channels // transformer.layers[0].head_dim, transformer.layers[0].head_dim
         hidden_channels = transformer.layers[0].mlp[0].out_features
 
         self.split_output = transformer.split_output
-        self.heads, self.head_dim = channels // head_dim, head_dim
-        self.context = context
-        self.temperature = temperature
+        self.heads, self.head_dim = heads, head_dim
+        self.context = None if branches.context is None else branches.context.to(dtype)
+        self.temperature = branches.temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self.cache = KVCache.allocate(
-            len(transformer.layers), rows, self.heads, num_tokens, head_dim, device=device, dtype=dtype
+            len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low
         )
-        self.layers = [
-            (
-                layer.attention_norm,
-                *_prepare(layer.qkv, dtype),
-                *_prepare(layer.proj, dtype),
-                layer.mlp_norm,
-                *_prepare(layer.mlp[0], dtype),
-                *_prepare(layer.mlp[2], dtype),
-            )
-            for layer in transformer.layers
-        ]
-        self.proj_in, self.proj_in_bias = _prepare(transformer.proj_in, weight.dtype)
-        self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, weight.dtype)
-        self.embedding = transformer.pos_embed + self.proj_in_bias
+        self.layers = [_Layer(layer, dtype, low) for layer in transformer.layers]
+        self.proj_in, bias = _prepare(transformer.proj_in, dtype)
+        self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
+        self.embedding = transformer.pos_embed.to(dtype) + bias
         self.offsets = torch.arange(window, dtype=torch.int32, device=device)
-        self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=dtype)
-        self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=dtype)
+        self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=low)
+        self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=low)
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens ``(R, G, D)`` at ``positions`` and behind to mu and alpha, ``(R, G, D)``, one token further on.
 
         Where it stands is on the device alone, so that one CUDA graph serves every step.
         """
-        rows, new, _ = tokens.shape
+        return self.transform(self.embed(tokens))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """``(R, G, D)`` to the first activations, ``(R, G, C)``."""
+        places = self.positions[:, None] + self.offsets[: tokens.shape[1]]
+        h = F.embedding(places, self.embedding)
+        if self.context is not None:
+            h += self.context[:, None]
+        h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.proj_in)
+        return h
+
+    def transform(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The first activations, which it overwrites, to mu and alpha."""
+        rows, new, _ = h.shape
         qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
         q, k, v = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
-        h = self._embed(tokens)
+        h = h.flatten(0, 1)
+        delta = None
         for layer, (cache_k, cache_v) in zip(self.layers, self.cache, strict=True):
-            norm1, w_qkv, b_qkv, w_proj, b_proj, norm2, w_up, b_up, w_down, b_down = layer
-            torch.addmm(b_qkv, _normalize(norm1, h, qkv.dtype), w_qkv, out=qkv)
+            y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
+            torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             attended = decode_attention(q, k, v, cache_k, cache_v, self.positions, temperature=self.temperature)
-            _accumulate(h, attended.transpose(1, 2).flatten(2).flatten(0, 1), w_proj, b_proj)
-            torch.addmm(b_up, _normalize(norm2, h, hidden.dtype), w_up, out=hidden)
-            _accumulate(h, F.gelu(hidden), w_down, b_down)
-        return self.split_output(torch.addmm(self.proj_out_bias, h, self.proj_out).unflatten(0, (rows, new)))
+            delta = torch.addmm(layer.proj_bias, attended.transpose(1, 2).reshape(h.shape), layer.proj)
+            y = residual_norm(h, delta, *layer.mlp_norm, dtype=qkv.dtype)
+            torch.addmm(layer.up_bias, y, layer.up, out=hidden)
+            delta = torch.addmm(layer.down_bias, F.gelu(hidden), layer.down)
+        return self.split_output(
+            torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new))
+        )
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -98,13 +106,17 @@ class Step:
         if isinstance(self.temperature, Tensor):
             self.temperature = self.temperature[rows]
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        rows, new, _ = tokens.shape
-        places = self.positions[:, None] + self.offsets[:new]
-        h = self.embedding.index_select(0, places.flatten()).addmm_(tokens.flatten(0, 1), self.proj_in)
-        if self.context is not None:
-            h.unflatten(0, (rows, new)).add_(self.context[:, None])
-        return h
+
+class _Layer:
+    """The weights of a layer: of its norms in the dtype of the residuals, of its products in that which they run in."""
+
+    def __init__(self, layer: TransformerLayer, residuals: torch.dtype, dtype: torch.dtype):
+        self.attention_norm = layer.attention_norm.weight.to(residuals), layer.attention_norm.bias.to(residuals)
+        self.qkv, self.qkv_bias = _prepare(layer.qkv, dtype)
+        self.proj, self.proj_bias = _prepare(layer.proj, dtype)
+        self.mlp_norm = layer.mlp_norm.weight.to(residuals), layer.mlp_norm.bias.to(residuals)
+        self.up, self.up_bias = _prepare(layer.mlp[0], dtype)
+        self.down, self.down_bias = _prepare(layer.mlp[2], dtype)
 
 
 @contextlib.contextmanager
@@ -123,15 +135,3 @@ def without_onednn(hidden: Tensor) -> Iterator[None]:
 def _prepare(linear: torch.nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias as addmm reads them fastest."""
     return linear.weight.to(dtype).t().contiguous(), linear.bias.to(dtype)
-
-
-def _normalize(norm: torch.nn.LayerNorm, h: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
-
-
-def _accumulate(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """``h += x weight + bias`` in the dtype of h."""
-    if h.dtype == x.dtype:
-        h.addmm_(x, weight).add_(bias)
-    else:
-        h.add_(torch.addmm(bias, x, weight))
