@@ -138,7 +138,8 @@ class TarFlow(nn.Module):
             denoise_sigma: the standard deviation of the noise in training, to be removed from the samples; 0 leaves it.
             decoder: a :class:`tarflow.Decoder` or the name of one: ``"sequential"``, ``"jacobi"``, or ``"auto"``, the
                 faster of these for each block where the model was calibrated (``tarflow calibrate``).
-            generator: makes the samples reproducible, whatever the chunks; on the device of the model.
+            generator: makes the samples reproducible, whatever the chunks (to the tolerance, where ``auto`` decodes
+                chunks of different sizes differently); on the device of the model.
             return_trajectory: also return the image after every block.
             chunk_size: how many images to decode at a time; by default what half of the free memory holds.
             report: called after every block of every chunk with a :class:`tarflow.decoding.Decoded`.

@@ -267,10 +267,11 @@ def test_temperatures_may_be_more_precise_than_queries(low, backend):
     scaling=one_of(SCALINGS),
     new=st.integers(1, 5),
     abreast=st.booleans(),
+    poison=st.sampled_from([math.nan, math.inf, torch.finfo(torch.float32).max]),
     seed=SEEDS,
 )
 def test_decode_attention_goes_on_from_where_each_row_stands(
-    backend, shape, precision, layout, scaling, new, abreast, seed
+    backend, shape, precision, layout, scaling, new, abreast, poison, seed
 ):
     """It gives the rows of causal attention, reads nothing that was not written, and writes nothing else."""
     (dtype, tolerance), (batch, _, length, _) = precision, shape
@@ -287,7 +288,7 @@ def test_decode_attention_goes_on_from_where_each_row_stands(
     def cached(t, end):
         """Room for two tokens more, and poison where none was written."""
         unwritten = torch.arange(length + 2)[:, None] >= end.view(-1, 1, 1, 1)
-        return F.pad(t, (0, 0, 0, 2)).masked_fill(unwritten, math.nan)
+        return F.pad(t, (0, 0, 0, 2)).masked_fill(unwritten, poison)
 
     cache_k, cache_v = cached(k, positions), cached(v, positions)
     expected = window(reference.causal_attention(q.double(), k.double(), v.double(), **options)).to(dtype)

@@ -129,7 +129,7 @@ def _torch(q, k, v, cache_k, cache_v, positions, temperature, scale):
     if first == last:
         return _torch_abreast(q, k, v, cache_k, cache_v, first, scale)
     # To look at what only some rows have written costs far less than to copy everything.
-    clean = all(cache[:, :, first + new :].sum().isfinite() for cache in (cache_k, cache_v))
+    clean = all(torch.linalg.vector_norm(cache[:, :, first + new :]) < 1e6 for cache in (cache_k, cache_v))
     return _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean)
 
 
@@ -144,14 +144,14 @@ def _torch_abreast(q, k, v, cache_k, cache_v, start, scale):
 
 
 def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean):
-    """Rows stand anywhere; ``clean`` where the caches are known to hold numbers throughout."""
+    """Rows stand anywhere; ``clean`` where the caches hold moderate numbers throughout, whoever wrote them."""
     index = positions[:, None].long() + torch.arange(q.shape[2], device=q.device)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     cache_k[rows, :, index] = k.transpose(1, 2)
     cache_v[rows, :, index] = v.transpose(1, 2)
     seen = torch.arange(cache_k.shape[2], device=q.device) <= index[:, None, :, None]
     if not clean:
-        # A masked logit does not hide a NaN in memory that was never written.
+        # A mask is added to logits: it hides neither a NaN nor an overflow in memory that was never written.
         written = seen[:, :, -1, :, None]
         cache_k, cache_v = cache_k.masked_fill(~written, 0), cache_v.masked_fill(~written, 0)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)

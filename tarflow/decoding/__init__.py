@@ -13,9 +13,11 @@ generated first very weakly.
 **Why it is exact.** A token is frozen at a value x_i only when a pass over frozen tokens found
 ``|x_i - F(x)_i| <= tolerance * exp(alpha_i)``. Divided by exp(alpha_i) that says: forward, the result maps to latents
 each of which differs from the one asked for by at most the tolerance. So it *is* the inverse, but for rounding, of
-latents that nobody could tell from those drawn; an error has no way to build up along the sequence. In tokens, the
-distance from the sequential decoder is the tolerance times the condition of the inverse: for trained models of several
-blocks less than once the tolerance in root mean square, and at most :data:`DISTANCE` times for any one value.
+latents that nobody could tell from those drawn; an error has no way to build up along the sequence. (Rounding is that
+of the layers' precision: to the bound above comes ``eps |x_i|``, which is nothing in float32; in bfloat16, where the
+sequential decoder's own rounding is as large, it keeps the iteration from chasing noise.) In tokens, the distance from
+the sequential decoder is the tolerance times the condition of the inverse: for trained models of several blocks less
+than once the tolerance in root mean square, and at most :data:`DISTANCE` times for any one value.
 
 **Why it ends.** The token behind a window's first is F of exact tokens, hence exact, so that every pass freezes one
 token per row at least, and N - 1 passes are the worst case. A row whose iterates diverge thus decodes sequentially, by

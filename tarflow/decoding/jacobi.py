@@ -6,7 +6,9 @@ against the cache of the tokens before, gives F of the G tokens behind p:
 
 - token p + 1 is exact, since it depends on exact tokens alone;
 - those at and behind it are accepted as they were, not as they are now, for as long as they agree with F: their keys
-  and values, which the pass has left in the cache, are then those of the accepted tokens, to the bit;
+  and values, which the pass has left in the cache, are then those of the accepted tokens, to the bit. To agree is to
+  differ by no more than the tolerance, in latents, and the rounding of the transformer's precision, since bfloat16
+  does not hold a token to 1e-2 of a latent, and iterating would chase its noise;
 - the first that disagrees becomes what F says, which is exact given the accepted ones, and the row moves there;
 - the rest becomes what F says and is iterated further.
 
@@ -40,7 +42,8 @@ def jacobi(
 
     Args:
         window: G, the tokens of a row that a pass updates; None is the whole sequence.
-        tolerance: the result is the exact inverse of latents that differ from z by at most this, each.
+        tolerance: the result is the exact inverse of latents that differ from z by at most this, each, and by the
+            rounding of the layers' dtype, ``eps |x_i| exp(-alpha_i)``.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
@@ -73,6 +76,7 @@ class _Iterates:
         self.last = z.shape[1] - 1
         self.window = window
         self.tolerance = tolerance
+        self.rounding = torch.finfo(self.step.qkv.dtype).eps
         self.home = torch.arange(len(z), device=z.device)
         self.z = z
         self.x = z.clone()
@@ -109,7 +113,8 @@ class _Iterates:
 
         # In latents: |z - (old - mu) / scale| <= tolerance.
         sound = new.abs() < LARGEST
-        agrees = (sound & ((new - old).abs() <= self.tolerance * scale)).all(-1)
+        allowed = self.tolerance * scale + self.rounding * new.abs()
+        agrees = (sound & ((new - old).abs() <= allowed)).all(-1)
         known = places <= self.exact[:, None]
         accepted = (agrees | known).cumprod(1).sum(1)
         exact = start + (accepted + 1).clamp(max=self.window)
