@@ -6,12 +6,16 @@ Rows that come after ``--seconds`` are left out, and said to be.
 """
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import checkout
 import device as devices
 import records
 import rows
+from row import Row
 
 DEVICE = devices.pick()
 
@@ -37,13 +41,15 @@ BEGAN = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
-    """How long all rows together may take."""
+    """How long all rows together may take, and where the published code is."""
     seconds = 240 if DEVICE.type == "cpu" else 600
     parser.addoption("--seconds", type=float, default=seconds, help="benchmarks: start no row later than this")
+    parser.addoption("--published", type=Path, metavar="PATH", help=f"benchmarks: {checkout.HELP}")
 
 
 def pytest_configure(config):
     """Nothing is measured yet."""
+    checkout.use(config.getoption("published"))
     config.stash[MEASURED] = {}
     config.stash[BEGAN] = time.perf_counter()
 
@@ -67,7 +73,7 @@ def pytest_collection_modifyitems(items):
 def show(benchmark, pytestconfig):
     """``show(row, contender)``: measure the row unless it was, and report this contender."""
 
-    def show(row: rows.Row, contender: str) -> None:
+    def show(row: Row, contender: str) -> None:
         measured = pytestconfig.stash[MEASURED]
         if row.name not in measured:
             late = time.perf_counter() - pytestconfig.stash[BEGAN] > pytestconfig.getoption("seconds")
@@ -98,10 +104,15 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """What was left out, and why."""
+    """How many passes decoders took; what was left out, and why."""
     measured = config.stash[MEASURED]
     if not measured:
         return
+    passes = list(_passes(measured))
+    if passes:
+        terminalreporter.section("passes / steps of each block, as they are generated")
+    for line in passes:
+        terminalreporter.line(line)
     terminalreporter.section("not measured")
     for what, why in {**rows.left_out(DEVICE), **_late(measured)}.items():
         terminalreporter.line(f"{what}: {why}")
@@ -111,13 +122,22 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line(f"the rest is in {records.path_of(DEVICE)}")
 
 
-def _left_out(row: rows.Row) -> records.Measurement:
+def _left_out(row: Row) -> records.Measurement:
     return records.Measurement(records.not_measured(row, DEVICE, LATE))
 
 
 def _late(measured: dict[str, records.Measurement]) -> dict[str, str]:
     reasons = {name: measurement.record.get("not_measured") for name, measurement in measured.items()}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _passes(measured: dict[str, records.Measurement]) -> Iterator[str]:
+    """A line for each row and contender that counted them."""
+    for name, measurement in measured.items():
+        for contender, result in measurement.record.get("contenders", {}).items():
+            if "passes" in result:
+                blocks = "; ".join(result["by_block"])
+                yield f"{name}: {contender}: {result['passes']}/{result['steps']} = {blocks}"
 
 
 def _unavailable(measured: dict[str, records.Measurement]) -> dict[tuple[str, str], int]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
-# What takes so many times longer than it was given is content with three rounds.
+# What takes so many times longer than it was given is content with fewer rounds.
 _OVERTIME = 10
 # Overwriting it empties any L2, and takes a GPU long enough for the host to have launched what is timed next.
 _FLUSHED_BYTES = 2**30
@@ -73,8 +73,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / _median(lambda: left @ right, device)
 
 
-def interleave(contenders: dict[str, Timed], device: torch.device, seconds: float, flush: bool) -> dict[str, list]:
-    """The times of each contender in seconds, taken in turn until ``seconds`` have passed.
+def interleave(
+    contenders: dict[str, Timed], device: torch.device, seconds: float, flush: bool, rounds: int = 3
+) -> dict[str, list]:
+    """The times of each contender in seconds, taken in turn until ``seconds`` have passed, in so many rounds at least.
 
     On a GPU by events, where ``flush`` starts each with a cold L2; on a CPU by the clock, caches as they are.
     """
@@ -84,7 +86,7 @@ def interleave(contenders: dict[str, Timed], device: torch.device, seconds: floa
     began = time.perf_counter()
     for done in range(MOST_ROUNDS):
         allowed = seconds if done >= LEAST_ROUNDS else _OVERTIME * seconds
-        if done >= 3 and time.perf_counter() - began > allowed:
+        if done >= rounds and time.perf_counter() - began > allowed:
             break
         for name, contender in contenders.items():
             with contender.context():

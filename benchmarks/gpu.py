@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --skip check,tune --seconds 300
+    python benchmarks/gpu.py --rows "guided sampling" --published path/to/ml-tarflow
     python benchmarks/gpu.py --device cpu --skip check,tune     # the same on a CPU, with its rows
 
 Nothing needs to be installed but torch, triton, numpy, safetensors and, for the checks, pytest. Results go to
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import torch
 
+import checkout
 import device as devices
 import profiles
 import records
@@ -39,6 +41,7 @@ TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "ops", "scales", "
 def main() -> int:
     """Run the stages, each within its share of the time."""
     arguments = _arguments()
+    checkout.use(arguments.published)
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; a CPU is measured with --device cpu", file=sys.stderr)
@@ -66,6 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skip", type=lambda names: names.split(","), default=[], help=f"of {','.join(SHARES)}")
     parser.add_argument("--seconds", type=float, default=560, help="for all stages together")
     parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder of the results")
+    parser.add_argument("--published", type=Path, metavar="PATH", help=checkout.HELP)
     parser.add_argument("--rows", nargs="+", help="measure the rows whose names contain one of these, and nothing else")
     arguments = parser.parse_args()
     unknown = set(arguments.skip) - set(SHARES)

@@ -1,9 +1,15 @@
-"""The models that are measured: random weights, scaled so that alpha and mu have a realistic spread."""
+"""The models that are measured: random weights, scaled for a realistic spread of alpha and mu, and trained ones."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tarflow import TarFlow, TarFlowConfig
+from tarflow import Guidance, TarFlow, TarFlowConfig
+from tarflow.model import read_config
+
+GUIDANCE = Guidance(weight=2.0, schedule="linear")
+TRAINED = Path(__file__).parent / "trained" / "fashion-mnist"
 
 # (patch size, batch): the CPU rows of the README, at 28 x 28, width 128, 4 blocks of 4 layers.
 CPU_ROWS = [(4, 64), (4, 1), (2, 16), (2, 1)]
@@ -17,15 +23,21 @@ def fashion_mnist(patch_size: int) -> TarFlowConfig:
 
 def imagenet64(num_blocks: int = 8) -> TarFlowConfig:
     """The published class-conditional 2-768-8-8 model of 64 x 64 images, or its first blocks."""
-    return TarFlowConfig(
-        image_size=64,
-        in_channels=3,
-        patch_size=2,
-        channels=768,
-        num_blocks=num_blocks,
-        layers_per_block=8,
-        num_classes=1000,
-    )
+    return _published(image_size=64, patch_size=2, channels=768, num_blocks=num_blocks, num_classes=1000)
+
+
+def imagenet128(num_blocks: int = 8) -> TarFlowConfig:
+    """The published class-conditional 4-1024-8-8 model of 128 x 128 images, or its first blocks."""
+    return _published(image_size=128, patch_size=4, channels=1024, num_blocks=num_blocks, num_classes=1000)
+
+
+def afhq256(num_blocks: int = 8) -> TarFlowConfig:
+    """The published class-conditional 8-768-8-8 model of 256 x 256 images, or its first blocks."""
+    return _published(image_size=256, patch_size=8, channels=768, num_blocks=num_blocks, num_classes=3)
+
+
+def _published(**sizes: int) -> TarFlowConfig:
+    return TarFlowConfig(in_channels=3, layers_per_block=8, **sizes)
 
 
 def build(config: TarFlowConfig, device: torch.device) -> TarFlow:
@@ -38,8 +50,35 @@ def build(config: TarFlowConfig, device: torch.device) -> TarFlow:
     return model
 
 
+def trained(device: torch.device) -> TarFlow:
+    """What ``python train.py`` makes: how many passes a parallel decoder takes is a property of trained weights."""
+    return TarFlow.from_pretrained(TRAINED).float().to(device)
+
+
+def trained_config() -> TarFlowConfig:
+    """The shape of the trained model."""
+    return TarFlowConfig(**read_config(TRAINED)["model"])
+
+
 def latents_and_labels(model: TarFlow, batch: int) -> tuple[Tensor, Tensor]:
     """Latents from the prior, and all classes in turn."""
     device = model.flow.prior_variance.device
     generator = torch.Generator(device).manual_seed(1)
     return model.flow.sample_prior(batch, generator), torch.arange(batch, device=device) % model.config.num_classes
+
+
+def operations(config: TarFlowConfig) -> tuple[float, float]:
+    """Of one image in one direction: by the weights of the layers, and by causal attention."""
+    layers, tokens = config.num_blocks * config.layers_per_block, config.num_tokens
+    return 24 * layers * tokens * config.channels**2, 4 * layers * config.channels * tokens * (tokens + 1) / 2
+
+
+def step_bytes(config: TarFlowConfig, rows: int, known: float, itemsize: int) -> float:
+    """What a step of sequential decoding reads at least, in one block with so many tokens known: weights and cache."""
+    layers, channels = config.layers_per_block, config.channels
+    return itemsize * (12 * layers * channels**2 + 2 * layers * rows * known * channels)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The precision of the transformers."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,5 +1,6 @@
-"""Two plots of a device, fit for a paper: its roofline, and how near each op comes to its limit."""
+"""Plots of a device, fit for a paper: its roofline, how near each op comes to its limit, and sampling over batches."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 import records
 from records import Record
@@ -23,6 +26,16 @@ _STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
+# Of the contenders of sampling.
+_COLORS = {
+    "auto": _BLUE,
+    "jacobi": "#009e73",
+    "jacobi, window 64": "#cc79a7",
+    "sequential": "#56b4e9",
+    "eager": _GRAY,
+    "published": _ORANGE,
+}
+_STROKES = {"guided sampling": "-", "sampling without guidance": (0, (4, 2))}
 # Two labels of a roofline are at least so far apart, in decades of the axes.
 _COLUMN, _LINE = 0.8, 0.2
 
@@ -75,6 +88,70 @@ def limits(rows: list[Record], path: Path) -> None:
         axes.set(xlabel="percent of the measured copy or matrix rate, whichever limits")
         axes.set_title(_title(rows), fontsize=8)
         _write(figure, path)
+
+
+def sampling(rows: list[Record], path: Path) -> None:
+    """Images per second over the batch, a panel for each model that was measured with several."""
+    models = over_batch(rows)
+    columns = min(len(models), 3)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.8, 0.7 + 2.9 * -(-len(models) // columns)), layout="constrained")
+        panels = figure.subplots(-(-len(models) // columns), columns, squeeze=False).flat
+        for axes, (model, measured) in zip(panels, models.items(), strict=False):
+            _draw_batches(axes, measured)
+            axes.set_title(model, fontsize=8)
+        for axes in panels[len(models) :]:
+            axes.set_visible(False)
+        figure.supylabel("images/s", fontsize=8)
+        figure.suptitle(_title([row for measured in models.values() for row in measured]), fontsize=8)
+        figure.legend(handles=_keys(rows), frameon=False, ncols=4, loc="outside lower center")
+        _write(figure, path)
+
+
+def over_batch(rows: list[Record]) -> dict[str, list[Record]]:
+    """The rows of the models that were measured with more than one batch, by ascending batch."""
+    models: dict[str, list[Record]] = {}
+    for row in sorted(rows, key=lambda row: row["shape"]["B"]):
+        models.setdefault(row["model"], []).append(row)
+    return {name: measured for name, measured in models.items() if len({row["shape"]["B"] for row in measured}) > 1}
+
+
+def _draw_batches(axes: Axes, rows: list[Record]) -> None:
+    """A line for each contender and for the floor; guided solid, not guided dashed."""
+    batches = sorted({row["shape"]["B"] for row in rows})
+    for op, style in _STROKES.items():
+        of_op = [row for row in rows if row["op"] == op]
+        for name, color in _COLORS.items():
+            timed = [row for row in of_op if "p50" in row["contenders"].get(name, {})]
+            _draw_line(axes, timed, lambda row, name=name: row["contenders"][name]["p50"], style, color, marker="o")
+        _draw_line(axes, of_op, lambda row: records.floors(row)["copy"], style, "black", marker="")
+    axes.set(xscale="log", yscale="log", xlabel="batch", xlim=(batches[0] / 1.4, batches[-1] * 1.4))
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color="0.9", linewidth=0.5)
+
+
+def _draw_line(
+    axes: Axes, rows: list[Record], seconds: Callable[[Record], float], style: str | tuple, color: str, marker: str
+) -> None:
+    batches = [row["shape"]["B"] for row in rows]
+    rates = [batch / seconds(row) for batch, row in zip(batches, rows, strict=True)]
+    axes.plot(batches, rates, linestyle=style, color=color, linewidth=1, marker=marker, markersize=3)
+
+
+def _keys(rows: list[Record]) -> list[Line2D]:
+    """What colours and strokes stand for, as far as they occur."""
+    names = [name for name in _COLORS if any("p50" in row["contenders"].get(name, {}) for row in rows)]
+    contenders = [Line2D([], [], color=_COLORS[name], marker="o", markersize=3, label=name) for name in names]
+    strokes = [
+        Line2D([], [], color=_GRAY, linewidth=1, linestyle=style, label=label)
+        for (op, style), label in zip(_STROKES.items(), ("guided", "not guided"), strict=True)
+        if any(row["op"] == op for row in rows)
+    ]
+    return [*contenders, Line2D([], [], color="black", linewidth=1, label="floor of sequential decoding"), *strokes]
 
 
 def _one_per_op(rows: list[Record]) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Where a training step and a decoding step of a whole model spend their time, kernel by kernel."""
+"""Where a training step, a decoding step and a Jacobi pass of a whole model spend their time, kernel by kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,38 +7,47 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from models import build, fashion_mnist, imagenet64
-from rows import training_rows
-from tarflow.decoding.step import Step
+from models import GUIDANCE, autocast, build, fashion_mnist, imagenet64, latents_and_labels, step_bytes
+from tarflow import Decoder
+from training import training_rows
 
 TOP = 15
 STEPS = 3
+IMAGES = 32
+# So much tolerance that the first pass settles everything.
+_ONE_PASS = Decoder("jacobi", tolerance=1e30)
 
 
 def training_step(device: torch.device) -> dict[str, Any]:
     """A step of training, as the training row does it, on the backend of the device."""
     row = training_rows(device)[0]
     prepare = row.contenders["triton" if device.type == "cuda" else "torch"].prepare
-    return _profiled(prepare(row.draw(device)), device)
+    run = prepare(row.draw(device))
+    run()
+    return _profiled(run, device, STEPS)
 
 
-def decode_step(device: torch.device) -> dict[str, Any]:
-    """A token of 64 rows (32 guided images) through the transformer of one block, half of the tokens being known."""
+def decoding_step(device: torch.device) -> dict[str, Any]:
+    """A step of the sequential decoder in one block for 32 guided images (64 rows): the mean over all of its steps.
+
+    ``bytes`` are what it has to read: weights and cache, each once.
+    """
     on_gpu = device.type == "cuda"
-    model = build(imagenet64(num_blocks=1) if on_gpu else fashion_mnist(2), device)
-    transformer, rows, position = model.flow.blocks[0].transformer, 64, model.config.num_tokens // 2
-    tokens = torch.randn(rows, model.config.token_dim, device=device)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-        step = Step(transformer, rows)
-        for known in range(position):
-            step.positions.fill_(known)
-            step(tokens)
-        return _profiled(lambda: step(tokens), device)
+    config = imagenet64(num_blocks=1) if on_gpu else fashion_mnist(2)
+    steps = config.num_tokens - 1
+    read = step_bytes(config, 2 * IMAGES, (steps + 1) / 2, itemsize=2 if on_gpu else 4)
+    return _decoding(Decoder("sequential"), device, steps) | {"bytes": read}
+
+
+def jacobi_pass(device: torch.device) -> dict[str, Any]:
+    """A pass of the Jacobi decoder over whole sequences in one block, for 32 guided images, and setting it up."""
+    return _decoding(_ONE_PASS, device, 1)
 
 
 PROFILES: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "training step": training_step,
-    "decoding step": decode_step,
+    "decoding step": decoding_step,
+    "Jacobi pass": jacobi_pass,
 }
 
 
@@ -47,24 +56,47 @@ def show(name: str, table: dict[str, Any]) -> str:
     if "unavailable" in table:
         return f"{name}: not profiled: {table['unavailable']}"
     lines = (
-        f"\n{kernel['share']:8.1%} {1e3 * kernel['seconds']:9.3f} ms {kernel['calls']:6.0f} x  {kernel['name']}"
+        f"\n{kernel['share']:8.1%} {1e3 * kernel['seconds']:9.3f} ms {kernel['calls']:7.1f} x  {kernel['name']}"
         for kernel in table["kernels"]
     )
-    return f"{name}: {1e3 * table['seconds']:.3f} ms in kernels{''.join(lines)}"
+    return f"{name}: {summary(table)}{''.join(lines)}"
 
 
-def _profiled(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """The most expensive kernels (on a CPU: operators) of a run, and their shares."""
+def summary(table: dict[str, Any]) -> str:
+    """Time, launches and bytes of a profile.
+
+    >>> summary({"seconds": 0.0005, "launches": 61.2, "bytes": 2e8})
+    '0.500 ms in 61 launches, 200.0 MB to be read'
+    """
+    read = f", {table['bytes'] / 1e6:.1f} MB to be read" if "bytes" in table else ""
+    return f"{1e3 * table['seconds']:.3f} ms in {table['launches']:.0f} launches{read}"
+
+
+def _decoding(decoder: Decoder, device: torch.device, parts: int) -> dict[str, Any]:
+    """What is the same in all parts of inverting a block, of which there are so many."""
     on_gpu = device.type == "cuda"
-    run()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiled:
-        for _ in range(STEPS):
+    model = build(imagenet64(num_blocks=1) if on_gpu else fashion_mnist(2), device)
+    block, (z, labels) = model.flow.blocks[0], latents_and_labels(model, IMAGES)
+    with torch.inference_mode(), autocast(device, torch.bfloat16 if on_gpu else torch.float32):
+
+        def run() -> None:
+            block.inverse(z, labels, GUIDANCE, decoder)
+
+        run()
+        return _profiled(run, device, 1, parts)
+
+
+def _profiled(run: Callable[[], Any], device: torch.device, runs: int, parts: int = 1) -> dict[str, Any]:
+    """The most expensive kernels (on a CPU: operators, with those that they call) of a part of a run."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        for _ in range(runs):
             run()
         if on_gpu:
             torch.cuda.synchronize()
+    parts = runs * parts
     kernels = [
-        {"name": event.key[:90], "seconds": _microseconds(event, on_gpu) / 1e6 / STEPS, "calls": event.count / STEPS}
+        {"name": event.key[:90], "seconds": _microseconds(event, on_gpu) / 1e6 / parts, "calls": event.count / parts}
         for event in profiled.key_averages()
         if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
     ]
@@ -72,6 +104,7 @@ def _profiled(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     total = sum(kernel["seconds"] for kernel in kernels)
     return {
         "seconds": total,
+        "launches": sum(kernel["calls"] for kernel in kernels),
         "kernels": [kernel | {"share": kernel["seconds"] / total} for kernel in kernels[:TOP]],
     }
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import device as devices
-from rows import BACKENDS, OURS, Contender, Outputs, Row
+from row import OURS, USUAL, Contender, Outputs, Row
 from tarflow.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
@@ -48,11 +48,11 @@ def measure(row: Row, device: torch.device, seconds: float = SECONDS) -> Measure
         contenders[name], run = _prepare(contender, inputs, expected)
         if run is not None:
             runs[name] = devices.Timed(run, contender.context)
-    for name in _inaccurate(contenders, row.plain):
+    for name in _inaccurate(contenders, row):
         del runs[name]
     if device.type == "cuda" and row.graph:
         runs = _captured(runs, row, contenders)
-    times = devices.interleave(runs, device, seconds, row.flush)
+    times = devices.interleave(runs, device, seconds, row.flush, row.rounds)
     times = {name: [taken / row.launches for taken in times[name]] for name in times}
     record = _header(row, device) | {"contenders": contenders}
     _add_times(record, times, row)
@@ -115,7 +115,7 @@ def floors(record: Record) -> dict[str, float]:
 def ours(record: Record) -> str | None:
     """The contender that a user of the device gets, where it was timed."""
     timed = [name for name, result in record.get("contenders", {}).items() if "p50" in result]
-    return next((name for name in BACKENDS if name in timed), None)
+    return next((name for name in USUAL if name in timed), None)
 
 
 def best_other(record: Record, name: str) -> str | None:
@@ -166,7 +166,7 @@ def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Reco
                 error = relative_error(run(), expected)
         except Exception as failure:  # whatever a compiler or a driver may throw, the other contenders go on
             return {"unavailable": _reason(failure, [str(warning.message) for warning in caught])}, None
-    return {"error": error}, run
+    return {"error": error} | contender.facts(run), run
 
 
 def relative_error(outputs: Outputs, expected: Outputs) -> float:
@@ -181,11 +181,12 @@ def _relative_error(output: Tensor | list[Tensor], expected: Tensor | list[Tenso
     return (difference / sum(b.square().sum() for b in expected)).sqrt().item()
 
 
-def _inaccurate(contenders: dict[str, Record], plain: str) -> list[str]:
-    """Mark who is wrong: of ours, more than twice the error of plain torch; of the others, ten times."""
+def _inaccurate(contenders: dict[str, Record], row: Row) -> list[str]:
+    """Mark who is wrong, beyond its allowance: of ours, more than twice as plain torch; of the others, ten times."""
     wrong = []
     for name, entry in contenders.items():
-        allowed = max((2 if name in OURS else 10) * contenders[plain].get("error", _ROUNDING), _ROUNDING)
+        rounding = max((2 if name in OURS else 10) * contenders[row.plain].get("error", _ROUNDING), _ROUNDING)
+        allowed = rounding + row.contenders[name].allowance
         if "error" in entry and not entry["error"] <= allowed:
             entry["inaccurate"] = f"error {entry['error']:.1e}, of which {allowed:.1e} is allowed"
             wrong.append(name)

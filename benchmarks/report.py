@@ -3,7 +3,8 @@
     python benchmarks/report.py
 
 Prints the tables as markdown, puts each between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` where a
-file has such a pair, and draws ``docs/roofline-<device>.png`` and ``docs/limits-<device>.png``.
+file has such a pair, and draws ``docs/roofline-<device>.png``, ``docs/limits-<device>.png`` and
+``docs/sampling-<device>.png``.
 """
 
 import argparse
@@ -17,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import plots
 import records
+from profiles import summary
 from records import Record, three_digits
-from targets import TARGETS
+from targets import TARGETS, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = "not measured"
@@ -43,9 +45,12 @@ def main() -> None:
         page.write_text(splice(page.read_text(), tables))
     for device, result in results.items():
         measured = measured_rows(result)
-        if measured:
-            plots.roofline(measured, arguments.docs / f"roofline-{device}.png")
-            plots.limits(measured, arguments.docs / f"limits-{device}.png")
+        bounded, sampled = ([row for row in measured if _is_sampling(row) == kind] for kind in (False, True))
+        if bounded:
+            plots.roofline(bounded, arguments.docs / f"roofline-{device}.png")
+            plots.limits(bounded, arguments.docs / f"limits-{device}.png")
+        if plots.over_batch(sampled):
+            plots.sampling(sampled, arguments.docs / f"sampling-{device}.png")
 
 
 def splice(page: str, tables: dict[str, str]) -> str:
@@ -79,8 +84,14 @@ def ops(results: Results) -> str:
 
 def models(results: Results) -> str:
     """Whole models: every contender that ran, and why the others did not."""
-    head = ("", "contender", "median", "20 % to 80 %", "images/s", "of the limit", "ratio to best other")
+    head = ("", "contender", "median", "20 % to 80 %", "images/s", "passes / steps", "of the limit", "to best other")
     return _by_device(results, head, _model_cells, _is_model, _reasons)
+
+
+def sampling(results: Results) -> str:
+    """Every decoder: how long a batch takes, in how many passes; how many times as long others take."""
+    head = ("", "contender", "median latency", "images/s", "passes / steps", "ratio to sequential", "to published")
+    return _by_device(results, head, _sampling_cells, _is_sampling, _reasons)
 
 
 def contenders(results: Results) -> str:
@@ -107,28 +118,27 @@ def profiles(results: Results) -> str:
                 (f"{kernel['share']:.1%}", _milliseconds(kernel["seconds"]), f"{kernel['calls']:.0f}", kernel["name"])
                 for kernel in profile["kernels"]
             ]
-            title = (
-                f"A {name} on {result['profiles_machine']['device']}, {_milliseconds(profile['seconds'])} in kernels:"
-            )
+            title = f"A {name} on {result['profiles_machine']['device']}, {summary(profile)}:"
             parts.append(f"{title}\n\n{_table(('share', 'time', 'calls', 'kernel'), cells)}")
     return "\n\n".join(parts) or MISSING
 
 
 def targets(results: Results) -> str:
-    """What the kernels are meant to reach on an H100, in bfloat16, and what they reach on each GPU."""
-    gpus = [result for result in results.values() if _is_gpu(result)]
-    columns = [_machine(result)["device"] for result in gpus] or ["H100"]
-    cells = []
-    for target in TARGETS:
-        found = [target.verdict(result["rows"].values()) for result in gpus] or [None]
-        cells.append([target.name, target.required, *(verdict or MISSING for verdict in found)])
-    return _table(("target, bfloat16", "required", *columns), cells)
+    """What is meant to be reached, on an H100 in bfloat16 or on a CPU, and what each device reaches."""
+    devices = {_machine(result)["device"]: result for result in results.values()}
+    if not any(map(_is_gpu, devices.values())):
+        devices["H100"] = None
+    cells = [
+        [target.name, target.required, *(_verdict(target, devices[name]) for name in devices)] for target in TARGETS
+    ]
+    return _table(("target (GPU: bfloat16)", "required", *devices), cells)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "targets": targets,
     "ops": ops,
     "models": models,
+    "sampling": sampling,
     "contenders": contenders,
     "profiles": profiles,
 }
@@ -174,7 +184,7 @@ def _op_cells(row: Record) -> list[list[str]]:
 def _model_cells(row: Record) -> list[list[str]]:
     what = f"{row['op']}, {_shape(row)}{'; ' + row['note'] if row['note'] else ''}"
     if "contenders" not in row:
-        return [[what, "", *[MISSING] * 5]]
+        return [[what, "", *[MISSING] * 6]]
     lines = []
     for name, result in row["contenders"].items():
         if "p50" not in result:
@@ -184,12 +194,43 @@ def _model_cells(row: Record) -> list[list[str]]:
             _milliseconds(result["p50"]),
             _spread(result),
             three_digits(result["images_per_second"]),
+            _passes(result),
             f"{result['percent_of_limit']:.0f} % ({row['bound']})",
             f"{ratio:.2f}" if ratio else MISSING,
         ]
         lines.append([what, name, *cells])
         what = ""
     return lines
+
+
+def _sampling_cells(row: Record) -> list[list[str]]:
+    what = f"{row['op']}, {_shape(row)}{'; ' + row['note'] if row['note'] else ''}"
+    if "contenders" not in row:
+        return [[what, "", *[MISSING] * 5]]
+    medians = {name: result["p50"] for name, result in row["contenders"].items() if "p50" in result}
+    lines = []
+    for name, median in medians.items():
+        result = row["contenders"][name]
+        bases = [medians.get(base) for base in ("sequential", "published")]
+        ratios = [f"{base / median:.2f}" if base else MISSING for base in bases]
+        cells = [_milliseconds(median), three_digits(result["images_per_second"]), _passes(result), *ratios]
+        lines.append([what, name, *cells])
+        what = ""
+    return lines
+
+
+def _passes(result: Record) -> str:
+    """Of all blocks; a dash for what does not count them."""
+    return f"{result['passes']} / {result['steps']}" if "passes" in result else "–"
+
+
+def _verdict(target: Target, result: Record | None) -> str:
+    """A dash where the target is one of other devices."""
+    if result is None:
+        return MISSING if "GPU" in target.devices else "–"
+    if ("GPU" if _is_gpu(result) else "CPU") not in target.devices:
+        return "–"
+    return target.verdict(result["rows"].values()) or MISSING
 
 
 def _reasons(rows: list[Record]) -> str:
@@ -233,7 +274,11 @@ def _shape(row: Record) -> str:
 
 
 def _is_model(row: Record) -> bool:
-    return row["op"] in ("training step", "guided sampling")
+    return row["op"] == "training step" or _is_sampling(row)
+
+
+def _is_sampling(row: Record) -> bool:
+    return row["op"] in ("guided sampling", "sampling without guidance")
 
 
 def _is_gpu(result: Record) -> bool:

@@ -1,6 +1,6 @@
 """Every op, forward and backward, at the shapes of the published models."""
 
-from rows import op_rows as rows_of  # noqa: F401, which rows these are
+from ops import op_rows as rows_of  # noqa: F401, which rows these are
 
 
 def test_op(show, row, contender):

@@ -1,6 +1,6 @@
 """A training step: causal attention against a dense mask."""
 
-from rows import training_rows as rows_of  # noqa: F401, which rows these are
+from training import training_rows as rows_of  # noqa: F401, which rows these are
 
 
 def test_training_step(show, row, contender):

@@ -66,7 +66,7 @@ def calibrate(
     flow,
     guidance: Guidance | None = None,
     tolerance: float = Decoder.tolerance,
-    batches: Sequence[int] = BATCHES,
+    batches: Iterable[int] = BATCHES,
     report: Callable[[Timing], None] = lambda timing: None,
 ) -> list[Timing]:
     """Time every decoder on every block of a :class:`tarflow.TokenFlow`, under the autocast in force.

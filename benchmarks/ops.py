@@ -1,0 +1,303 @@
+"""Rows of the ops alone, at the shapes of the published models.
+
+A row counts the bytes of each input once and of each output once, and the operations of the formula: causal attention
+those at and below the diagonal, its backward 2.5 times as many. A GPU runs bfloat16 attention, large batches and all
+shapes; a CPU float32, small batches and the shapes that take seconds.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from models import GUIDANCE
+from row import BACKENDS, Contender, Outputs, Row, Run
+from tarflow_kernels import (
+    KVCache,
+    affine_forward,
+    affine_inverse,
+    causal_attention,
+    decode_attention,
+    guided_affine_inverse,
+    reference,
+    use_backend,
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the ops see of a published model: N tokens of D values, heads of 64."""
+
+    name: str
+    tokens: int
+    heads: int
+    token_dim: int
+
+
+PUBLISHED = (
+    Published("ImageNet64 patch 2", tokens=1024, heads=12, token_dim=12),
+    Published("ImageNet64 patch 4", tokens=256, heads=12, token_dim=48),
+    Published("ImageNet128 patch 4", tokens=1024, heads=16, token_dim=48),
+    Published("AFHQ256 patch 8", tokens=1024, heads=12, token_dim=192),
+)
+HEAD_DIM = 64
+
+
+def op_rows(device: torch.device) -> list[Row]:
+    """The ops alone."""
+    on_gpu = device.type == "cuda"
+    shapes = PUBLISHED if on_gpu else PUBLISHED[:2]
+    attended = [shape for shape in shapes if shape.name != "AFHQ256 patch 8"]  # attends as ImageNet64 patch 2 does
+    tokens, rows, dtype = (32768, 32, torch.bfloat16) if on_gpu else (2048, 2, torch.float32)
+    tensor_bytes = 64 * 2**20 if on_gpu else 16 * 2**20
+    return [
+        *(_causal_attention(shape, tokens // shape.tokens, dtype, way) for shape in attended for way in _WAYS),
+        *(_decode(shape, rows, new, dtype) for shape in attended for new in (1, 16)),
+        *(_affine(shape, tensor_bytes, *case) for shape in shapes for case in _AFFINE),
+        *(_guided(shape, tensor_bytes) for shape in shapes),
+    ]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors, and the gradients of the outputs where the backward is measured."""
+
+    tensors: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+    def double(self) -> "Inputs":
+        """The same numbers in float64."""
+        return Inputs(tuple(t.double() for t in self.tensors), tuple(g.double() for g in self.gradients))
+
+
+def _forward(function: Callable, inputs: Inputs) -> Run:
+    return lambda: _as_tuple(function(*inputs.tensors))
+
+
+def _backward(function: Callable, inputs: Inputs) -> Run:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
+    # A compiled backward would else free what the next run of it needs.
+    with torch._functorch.config.patch(donated_buffer=False):
+        outputs = _as_tuple(function(*leaves))
+    return lambda: torch.autograd.grad(outputs, leaves, inputs.gradients, retain_graph=True)
+
+
+_WAYS = {"forward": _forward, "backward": _backward}
+
+
+def _contenders(op: Callable, formula: Callable, way: Callable) -> dict[str, Contender]:
+    """Our backends, the formula in plain torch, and the formula compiled."""
+    return {
+        **{name: Contender(partial(way, op), partial(use_backend, name)) for name in (*BACKENDS, "reference")},
+        "compiled reference": Contender(lambda inputs: way(torch.compile(formula, dynamic=False), inputs)),
+    }
+
+
+def _exactly(formula: Callable, way: Callable) -> Callable[[Inputs], Outputs]:
+    return lambda inputs: way(formula, inputs.double())()
+
+
+def _sdpa_contenders(function: Callable, prepare: Callable) -> dict[str, Contender]:
+    """PyTorch's attention with each of its backends."""
+    backends = {
+        "SDPA flash": SDPBackend.FLASH_ATTENTION,
+        "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    return {
+        name: Contender(partial(prepare, function), partial(sdpa_kernel, backend)) for name, backend in backends.items()
+    }
+
+
+def _causal_attention(shape: Published, batch: int, dtype: torch.dtype, direction: str) -> Row:
+    way = _WAYS[direction]
+    sizes = {"B": batch, "H": shape.heads, "N": shape.tokens, "D": HEAD_DIM}
+
+    def draw(device: torch.device) -> Inputs:
+        fused = torch.randn(batch, shape.tokens, 3, shape.heads, HEAD_DIM, device=device, dtype=dtype)
+        q, k, v = (part.transpose(1, 2) for part in fused.unbind(2))
+        return Inputs((q, k, v), (torch.randn_like(q),))
+
+    pairs = batch * shape.heads * shape.tokens * (shape.tokens + 1) / 2
+    tensors = 4 if direction == "forward" else 8  # q, k, v, out; and the gradients of these
+    return Row(
+        op="causal_attention" if direction == "forward" else "causal_attention backward",
+        model=shape.name,
+        shape=sizes,
+        dtype=dtype,
+        bytes=tensors * batch * shape.heads * shape.tokens * HEAD_DIM * dtype.itemsize,
+        operations=4 * pairs * HEAD_DIM * (1 if direction == "forward" else 2.5),
+        contenders=_contenders(causal_attention, reference.causal_attention, way)
+        | _sdpa_contenders(partial(F.scaled_dot_product_attention, is_causal=True), way),
+        draw=draw,
+        expect=_exactly(reference.causal_attention, way),
+    )
+
+
+def _forward_shifted(x: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    return affine_forward(x, mu, alpha, shift=True)
+
+
+def _inverse_shifted(z: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    return affine_inverse(z, mu, alpha, shift=True)
+
+
+# Op, direction, its formula, and per value the tensors touched (with a saved z, its backward needs no x and no mu) and
+# the operations.
+_AFFINE = (
+    (_forward_shifted, "affine_forward", "forward", reference.affine_forward, 4, 4),
+    (_forward_shifted, "affine_forward backward", "backward", reference.affine_forward, 6, 5),
+    (_inverse_shifted, "affine_inverse", "forward", reference.affine_inverse, 4, 4),
+)
+
+
+def _affine(
+    shape: Published,
+    tensor_bytes: int,
+    op: Callable,
+    name: str,
+    direction: str,
+    formula: Callable,
+    tensors: int,
+    operations: int,
+) -> Row:
+    way, batch = _WAYS[direction], _batch_of(shape, tensor_bytes)
+
+    def shifted(x: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        return formula(x, mu, alpha, shift=True)
+
+    def draw(device: torch.device) -> Inputs:
+        x = torch.randn(batch, shape.tokens, shape.token_dim, device=device)
+        mu, alpha = _parameters(x)
+        return Inputs((x, mu, alpha), (torch.randn_like(x), torch.randn(batch, device=device)))
+
+    values = batch * shape.tokens * shape.token_dim
+    return Row(
+        op=name,
+        model=shape.name,
+        shape={"B": batch, "N": shape.tokens, "D": shape.token_dim},
+        dtype=torch.float32,
+        bytes=tensors * values * 4,
+        operations=operations * values,
+        contenders=_contenders(op, shifted, way),
+        draw=draw,
+        expect=_exactly(shifted, way),
+    )
+
+
+def _guided(shape: Published, tensor_bytes: int) -> Row:
+    batch = _batch_of(shape, tensor_bytes)
+
+    def draw(device: torch.device) -> Inputs:
+        z = torch.randn(batch, shape.tokens, shape.token_dim, device=device)
+        weights = GUIDANCE.weights(shape.tokens).to(device, torch.float32)
+        return Inputs((z, *_parameters(z), *_parameters(z), weights), ())
+
+    values = batch * shape.tokens * shape.token_dim
+    return Row(
+        op="guided_affine_inverse",
+        model=shape.name,
+        shape={"B": batch, "N": shape.tokens, "D": shape.token_dim},
+        dtype=torch.float32,
+        bytes=6 * values * 4,
+        operations=9 * values,
+        contenders=_contenders(guided_affine_inverse, reference.guided_affine_inverse, _forward),
+        draw=draw,
+        expect=_exactly(reference.guided_affine_inverse, _forward),
+    )
+
+
+def _batch_of(shape: Published, tensor_bytes: int) -> int:
+    """The batch, a multiple of 32, at which a float32 tensor has that many bytes."""
+    return -(-tensor_bytes // (32 * 4 * shape.tokens * shape.token_dim)) * 32
+
+
+def _parameters(x: Tensor) -> Iterable[Tensor]:
+    """mu and alpha as a model's last projection gives them: the halves of one tensor."""
+    alpha, mu = (0.3 * torch.randn(*x.shape[:-1], 2 * x.shape[-1], device=x.device)).chunk(2, dim=-1)
+    return mu, alpha
+
+
+LAYERS = 8
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """New tokens, the full caches of the layers, and where the new tokens go: at the end."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cache: KVCache
+    positions: Tensor
+
+    def double(self) -> "DecodeInputs":
+        """The same numbers in float64."""
+        cache = KVCache(self.cache.keys.double(), self.cache.values.double())
+        return DecodeInputs(self.q.double(), self.k.double(), self.v.double(), cache, self.positions)
+
+
+def _layer_by_layer(function: Callable, inputs: DecodeInputs) -> Run:
+    q, k, v, positions = inputs.q, inputs.k, inputs.v, inputs.positions
+    return lambda: ([function(q, k, v, *keys_and_values, positions) for keys_and_values in inputs.cache],)
+
+
+def _sdpa_against_cache(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor) -> Tensor:
+    """As one would write it with the positions known to the host: the caches are full."""
+    new, capacity = q.shape[2], cache_k.shape[2]
+    cache_k[:, :, capacity - new :] = k
+    cache_v[:, :, capacity - new :] = v
+    mask = causal_lower_right(new, capacity) if new > 1 else None
+    return F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=mask)
+
+
+def _decode(shape: Published, rows: int, new: int, dtype: torch.dtype) -> Row:
+    def draw(device: torch.device) -> DecodeInputs:
+        q, k, v = torch.randn(rows, 3, shape.heads, new, HEAD_DIM, device=device, dtype=dtype).unbind(1)
+        cache = KVCache.allocate(LAYERS, rows, shape.heads, shape.tokens, HEAD_DIM, device=device, dtype=dtype)
+        cache.keys.normal_()
+        cache.values.normal_()
+        positions = torch.full((rows,), shape.tokens - new, dtype=torch.int32, device=device)
+        return DecodeInputs(q, k, v, cache, positions)
+
+    def compiled(inputs: DecodeInputs) -> Run:
+        if inputs.q.device.type == "cpu":
+            raise NotImplementedError("the torch implementation reads the positions on a CPU")
+        return _layer_by_layer(torch.compile(decode_attention, dynamic=False), inputs)
+
+    def compiled_reference(inputs: DecodeInputs) -> Run:
+        raise NotImplementedError("the reference loops over rows whose positions it reads")
+
+    ours = partial(_layer_by_layer, decode_attention)
+    seen = new * (shape.tokens - new) + new * (new + 1) / 2  # by the new tokens of a head
+    per_head = 2 * shape.tokens + 2 * new + 2 * new  # keys and values; the new ones written; q and out
+    return Row(
+        op="decode_attention",
+        model=shape.name,
+        shape={"B": rows, "H": shape.heads, "N": shape.tokens, "D": HEAD_DIM, "G": new},
+        dtype=dtype,
+        bytes=rows * shape.heads * HEAD_DIM * per_head * dtype.itemsize,
+        operations=4 * rows * shape.heads * HEAD_DIM * seen,
+        contenders={
+            **{name: Contender(ours, partial(use_backend, name)) for name in BACKENDS},
+            "reference": Contender(ours, partial(use_backend, "reference"), graph=False),
+            "compiled reference": Contender(compiled_reference),
+            "compiled torch": Contender(compiled, partial(use_backend, "torch")),
+        }
+        | _sdpa_contenders(_sdpa_against_cache, _layer_by_layer),
+        draw=draw,
+        expect=lambda inputs: _layer_by_layer(reference.decode_attention, inputs.double())(),
+        launches=LAYERS,
+        graph=True,
+        note=f"{LAYERS} layers in turn, each with its own cache",
+    )
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

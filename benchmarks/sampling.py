@@ -1,0 +1,236 @@
+"""Rows of sampling: latents to tokens, guided and not, by our decoders, by eager code and by the published code.
+
+The limit of a row is that of sequential decoding: a step of a block with L layers of width C over R rows reads 12 L C^2
+weights once and, at position n, 2 L R n C elements of cache once. A parallel pass reads them once for many tokens, so
+that it may go beyond.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkout
+import eager
+from models import (
+    GUIDANCE,
+    afhq256,
+    autocast,
+    build,
+    fashion_mnist,
+    imagenet64,
+    imagenet128,
+    latents_and_labels,
+    operations,
+    step_bytes,
+    trained,
+    trained_config,
+)
+from row import DECODERS, Contender, Outputs, Row
+from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
+from tarflow.decoding import DISTANCE, Decoded
+from tarflow.decoding.calibration import calibrate
+from tarflow.patches import patchify
+
+OTHERS = ("eager", "published")
+# Of a batch, about so many samples are checked.
+CHECKED = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that draws samples, and what a reader has to know of it."""
+
+    name: str
+    config: TarFlowConfig
+    make: Callable[[torch.device], TarFlow]
+    note: str = ""
+
+
+def _random(name: str, config: TarFlowConfig, note: str = "") -> Subject:
+    return Subject(name, config, partial(build, config), note)
+
+
+def _trained() -> Subject:
+    return Subject("Fashion-MNIST 2-128-4-2, trained", trained_config(), trained)
+
+
+def sampling_rows(device: torch.device) -> list[Row]:
+    """Of a device; what a reader asks for first comes first, and what takes longest last."""
+    return _gpu_rows() if device.type == "cuda" else _cpu_rows()
+
+
+def _cpu_rows() -> list[Row]:
+    """In float32. Of the random model, whose passes say nothing, what a user would run."""
+    random = _random("28x28 patch 4", fashion_mnist(4))
+    return [
+        *(_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
+        *(_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),
+    ]
+
+
+def _gpu_rows() -> list[Row]:
+    """In bfloat16. Eager and published code take minutes for a large model, and are timed on a block of it."""
+    whole = _random("ImageNet64 2-768-8-8", imagenet64(), "random weights; eager and published code: see 2-768-1-8")
+    block = _random("ImageNet64 2-768-1-8", imagenet64(1), "one of the model's eight blocks, of random weights")
+    short = "two of the model's eight blocks, of random weights"
+    others = [
+        _random("ImageNet128 4-1024-2-8", imagenet128(2), short),
+        _random("AFHQ256 8-768-2-8", afhq256(2), short),
+    ]
+    row = partial(_row, dtype=torch.bfloat16)
+    # The passes of random weights say nothing, and there can be a thousand of them.
+    large = partial(row, contenders=("auto", "sequential"), rounds=1)
+    return [
+        large(whole, 32, GUIDANCE),
+        row(block, 32, GUIDANCE, rounds=1),
+        *(row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 8, 32, 128)),
+        *(large(whole, batch, GUIDANCE) for batch in (8, 1)),
+        *(large(subject, 8, GUIDANCE) for subject in others),
+        *(large(whole, batch, None) for batch in (32, 8, 1)),
+        *(large(whole, 128, guidance) for guidance in (GUIDANCE, None)),
+    ]
+
+
+# Contenders -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model, what it is to decode, and how; the precision is that of the transformers."""
+
+    model: TarFlow
+    z: Tensor
+    labels: Tensor
+    guidance: Guidance | None
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """The precision, put in force."""
+        return autocast(self.z.device, self.dtype)
+
+    def checked(self) -> slice:
+        """The samples that are compared, from all over the batch."""
+        return slice(None, None, max(1, len(self.z) // CHECKED))
+
+
+class Decoding:
+    """A decoder of ours at work, and what it reported of each block when it last ran."""
+
+    def __init__(self, decoder: Decoder, inputs: Inputs):
+        self.decoder = decoder
+        self.inputs = inputs
+        self.decoded: list[Decoded] = []
+
+    def __call__(self) -> Outputs:
+        """Decode."""
+        self.decoded.clear()
+        inputs, report = self.inputs, self.decoded.append
+        with inputs.autocast():
+            tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, report)
+        return (tokens[inputs.checked()],)
+
+    def facts(self) -> dict[str, Any]:
+        """The passes it took and the steps of the sequential decoder, in all and, as they were generated, by block."""
+        return {
+            "passes": sum(block.passes for block in self.decoded),
+            "steps": sum(block.steps for block in self.decoded),
+            "by_block": [
+                f"{block.passes}/{block.steps}" + (f" by {block.decoder}" if block.decoder != self.decoder else "")
+                for block in self.decoded
+            ],
+        }
+
+
+def _calibrated(inputs: Inputs) -> Decoding:
+    """``auto``, as it decides where this very batch was calibrated; what is hopeless at batch 1 is not tried on it."""
+    flow = inputs.model.flow
+    with inputs.autocast():
+        flow.calibration = calibrate(flow, inputs.guidance, batches={1, len(inputs.z)})
+    return Decoding(Decoder("auto"), inputs)
+
+
+def _eager(inputs: Inputs) -> Callable[[], Outputs]:
+    def run() -> Outputs:
+        with inputs.autocast():
+            return (eager.inverse(inputs.model.flow, inputs.z, inputs.labels, inputs.guidance)[inputs.checked()],)
+
+    return run
+
+
+def _published(inputs: Inputs) -> Callable[[], Outputs]:
+    theirs = checkout.published(inputs.model)
+
+    def run() -> Outputs:
+        with inputs.autocast():
+            images = checkout.sample(theirs, inputs.z, inputs.labels, inputs.guidance)
+        return (patchify(images[inputs.checked()], inputs.model.config.patch_size),)
+
+    return run
+
+
+# The chain of tokens amplifies rounding, now more in one contender, now in another.
+_CHANCE = 1e-5
+# Latents have a variance of one and images less: relative to them, what each latent may be off by is stricter.
+_parallel = partial(Contender, allowance=DISTANCE * Decoder.tolerance, facts=Decoding.facts)
+_CONTENDERS = {
+    "auto": _parallel(_calibrated),
+    "jacobi": _parallel(partial(Decoding, Decoder("jacobi"))),
+    "jacobi, window 64": _parallel(partial(Decoding, Decoder("jacobi", 64))),
+    "sequential": Contender(partial(Decoding, Decoder("sequential")), allowance=_CHANCE, facts=Decoding.facts),
+    "eager": Contender(_eager),
+    "published": Contender(_published),
+}
+
+
+def _exactly(inputs: Inputs) -> Outputs:
+    """By eager code in float64."""
+    rows, flow = inputs.checked(), copy.deepcopy(inputs.model).double().flow
+    return (eager.inverse(flow, inputs.z[rows].double(), inputs.labels[rows], inputs.guidance),)
+
+
+def _nearly(inputs: Inputs) -> Outputs:
+    """By the sequential decoder in float32, where eager code takes too long."""
+    rows = inputs.checked()
+    return (inputs.model.flow.inverse(inputs.z[rows], inputs.labels[rows], inputs.guidance, "sequential"),)
+
+
+def _row(
+    subject: Subject,
+    batch: int,
+    guidance: Guidance | None,
+    contenders: Sequence[str] = (*DECODERS, *OTHERS),
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 3,
+) -> Row:
+    def draw(device: torch.device) -> Inputs:
+        model = subject.make(device).requires_grad_(False)
+        return Inputs(model, *latents_and_labels(model, batch), guidance, dtype)
+
+    config = subject.config
+    rows = batch if guidance is None else 2 * batch
+    steps = config.num_tokens - 1
+    # Over all steps, half of a sequence is known on average.
+    read = config.num_blocks * steps * step_bytes(config, rows, (steps + 1) / 2, dtype.itemsize)
+    on_eager = "eager" in contenders
+    return Row(
+        op="sampling without guidance" if guidance is None else "guided sampling",
+        model=subject.name,
+        shape={"B": batch, "N": config.num_tokens},
+        dtype=dtype,
+        bytes=read,
+        operations=rows * sum(operations(config)),
+        contenders={name: _CONTENDERS[name] for name in contenders},
+        draw=draw,
+        expect=_exactly if on_eager else _nearly,
+        exact="float64" if on_eager else "float32",
+        plain="eager" if on_eager else "sequential",
+        flush=False,
+        rounds=rounds,
+        images=batch,
+        note=subject.note,
+    )
