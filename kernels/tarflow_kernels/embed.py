@@ -158,18 +158,25 @@ def _reference(x, z, mu, alpha, mu_ref, alpha_ref, weights, *rest):
 
 
 def _torch(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context):
-    following = positions.long() + 1
-    index = following.view(-1, 1, 1).expand(-1, 1, x.shape[2])
+    stands = set(positions.tolist()) if x.is_cpu else set()
+    if len(stands) == 1:
+        # On a CPU all samples mostly stand at one position, and slices are far cheaper than indices.
+        i, samples = stands.pop() + 1, slice(None)
+        w = None if weights is None else -weights[i].item()
+    else:
+        i, samples = positions.long() + 1, torch.arange(len(x), device=x.device)
+        w = None if weights is None else -weights[i, None].to(x.dtype)
     mu, alpha = mu.to(x.dtype), alpha.to(x.dtype)
-    if weights is not None:
-        w = weights.index_select(0, following).to(x.dtype).neg_().unsqueeze(1)
+    if w is not None:
         mu, alpha = torch.lerp(mu, mu_ref.to(x.dtype), w), torch.lerp(alpha, alpha_ref.to(x.dtype), w)
-    token = torch.addcmul(mu, z.gather(1, index).squeeze(1), alpha.exp())
-    x.scatter_(1, index, token.unsqueeze(1))
-    # In place, as autocast leaves products alone that have a tensor to go to.
-    h = embedding.index_select(0, following).addmm_(token, projection)
-    h = h if weights is None else torch.cat((h, h))
-    return h if context is None else h.add_(context)
+    token = torch.addcmul(mu, z[samples, i], alpha.exp())
+    x[samples, i] = token
+    # In full precision: autocast leaves products alone that have a tensor to go to.
+    h = torch.addmm(embedding[i], token, projection, out=x.new_empty(len(x), projection.shape[1]))
+    branches = 1 if w is None else 2
+    if context is None:
+        return h.repeat(branches, 1)
+    return (context.view(branches, *h.shape) + h).view(context.shape)
 
 
 def _fake(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context):

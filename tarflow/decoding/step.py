@@ -51,9 +51,8 @@ class Step:
         self.context = None if branches.context is None else branches.context.to(dtype)
         self.temperature = branches.temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.cache = KVCache.allocate(
-            len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low
-        )
+        cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low)
+        self.caches = list(cache)
         self.layers = [_Layer(layer, dtype, low) for layer in transformer.layers]
         self.proj_in, bias = _prepare(transformer.proj_in, dtype)
         self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
@@ -61,6 +60,7 @@ class Step:
         self.offsets = torch.arange(window, dtype=torch.int32, device=device)
         self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=low)
         self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=low)
+        self.shape: tuple[int, int] | None = None
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens ``(R, G, D)`` at ``positions`` and behind to mu and alpha, ``(R, G, D)``, one token further on.
@@ -81,11 +81,10 @@ class Step:
     def transform(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The first activations, which it overwrites, to mu and alpha."""
         rows, new, _ = h.shape
-        qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
-        q, k, v = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+        qkv, hidden, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
         delta = None
-        for layer, (cache_k, cache_v) in zip(self.layers, self.cache, strict=True):
+        for layer, (cache_k, cache_v) in zip(self.layers, self.caches, strict=True):
             y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             attended = decode_attention(q, k, v, cache_k, cache_v, self.positions, temperature=self.temperature)
@@ -100,11 +99,19 @@ class Step:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.positions = self.positions[rows]
-        self.cache = KVCache(self.cache.keys[:, rows], self.cache.values[:, rows])
+        self.caches = [(keys[rows], values[rows]) for keys, values in self.caches]
         if self.context is not None:
             self.context = self.context[rows]
         if isinstance(self.temperature, Tensor):
             self.temperature = self.temperature[rows]
+
+    def _buffers(self, rows: int, new: int) -> tuple[Tensor, ...]:
+        """Those of qkv and of the hidden layer for so many tokens, and q, k, v as attention takes them."""
+        if self.shape != (rows, new):
+            qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
+            heads = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            self.shape, self.views = (rows, new), (qkv, hidden, *heads.unbind())
+        return self.views
 
 
 class _Layer:
