@@ -66,7 +66,7 @@ def sampling_rows(device: torch.device) -> list[Row]:
 
 def _cpu_rows() -> list[Row]:
     """In float32. Of the random model, whose passes say nothing, what a user would run."""
-    random = _random("28x28 patch 4", fashion_mnist(4))
+    random = _random("28x28 patch 4, random", fashion_mnist(4))
     return [
         *(_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
         *(_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),

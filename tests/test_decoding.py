@@ -1,16 +1,21 @@
 """Jacobi decoding is sequential decoding to a tolerance, for any guidance, window and batch; auto is one of the two."""
 
+import contextlib
 import functools
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import draw, randomize
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, calibration
 from tarflow.decoding.calibration import Timing, choose
+from tarflow.decoding.graphs import Replayed
+from tarflow.decoding.jacobi import _Iterates as Iterates
+from tarflow_kernels import dispatch
 
 TRAINED = Path(__file__).parents[1] / "benchmarks" / "trained" / "fashion-mnist"
 TOKENS, CLASSES = 13, 3
@@ -217,6 +222,93 @@ def test_a_row_without_an_inverse_ends_and_leaves_the_others_alone():
     assert not torch.isfinite(tokens[1]).all()
     others = torch.tensor([0, 2, 3])
     assert_close(tokens[others], expected[others])
+
+
+# Graphs ---------------------------------------------------------------------------------------------------------------
+
+
+@every_guidance
+def test_a_pass_never_waits_for_the_device(monkeypatch, guidance):
+    """Where a graph is captured nothing can be read back: tensors without values have nothing to read."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which the meta device cannot tell
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+    with torch.device("meta"), torch.inference_mode():
+        flow = TokenFlow(TOKENS, 2, 16, 1, 2, head_dim=8, num_classes=CLASSES)
+        z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64)
+        tokens = flow.inverse(z, labels, guidance, "sequential")
+        iterates = Iterates(flow.blocks[0].transformer, z, labels, guidance, 5, 1e-2)
+        iterates.advance()
+        assert tokens.shape == iterates.x.shape == z.shape
+        with pytest.raises(RuntimeError, match="meta"):
+            iterates.remain(z)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a kernel of its own on a GPU: our ops as one each, and views not at all."""
+
+    VIEWS = ("flatten", "slice", "select", "chunk", "transpose", "reshape")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, self.inside = 0, False
+        for op in ("residual_norm", "decode_attention", "embed_next"):
+            monkeypatch.setitem(
+                dispatch._implementations[op], "torch", self.as_one(dispatch._implementations[op]["torch"])
+            )
+
+    def as_one(self, op):
+        def run(*args):
+            self.count, self.inside = self.count + 1, True
+            result = op(*args)
+            self.inside = False
+            return result
+
+        return run
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name
+        self.count += not self.inside and not any(view in name for view in self.VIEWS)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers):
+    counts = []
+
+    def count(replayed):
+        before = launches.count
+        replayed.run()
+        counts.append(launches.count - before)
+
+    monkeypatch.setattr(Replayed, "__call__", count)
+    flow = TokenFlow(TOKENS, 2, 16, 1, num_layers, head_dim=8, num_classes=CLASSES)
+    with Launches(monkeypatch) as launches:
+        flow.inverse(torch.randn(2, TOKENS, 2), torch.tensor([0, 1]), Guidance(1.0), "sequential")
+    assert counts == [8 * num_layers + 5] * (TOKENS - 1)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 7])
+def test_a_graph_is_captured_once_the_device_is_warm(monkeypatch, calls):
+    """Launched, then captured and replayed: in all as often as it was called."""
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replayed")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        count = len(log)
+        yield
+        log[count:] = ["captured"]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Replayed, "_run_aside", lambda self: self.run())
+    replayed = Replayed(lambda: log.append("launched"), torch.device("cuda"))
+    for _ in range(calls):
+        replayed()
+    assert log == (["launched"] * 2 + ["captured"] + ["replayed"] * calls)[: calls if calls < 3 else calls + 1]
 
 
 # Precision ------------------------------------------------------------------------------------------------------------

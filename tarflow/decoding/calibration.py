@@ -20,8 +20,8 @@ _SEQUENTIAL = Decoder("sequential")
 WINDOWS = (16, 64, 256, None)
 BATCHES = (1, 4, 16, 64)
 FILE = "calibration.json"
-# What a decoder has to save to be chosen over the sequential one: less would be the noise of the clock.
-_GAIN = 0.95
+# So much faster than the sequential decoder another has to be: less may be the noise of a busy machine's clock.
+_GAIN = 0.85
 # A decoder that takes so many times longer than the sequential one need not be tried on a larger batch.
 _HOPELESS = 1.5
 
