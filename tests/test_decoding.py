@@ -246,7 +246,7 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, guidance):
 class Launches(TorchDispatchMode):
     """Counts what would be a kernel of its own on a GPU: our ops as one each, and views not at all."""
 
-    VIEWS = ("flatten", "slice", "select", "chunk", "transpose", "reshape")
+    VIEWS = ("view", "flatten", "reshape", "slice", "select", "chunk", "unbind", "transpose", "permute")
 
     def __init__(self, monkeypatch):
         super().__init__()
