@@ -22,6 +22,7 @@ BATCHES = (1, 4, 16, 64)
 FILE = "calibration.json"
 # So much faster than the sequential decoder another has to be: less may be the noise of a busy machine's clock.
 _GAIN = 0.85
+_ROUNDS = 3
 # A decoder that takes so many times longer than the sequential one need not be tried on a larger batch.
 _HOPELESS = 1.5
 
@@ -87,14 +88,16 @@ def calibrate(
         labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
         rows = batch * (2 if guidance is not None and guidance.weight else 1)
         for t, block in reversed(list(enumerate(flow.blocks))):
-            decoded, seconds = {}, {}
-            for decoder in (_SEQUENTIAL, *promising[t]):
-                runs = [_timed(block, tokens, labels, guidance, decoder) for _ in range(2)]
-                decoded[decoder], passes, seconds[decoder] = min(runs, key=lambda run: run[2])
+            decoders = _SEQUENTIAL, *promising[t]
+            # In turn, since the speed of a machine drifts.
+            rounds = [{d: _timed(block, tokens, labels, guidance, d) for d in decoders} for _ in range(_ROUNDS)]
+            seconds = {d: min(taken for _, _, taken in (runs[d] for runs in rounds)) for d in decoders}
+            for decoder in decoders:
+                _, passes, _ = rounds[0][decoder]
                 timings.append(Timing(*_name(device), rows, t, decoder.name, decoder.window, passes, seconds[decoder]))
                 report(timings[-1])
             promising[t] = [d for d in promising[t] if seconds[d] <= _HOPELESS * seconds[_SEQUENTIAL]]
-            tokens = decoded[_SEQUENTIAL]
+            tokens, _, _ = rounds[0][_SEQUENTIAL]
     return timings
 
 
