@@ -82,10 +82,10 @@ def ops(results: Results) -> str:
     return _by_device(results, head, _op_cells, lambda row: not _is_model(row))
 
 
-def models(results: Results) -> str:
-    """Whole models: every contender that ran, and why the others did not."""
-    head = ("", "contender", "median", "20 % to 80 %", "images/s", "passes / steps", "of the limit", "to best other")
-    return _by_device(results, head, _model_cells, _is_model, _reasons)
+def training(results: Results) -> str:
+    """Steps of training: every contender that ran, and why the others did not."""
+    head = ("", "contender", "median", "20 % to 80 %", "images/s", "of the limit", "ratio to best other")
+    return _by_device(results, head, _training_cells, lambda row: row["op"] == "training step", _reasons)
 
 
 def sampling(results: Results) -> str:
@@ -137,7 +137,7 @@ def targets(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "targets": targets,
     "ops": ops,
-    "models": models,
+    "training": training,
     "sampling": sampling,
     "contenders": contenders,
     "profiles": profiles,
@@ -181,10 +181,10 @@ def _op_cells(row: Record) -> list[list[str]]:
     ]
 
 
-def _model_cells(row: Record) -> list[list[str]]:
+def _training_cells(row: Record) -> list[list[str]]:
     what = f"{row['op']}, {_shape(row)}{'; ' + row['note'] if row['note'] else ''}"
     if "contenders" not in row:
-        return [[what, "", *[MISSING] * 6]]
+        return [[what, "", *[MISSING] * 5]]
     lines = []
     for name, result in row["contenders"].items():
         if "p50" not in result:
@@ -194,7 +194,6 @@ def _model_cells(row: Record) -> list[list[str]]:
             _milliseconds(result["p50"]),
             _spread(result),
             three_digits(result["images_per_second"]),
-            _passes(result),
             f"{result['percent_of_limit']:.0f} % ({row['bound']})",
             f"{ratio:.2f}" if ratio else MISSING,
         ]
