@@ -15,9 +15,9 @@ generated first very weakly.
 each of which differs from the one asked for by at most the tolerance. So it *is* the inverse, but for rounding, of
 latents that nobody could tell from those drawn; an error has no way to build up along the sequence. That holds for each
 block of a stack and the latents that it is given, and under guidance for the guided map. (Rounding is that of the
-layers' precision: to the bound above comes ``eps |x_i|``, which is nothing in float32; in bfloat16, where the sequential
-decoder's own rounding is as large, it keeps the iteration from chasing noise.) In tokens, the distance from the
-sequential decoder is the tolerance times the condition of the inverse: for a trained model of four blocks less than
+layers' precision: to the bound above comes ``eps |x_i|``, which is nothing in float32; in bfloat16, where that of the
+sequential decoder is as large, it keeps the iteration from chasing noise.) In tokens, the distance from the sequential
+decoder is the tolerance times the condition of the inverse: for a trained model of four blocks less than
 once the tolerance in root mean square, and at most :data:`DISTANCE` times for any one value.
 
 **Why it ends.** The token behind a window's first is F of exact tokens, hence exact, so that every pass freezes one
