@@ -119,7 +119,7 @@ class _Iterates:
         accepted = (agrees | known).cumprod(1).sum(1)
         exact = start + (accepted + 1).clamp(max=self.window)
         first = (places == exact[:, None])[..., None]
-        held = (known | (places < exact[:, None]))[..., None]
+        held = (places < exact[:, None])[..., None]
         iterate = torch.where(held, old, torch.where(sound | first, new, z))
         self.x.scatter_(1, places[..., None].expand_as(iterate), iterate)
         self.exact.copy_(exact)
