@@ -174,7 +174,7 @@ class _Progress:
             (how,) = set(decoders.values())
         return (
             f"{images:.0f} images in {seconds:.3g} s, {images / seconds:.3g} images/s; "
-            f"{passes} passes for {steps} sequential steps (1/{steps / passes:.3g}): {how}"
+            f"{passes} passes for {steps} sequential steps (1/{steps / max(passes, 1):.3g}): {how}"
         )
 
 

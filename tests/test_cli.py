@@ -133,6 +133,13 @@ def test_sample_says_what_decoding_took(run, tmp_path, capsys):
     assert "block 1: jacobi, window 4, " in printed.err
 
 
+def test_images_of_one_patch_take_no_passes(tmp_path, capsys):
+    TarFlow(TarFlowConfig(image_size=4, patch_size=4, channels=64, num_blocks=2)).save_pretrained(tmp_path)
+    for decoder in ("sequential", "jacobi"):
+        assert main("sample", tmp_path, "--num=2", f"--out={tmp_path / 's.npz'}", f"--decoder={decoder}") == 0
+        assert " 0 passes for 0 sequential steps " in capsys.readouterr().out
+
+
 def test_calibrate_stores_what_auto_then_goes_by(run, tmp_path, capsys):
     folder = tmp_path / "run"
     model = TarFlow.from_pretrained(run)
