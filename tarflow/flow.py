@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tarflow_kernels import affine_forward
 
 from .decoding import Decoded, Decoder, Report
+from .decoding.branches import count_branches
 from .decoding.calibration import Timing, choose
 from .guidance import Guidance
 from .transformer import CausalTransformer
@@ -123,7 +124,7 @@ class TokenFlow(nn.Module):
         return self._trajectory(z, labels, guidance, Decoder.of(decoder), report)
 
     def _trajectory(self, tokens, labels, guidance, decoder, report):
-        rows = len(tokens) * (2 if guidance is not None and guidance.weight else 1)
+        rows = len(tokens) * count_branches(guidance)
         for t, block in reversed(list(enumerate(self.blocks))):
             chosen = choose(self.calibration, decoder, t, rows, tokens.device)
             with torch.inference_mode():

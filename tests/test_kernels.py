@@ -409,6 +409,7 @@ def test_embed_next_writes_one_token_of_each_sample(
     with use_backend(backend):
         h = embed_next(x, *args)
     assert h.shape == expected.shape
+    assert h.is_contiguous()
     assert_close(h, expected.to(dtype), atol=tolerance, rtol=tolerance)
     assert_close(room, expected_room.to(dtype), atol=tolerance, rtol=tolerance, equal_nan=True)
     assert (~x.isnan()).sum() == batch * token_dim

@@ -176,7 +176,7 @@ def _torch(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, e
     branches = 1 if w is None else 2
     if context is None:
         return h.repeat(branches, 1)
-    return (context.view(branches, *h.shape) + h).view(context.shape)
+    return (context.view(branches, *h.shape) + h).flatten(0, 1).contiguous()  # contexts may lie in any order
 
 
 def _fake(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context):

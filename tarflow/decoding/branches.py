@@ -7,6 +7,11 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer
 
 
+def count_branches(guidance: Guidance | None) -> int:
+    """Two under guidance that has any weight, else one."""
+    return 2 if guidance is not None and guidance.weight else 1
+
+
 class Branches:
     """What B samples cost in rows, what each row adds to its tokens, and how the rows make one sample again.
 
@@ -26,8 +31,8 @@ class Branches:
         guidance: Guidance | None = None,
     ):
         batch, num_tokens, _ = z.shape
-        self.guidance = guidance if guidance is not None and guidance.weight else None
-        self.count = 1 if self.guidance is None else 2
+        self.count = count_branches(guidance)
+        self.guidance = guidance if self.count == 2 else None
         self.rows = self.count * batch
         self.temperature: float | Tensor = 1.0
         self.weights: Tensor | None = None

@@ -15,6 +15,7 @@ import torch
 from ..files import replacing
 from ..guidance import Guidance
 from . import Decoder
+from .branches import count_branches
 
 _SEQUENTIAL = Decoder("sequential")
 WINDOWS = (16, 64, 256, None)
@@ -86,7 +87,7 @@ def calibrate(
     for batch in sorted(batches):
         tokens = flow.sample_prior(batch, torch.Generator(device).manual_seed(0))
         labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
-        rows = batch * (2 if guidance is not None and guidance.weight else 1)
+        rows = batch * count_branches(guidance)
         for t, block in reversed(list(enumerate(flow.blocks))):
             decoders = _SEQUENTIAL, *promising[t]
             # In turn, since the speed of a machine drifts.
