@@ -5,8 +5,9 @@ those at and below the diagonal, its backward 2.5 times as many. A GPU runs bflo
 shapes; a CPU float32, small batches and the shapes that take seconds.
 """
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,6 +26,8 @@ from tarflow_kernels import (
     causal_attention,
     decode_attention,
     guided_affine_inverse,
+    mixture_logistic,
+    mixture_logistic_inverse,
     reference,
     use_backend,
 )
@@ -49,6 +52,23 @@ PUBLISHED = (
 HEAD_DIM = 64
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """What a mixture sees of a coupling of Flow++ (arXiv 1902.00275): the half that it transforms, and K components."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    components: int
+
+
+COUPLINGS = (
+    Coupling("Flow++ CIFAR-10", channels=3, height=32, width=16, components=32),
+    Coupling("Flow++ ImageNet64", channels=12, height=32, width=16, components=4),
+)
+
+
 def op_rows(device: torch.device) -> list[Row]:
     """The ops alone."""
     on_gpu = device.type == "cuda"
@@ -61,6 +81,7 @@ def op_rows(device: torch.device) -> list[Row]:
         *(_decode(shape, rows, new, dtype) for shape in attended for new in (1, 16)),
         *(_affine(shape, tensor_bytes, *case) for shape in shapes for case in _AFFINE),
         *(_guided(shape, tensor_bytes) for shape in shapes),
+        *(_mixture(coupling, 64 if on_gpu else 8, *case) for coupling in COUPLINGS for case in _MIXTURE),
     ]
 
 
@@ -210,6 +231,59 @@ def _guided(shape: Published, tensor_bytes: int) -> Row:
         contenders=_contenders(guided_affine_inverse, reference.guided_affine_inverse, _forward),
         draw=draw,
         expect=_exactly(reference.guided_affine_inverse, _forward),
+    )
+
+
+# Op, direction, its formula, numbers touched for each component and each value, and operations for each component: an
+# inverse is counted as five evaluations.
+_MIXTURE = (
+    (mixture_logistic, "mixture_logistic", "forward", reference.mixture_logistic, 3, 2, 25),
+    (mixture_logistic, "mixture_logistic backward", "backward", reference.mixture_logistic, 6, 3, 60),
+    (mixture_logistic_inverse, "mixture_logistic_inverse", "forward", reference.mixture_logistic_inverse, 3, 2, 125),
+)
+
+
+def _mixture(
+    coupling: Coupling,
+    batch: int,
+    op: Callable,
+    name: str,
+    direction: str,
+    formula: Callable,
+    per_component: int,
+    per_value: int,
+    operations: int,
+) -> Row:
+    way, components = _WAYS[direction], coupling.components
+    sizes = batch, coupling.channels, coupling.height, coupling.width
+
+    def draw(device: torch.device) -> Inputs:
+        """Parameters as a convolution gives them: every channel's are channels of its output."""
+        outputs = torch.randn(batch, coupling.channels, 2 + 3 * components, *sizes[2:], device=device)
+        theta = outputs[:, :, 2:].movedim(2, -1).chunk(3, dim=-1)
+        x = torch.randn(sizes, device=device)
+        return Inputs((x, *theta), (torch.randn_like(x), torch.randn(batch, device=device)))
+
+    def compiled(inputs: Inputs) -> Run:
+        raise NotImplementedError("the reference takes 64 steps, which a compiler would write out")
+
+    contenders = _contenders(op, formula, way)
+    # Compilers on a CPU have less exact logarithms.
+    contenders["compiled reference"] = replace(contenders["compiled reference"], allowance=1e-5)
+    if op is mixture_logistic_inverse:
+        contenders["compiled reference"] = Contender(compiled)
+    values = math.prod(sizes)
+    return Row(
+        op=name,
+        model=coupling.name,
+        shape=dict(zip("BCHW", sizes, strict=True)) | {"K": components},
+        dtype=torch.float32,
+        bytes=4 * values * (per_component * components + per_value),
+        operations=operations * values * components,
+        contenders=contenders,
+        draw=draw,
+        expect=_exactly(formula, way),
+        note="parameters are views of the output of a convolution, channels first",
     )
 
 

@@ -52,6 +52,22 @@ def _speedup(op: str, rivals: tuple[str, ...], **shape: int) -> Value:
     return value
 
 
+def _training_speedup(op: str, rivals: tuple[str, ...]) -> Value:
+    """How many times as long the best of the rivals takes for forward and backward together."""
+
+    def value(rows: Iterable[Record]) -> float | None:
+        rows, ratios = list(rows), []
+        for forward in _select(rows, op, {}):
+            for backward in _select(rows, f"{op} backward", forward["shape"], forward["model"]):
+                taken = [(_time(forward, name), _time(backward, name)) for name in (*rivals, records.ours(forward))]
+                *theirs, ours = (sum(times) if all(times) else None for times in taken)
+                if ours and any(theirs):
+                    ratios.append(min(filter(None, theirs)) / ours)
+        return min(ratios, default=None)
+
+    return value
+
+
 def _share(op: str, **shape: int) -> Value:
     """Percent of the limit."""
 
@@ -119,6 +135,7 @@ def _over_floor(rows: Iterable[Record]) -> float | None:
     )
 
 
+_MIXTURE, _COMPILED = "mixture_logistic", ("compiled reference",)
 _FORWARD, _BACKWARD, _TIMES, _PERCENT = "causal_attention", "causal_attention backward", "{:.2f}x", "{:.0f} %"
 
 TARGETS = (
@@ -131,6 +148,14 @@ TARGETS = (
     Target("affine backward, of the copy rate", 85, _PERCENT, _share("affine_forward backward")),
     Target("decode attention, 1024 cached, of the copy rate", 80, _PERCENT, _share("decode_attention", N=1024, G=1)),
     Target("decode attention, the time of 16 new tokens over one", 1.5, _TIMES, _widening, at_most=True),
+    Target("mixture forward and backward, against it compiled", 3.0, _TIMES, _training_speedup(_MIXTURE, _COMPILED)),
+    Target(
+        "CPU, mixture forward and backward, against the plain formula",
+        1.0,
+        _TIMES,
+        _training_speedup(_MIXTURE, ("reference",)),
+        devices=("CPU",),
+    ),
     Target("training step, against the dense mask", 1.5, _TIMES, _speedup("training step", ("eager",))),
     Target("training step, against it compiled", 1.15, _TIMES, _speedup("training step", ("compiled eager",))),
     Target("training step, of the matrix rate", 50, _PERCENT, _share("training step")),

@@ -18,6 +18,8 @@ from tarflow_kernels import (
     decode_attention,
     embed_next,
     guided_affine_inverse,
+    mixture_logistic,
+    mixture_logistic_inverse,
     reference,
     residual_norm,
     use_backend,
@@ -136,6 +138,46 @@ def test_affine_maps_round_nothing_but_gradients_of_half_precision(dtype, token_
     for ours, theirs in zip(results["triton"], results["reference"], strict=True):
         tolerance = 1e-2 if ours.dtype == dtype else 1e-5
         assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("op", [mixture_logistic, mixture_logistic_inverse])
+@pytest.mark.parametrize("components", [4, 10, 32])
+@pytest.mark.parametrize("order", ["elements", "components"])
+@every_half
+def test_mixtures_round_nothing_but_gradients_of_half_precision(dtype, order, components, op):
+    """Parameters are parts of the output of a convolution, channels first or last."""
+    given = 3 * torch.randn(4, 3, 32, 16, requires_grad=True)
+    outputs = torch.randn(4, 3, 32, 16, 2 + 3 * components).to(dtype)
+    if order == "elements":
+        outputs = outputs.movedim(-1, 2).contiguous().movedim(2, -1)
+    outputs.requires_grad_()
+    results = {}
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            out, logdet = op(given, *outputs[..., 2:].chunk(3, dim=-1))
+            grads = torch.autograd.grad(out.sin().sum() + logdet.sum(), (given, outputs))
+        results[backend] = [out, logdet, *grads]
+    for ours, theirs in zip(results["triton"], results["reference"], strict=True):
+        tolerance = 2e-2 if ours.dtype == dtype else 1e-3
+        assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_a_mixture_in_double_precision_has_a_kernel_too():
+    inputs = [torch.randn(2, 3, 5, dtype=torch.float64), *torch.randn(3, 2, 3, 5, 4, dtype=torch.float64)]
+    for op in (mixture_logistic, mixture_logistic_inverse):
+        assert_close(op(*inputs), getattr(reference, op.__name__)(*inputs), atol=1e-9, rtol=1e-9)
+
+
+def test_a_mixture_needs_no_memory_but_that_of_its_results():
+    """Stock PyTorch holds several temporaries that are K times as large as x; neither pass of the kernels holds one."""
+    x, outputs = torch.randn(64, 3, 32, 16), torch.randn(64, 3, 98, 32, 16).movedim(2, -1)
+    theta = [t.requires_grad_() for t in outputs[..., 2:].chunk(3, dim=-1)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    v, logdet = mixture_logistic(x, *theta)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * x.nbytes
+    torch.autograd.grad(v.sum() + logdet.sum(), theta)
+    assert torch.cuda.max_memory_allocated() - before <= 3 * theta[0].nbytes + 6 * x.nbytes
 
 
 def test_batches_beyond_a_grid_dimension():

@@ -11,7 +11,7 @@ import pytest
 import triton
 
 ROOT = Path(__file__).parent.parent
-INTERPRETED = ["test_kernels.py", "test_ops.py", "test_scales.py", "test_triton.py"]
+INTERPRETED = ["test_kernels.py", "test_mixture.py", "test_ops.py", "test_scales.py", "test_triton.py"]
 
 
 @pytest.fixture(scope="module")

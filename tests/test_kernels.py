@@ -19,6 +19,8 @@ from tarflow_kernels import (
     decode_attention,
     embed_next,
     guided_affine_inverse,
+    mixture_logistic,
+    mixture_logistic_inverse,
     reference,
     residual_norm,
     use_backend,
@@ -61,6 +63,9 @@ AFFINE_LAYOUTS = {
     "every other value": lambda t: torch.stack((t, nans(t)), -1)[..., 0],
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "broadcast": lambda t: t[..., :1].expand(t.shape),
+}
+MIXTURE_LAYOUTS = AFFINE_LAYOUTS | {
+    "of channels": lambda t: torch.cat((nans(t), t), -1).movedim(-1, 1).contiguous().movedim(1, -1).chunk(2, -1)[1],
 }
 COTANGENTS = {
     "plain": lambda t: draw(1, *t.shape),
@@ -201,6 +206,28 @@ def test_guided_affine_inverse_writes_only_what_needs_no_gradient_and_fits():
         assert_close(guided_affine_inverse(x, wanting, x, x, x, 1.0, out=x.clone()), 1 + x * x.exp())
 
 
+@settings(max_examples=settings.default.max_examples // (2 if INTERPRETED else 1))
+@given(
+    op=st.sampled_from([mixture_logistic, mixture_logistic_inverse]),
+    shape=st.sampled_from([(3,), (2, 5), (1, 1), (2, 0, 3), (3, 1, 2), (2, 3, 2, 4), (2, 40, 7), (65, 3)]),
+    components=st.sampled_from([1, 2, 3, 4, 10, 32, 64]),
+    precision=PRECISIONS,
+    layouts=st.tuples(one_of(AFFINE_LAYOUTS), *[one_of(MIXTURE_LAYOUTS)] * 3),
+    floor=st.sampled_from([-7.0, -0.4, -math.inf]),
+    cotangent=one_of(COTANGENTS),
+    seed=SEEDS,
+)
+def test_mixture_logistic(op, shape, components, precision, layouts, floor, cotangent, seed):
+    dtype, tolerance = precision
+    draws = draw(seed, *shape, dtype=dtype), *draw(seed + 1, 3, *shape, components, dtype=dtype)
+    inputs = [layout(t) for layout, t in zip(layouts, draws, strict=True)]
+
+    def call(op, *inputs):
+        return op(*inputs, min_log_scale=floor)
+
+    agree(call, op, inputs, cotangent, tolerance)
+
+
 @given(shape=SHAPES, seed=SEEDS)
 def test_affine_maps_undo_each_other(shape, seed):
     x, mu, alpha = draw(seed, 3, *shape)
@@ -237,13 +264,14 @@ def test_parameters_of_low_precision_leave_results_in_full(op, sign, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", [affine_forward, affine_inverse])
+@pytest.mark.parametrize("op", [affine_forward, affine_inverse, mixture_logistic, mixture_logistic_inverse])
 def test_results_may_be_written_to(op, backend):
-    x, mu, alpha = torch.ones(3, 2)
+    inputs = torch.ones(2), *(torch.ones(2) if "affine" in op.__name__ else torch.ones(2, 1) for _ in range(3))
+    inputs = inputs[: 3 if "affine" in op.__name__ else 4]
     with use_backend(backend):
-        for result in op(x, mu, alpha):
+        for result in op(*inputs):
             result.zero_()
-    assert all(t.all() for t in (x, mu, alpha))
+    assert all(t.all() for t in inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

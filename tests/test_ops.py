@@ -1,6 +1,7 @@
 """The ops as torch and their callers see them: gradients, the compiler, autocast, the choice of backend, errors."""
 
 import contextlib
+import math
 from functools import partial
 
 import pytest
@@ -17,6 +18,8 @@ from tarflow_kernels import (
     dispatch,
     embed_next,
     guided_affine_inverse,
+    mixture_logistic,
+    mixture_logistic_inverse,
     residual_norm,
     use_backend,
 )
@@ -48,6 +51,7 @@ def embed(x, z, mu, alpha, projection, embedding, context=None, mu_ref=None, alp
 
 
 HEADS, CACHE, TOKENS = (2, 3, 5, 4), (2, 3, 9, 4), (2, 3, 4)
+MIXTURE = [(2, 3), *[(2, 3, 5)] * 3]
 EMBED = [TOKENS, TOKENS, (2, 4), (2, 4), (4, 5), (3, 5)]
 
 # Every public function, and the shapes of the tensors it takes; those that change their arguments have no gradients.
@@ -60,6 +64,9 @@ DIFFERENTIABLE = {
     "guided_affine_inverse": (partial(guided_affine_inverse, weight=1.7), [TOKENS] * 5),
     "guided_affine_inverse, weights": (guided_affine_inverse, [*[TOKENS] * 5, (3,)]),
     "guided_affine_inverse, weights of rows": (guided_affine_inverse, [*[TOKENS] * 5, (2, 3)]),
+    "mixture_logistic": (mixture_logistic, MIXTURE),
+    "mixture_logistic, no floor": (partial(mixture_logistic, min_log_scale=-math.inf), MIXTURE),
+    "mixture_logistic_inverse": (partial(mixture_logistic_inverse, min_log_scale=-0.1), MIXTURE),
 }
 IN_PLACE = {
     "decode_attention": (decode, [HEADS, HEADS, HEADS, CACHE, CACHE, (2,)]),
@@ -118,6 +125,9 @@ def test_compiled_whole_it_is_the_same(op, shapes, backend):
         ("affine_inverse", [(3,)] * 3, (False,)),
         ("guided_affine_inverse", [TOKENS] * 5, (None, 1.7)),
         ("guided_affine_inverse", [TOKENS] * 5, (torch.tensor([0.5, 1.0, 2.0]), 0.0)),
+        ("mixture_logistic", MIXTURE, (-7.0,)),
+        ("mixture_logistic", [(3,), *[(3, 1)] * 3], (-7.0,)),
+        ("mixture_logistic_inverse", MIXTURE, (-math.inf,)),
         ("decode_attention", [HEADS, HEADS, HEADS, CACHE, CACHE], (torch.tensor([0, 3]).int(), None, 0.3)),
         ("residual_norm", [TOKENS, TOKENS, (4,), (4,)], (1e-5, torch.float32)),
         ("embed_next", [TOKENS, TOKENS, *[(2, 4)] * 4, (3,)], (STANDING, EYE, EYE[:3], None)),
@@ -143,16 +153,19 @@ def test_a_compiler_meets_the_registered_op_unless_a_backend_is_forced():
     assert seen == [True, False]
 
 
-def test_autocast_reaches_attention_and_leaves_affine_maps():
+def test_autocast_reaches_attention_and_leaves_maps():
     q, k, v = draw(0, 3, 2, 2, 5, 16, dtype=torch.float32)
     caches = torch.zeros(2, 2, 2, 5, 16, dtype=torch.bfloat16)
     attended, affine = causal_attention(q, k, v), affine_forward(q, k, v)
     inverse, guided = affine_inverse(q, k, v), guided_affine_inverse(q, k, v, k, v, 1.0)
+    mixtures = [op(q[..., 0], k, v, q) for op in (mixture_logistic, mixture_logistic_inverse)]
     with torch.autocast(DEVICE, torch.bfloat16):
         low = causal_attention(q, k, v), decode_attention(q, k, v, *caches, torch.zeros(2, dtype=torch.int32))
         low += (causal_attention(q, k, v, temperature=torch.ones(2)),)
         assert_close((affine_forward(q, k, v), affine_inverse(q, k, v)), (affine, inverse), atol=0, rtol=0)
         assert_close(guided_affine_inverse(q, k, v, k, v, 1.0), guided, atol=0, rtol=0)
+        for op, expected in zip((mixture_logistic, mixture_logistic_inverse), mixtures, strict=True):
+            assert_close(op(q[..., 0], k, v, q), expected, atol=0, rtol=0)
     assert {t.dtype for t in low} == {torch.bfloat16}
     assert_close([t.float() for t in low], [attended] * 3, atol=0.03, rtol=0.03)
 
@@ -196,7 +209,7 @@ X, INTEGERS, WIDE = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), tor
 Q, HALF, LONG = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4).half(), torch.zeros(2, 1, 4, 4)
 ELSEWHERE = torch.device("meta")
 CACHED, AT = torch.zeros(2, 1, 5, 4), torch.zeros(2, dtype=torch.int32)
-SEQUENCE = torch.zeros(2, 5, 3)
+SEQUENCE, ONE = torch.zeros(2, 5, 3), torch.zeros(2, 3, 1)
 
 
 def embed_with(**wrong):
@@ -224,6 +237,23 @@ def embed_with(**wrong):
         (lambda: guided_affine_inverse(X, X, X, X, X, WIDE), ValueError, "weight"),
         (lambda: guided_affine_inverse(X, X, X, X, X, X[0, 0]), ValueError, "weight"),
         (lambda: guided_affine_inverse(*[X[0]] * 5, X[0]), ValueError, "weight"),
+        (lambda: mixture_logistic(INTEGERS, ONE, ONE, ONE), TypeError, "x"),
+        (lambda: mixture_logistic(X[0, 0], *[X[0]] * 3), ValueError, "x"),
+        (lambda: mixture_logistic(X, X, X, X), ValueError, "logits"),
+        (lambda: mixture_logistic(X, ONE[:1], ONE[:1], ONE[:1]), ValueError, "logits"),
+        (lambda: mixture_logistic(X, *[ONE[..., :0]] * 3), ValueError, "logits"),
+        (lambda: mixture_logistic(X, *[ONE.expand(2, 3, 65)] * 3), ValueError, "logits"),
+        (lambda: mixture_logistic(X, ONE, ONE.expand(2, 3, 2), ONE), ValueError, "means"),
+        (lambda: mixture_logistic(X, ONE, ONE.int(), ONE), TypeError, "means"),
+        (lambda: mixture_logistic(X, ONE, ONE, X), ValueError, "log_scales"),
+        (lambda: mixture_logistic(X, ONE, ONE, ONE.to(ELSEWHERE)), ValueError, "log_scales"),
+        (lambda: mixture_logistic(X.to(ELSEWHERE), ONE, ONE, ONE), ValueError, "logits"),
+        (lambda: mixture_logistic(X, ONE, ONE, ONE, min_log_scale=float("nan")), ValueError, "min_log_scale"),
+        (lambda: mixture_logistic(X, ONE, ONE, ONE, min_log_scale=float("inf")), ValueError, "min_log_scale"),
+        (lambda: mixture_logistic(X, ONE, ONE, ONE, min_log_scale=None), TypeError, "min_log_scale"),
+        (lambda: mixture_logistic(X, ONE, ONE, ONE, min_log_scale=ONE), TypeError, "min_log_scale"),
+        (lambda: mixture_logistic_inverse(INTEGERS, ONE, ONE, ONE), TypeError, "v"),
+        (lambda: mixture_logistic_inverse(X, ONE, ONE[..., 0], ONE), ValueError, "means"),
         (lambda: causal_attention(Q.int(), Q, Q), TypeError, "q"),
         (lambda: causal_attention(X, X, X), ValueError, "q"),
         (lambda: causal_attention(Q, HALF, Q), TypeError, "k"),

@@ -16,7 +16,15 @@ from torch.testing import assert_close
 
 from helpers import DEVICE, draw, tarflow
 from tarflow import Decoder, Guidance
-from tarflow_kernels import affine_forward, causal_attention, decode_attention, dispatch, use_backend
+from tarflow_kernels import (
+    affine_forward,
+    causal_attention,
+    decode_attention,
+    dispatch,
+    mixture_logistic,
+    mixture_logistic_inverse,
+    use_backend,
+)
 from tarflow_kernels.triton import configs, decode
 from tarflow_kernels.triton.tiles import head_of, tile_pointers
 
@@ -122,6 +130,7 @@ def test_kernels_are_registered_as_they_behave():
     """What a compiler is told of shapes, strides, dtypes and mutation is what happens."""
     heads = draw(0, 4, 2, 3, 5, 16, dtype=DTYPE)
     tokens, (alpha, mu) = draw(1, 2, 5, 6, dtype=DTYPE), draw(2, 2, 5, 12, dtype=DTYPE).chunk(2, dim=-1)
+    theta = draw(5, 3, 2, 5, 6, 4, dtype=DTYPE)
     lse, logdet, tau = draw(3, 2, 3, 5, dtype=DTYPE), draw(4, 2, dtype=DTYPE), torch.ones(2)
     exp = ("exp", 0.0, 0.0)
     for name, args in {
@@ -129,6 +138,8 @@ def test_kernels_are_registered_as_they_behave():
         "causal_attention_backward": (*heads, heads[0], lse, None, 0.3),
         "affine_map": (tokens, mu, alpha, True, False, *exp),
         "affine_map_backward": (tokens, logdet, tokens, alpha, DTYPE, DTYPE, True, False, *exp),
+        "mixture_map": (tokens, *theta, -7.0, True),
+        "mixture_map_backward": (tokens, logdet, tokens, *theta, DTYPE, -7.0, False),
         "guided_affine_map": (tokens, mu, alpha, mu, alpha, None, 2.0, torch.empty_like(tokens)),
     }.items():
         library.opcheck(getattr(torch.ops.tarflow, name).default, args)
@@ -136,11 +147,17 @@ def test_kernels_are_registered_as_they_behave():
 
 def test_results_are_the_same_bit_for_bit_every_time():
     inputs = [t.requires_grad_() for t in draw(0, 3, 2, 2, 100, 32, dtype=torch.float32)]
+    q, k, v = inputs
+    few = [t[:, :, :20] for t in inputs]
 
     def run():
-        out = causal_attention(*inputs)
-        z, logdet = affine_forward(*inputs)
-        return [out, z, logdet, *torch.autograd.grad(out.sum() + z.sin().sum() + logdet.sum(), inputs)]
+        out = causal_attention(q, k, v)
+        maps = [
+            affine_forward(q, k, v),
+            *(op(few[0][..., 0], *few) for op in (mixture_logistic, mixture_logistic_inverse)),
+        ]
+        outputs = [out, *(t for results in maps for t in results)]
+        return [*outputs, *torch.autograd.grad([t.sin().sum() for t in outputs], inputs)]
 
     with use_backend("triton"):
         assert_close(run(), run(), atol=0, rtol=0)

@@ -6,6 +6,7 @@ from .attention import causal_attention
 from .decode import KVCache, decode_attention
 from .dispatch import use_backend
 from .embed import embed_next
+from .mixture import mixture_logistic, mixture_logistic_inverse
 from .norm import residual_norm
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "decode_attention",
     "embed_next",
     "guided_affine_inverse",
+    "mixture_logistic",
+    "mixture_logistic_inverse",
     "reference",
     "residual_norm",
     "scales",

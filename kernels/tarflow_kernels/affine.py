@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch, reference
 from .checks import check_floating, check_same_shape
 from .scales import EXP, Scale
+from .tensors import full_precision, in_full_precision, needs_gradients
 
 
 def affine_forward(
@@ -113,44 +114,31 @@ def _check_affine(shift: bool, scale: Scale, **tensors: Tensor) -> None:
 
 def _check_out(out: Tensor, z: Tensor, *args: Tensor | float | None) -> None:
     check_same_shape(z=z, out=out)
-    if out.dtype != _full_precision(z):
-        raise TypeError(f"out: expected {_full_precision(z)}, the dtype of the result; got {out.dtype}")
-    if _needs_gradients(out, z, *args):
+    if out.dtype != full_precision(z):
+        raise TypeError(f"out: expected {full_precision(z)}, the dtype of the result; got {out.dtype}")
+    if needs_gradients(out, z, *args):
         raise ValueError(
             "out: expected arguments that need no gradients, since x is written in place; got some that do"
         )
 
 
-def _needs_gradients(*args: Tensor | float | None) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-
-
-def _full_precision(first: Tensor) -> torch.dtype:
-    return torch.promote_types(first.dtype, torch.float32)
-
-
-def _in_full_precision(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    dtype = _full_precision(first)
-    return first.to(dtype), *(other.to(dtype) for other in others)
-
-
 def _reference_affine_forward(x, mu, alpha, shift, *scale):
-    return reference.affine_forward(*_in_full_precision(x, mu, alpha), shift=shift, scale=Scale(*scale))
+    return reference.affine_forward(*in_full_precision(x, mu, alpha), shift=shift, scale=Scale(*scale))
 
 
 def _reference_affine_inverse(z, mu, alpha, shift, *scale):
-    return reference.affine_inverse(*_in_full_precision(z, mu, alpha), shift=shift, scale=Scale(*scale))
+    return reference.affine_inverse(*in_full_precision(z, mu, alpha), shift=shift, scale=Scale(*scale))
 
 
 def _reference_guided_affine_inverse(z, mu, alpha, mu_ref, alpha_ref, per_token, weight):
     weight = weight if per_token is None else per_token
-    return reference.guided_affine_inverse(*_in_full_precision(z, mu, alpha, mu_ref, alpha_ref), weight)
+    return reference.guided_affine_inverse(*in_full_precision(z, mu, alpha, mu_ref, alpha_ref), weight)
 
 
 def _torch_affine_forward(
     x: Tensor, mu: Tensor, alpha: Tensor, shift: bool, *scale: str | float
 ) -> tuple[Tensor, Tensor]:
-    x, mu, alpha = _in_full_precision(x, mu, alpha)
+    x, mu, alpha = in_full_precision(x, mu, alpha)
     mu, a = reference.parameters(mu, alpha, shift, Scale(*scale))
     return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
 
@@ -158,7 +146,7 @@ def _torch_affine_forward(
 def _torch_affine_inverse(
     z: Tensor, mu: Tensor, alpha: Tensor, shift: bool, *scale: str | float
 ) -> tuple[Tensor, Tensor]:
-    z, mu, alpha = _in_full_precision(z, mu, alpha)
+    z, mu, alpha = in_full_precision(z, mu, alpha)
     mu, a = reference.parameters(mu, alpha, shift, Scale(*scale))
     return torch.addcmul(mu, z, torch.exp(a)), _sum_per_sample(a)
 
@@ -166,7 +154,7 @@ def _torch_affine_inverse(
 def _torch_guided_affine_inverse(
     z: Tensor, mu: Tensor, alpha: Tensor, mu_ref: Tensor, alpha_ref: Tensor, per_token: Tensor | None, weight: float
 ) -> Tensor:
-    z, mu, alpha, mu_ref, alpha_ref = _in_full_precision(z, mu, alpha, mu_ref, alpha_ref)
+    z, mu, alpha, mu_ref, alpha_ref = in_full_precision(z, mu, alpha, mu_ref, alpha_ref)
     w = weight if per_token is None else reference.per_token(per_token.to(z.dtype), z)
     return torch.addcmul(torch.lerp(mu, mu_ref, -w), z, torch.exp(torch.lerp(alpha, alpha_ref, -w)))
 
@@ -202,7 +190,7 @@ def _triton_affine_inverse(z, mu, alpha, shift, *scale):
 
 
 def _triton_guided_affine_inverse(z, mu, alpha, mu_ref, alpha_ref, per_token, weight):
-    out = torch.empty_like(z, dtype=_full_precision(z))
+    out = torch.empty_like(z, dtype=full_precision(z))
     _triton_guided_affine_inverse_out(z, mu, alpha, mu_ref, alpha_ref, per_token, weight, out)
     return out
 
@@ -221,7 +209,7 @@ def _writing_to_out(op):
 
 
 def _fake_affine_map(x, mu, alpha, *options):
-    out = torch.empty_like(x, dtype=_full_precision(x))
+    out = torch.empty_like(x, dtype=full_precision(x))
     return out, out.new_empty(x.shape[:1])
 
 
@@ -265,7 +253,7 @@ dispatch.register(
 dispatch.register(
     "guided_affine_inverse(Tensor z, Tensor mu, Tensor alpha, Tensor mu_ref, Tensor alpha_ref,"
     " Tensor? per_token, float weight) -> Tensor",
-    serves=lambda *args: not _needs_gradients(*args),
+    serves=lambda *args: not needs_gradients(*args),
     reference=_reference_guided_affine_inverse,
     torch=_torch_guided_affine_inverse,
     triton=_triton_guided_affine_inverse,

@@ -75,9 +75,14 @@ def register(
 
 def register_kernel(schema: str, *, module: str, fake: Callable) -> Callable:
     """Define ``tarflow::<schema>``, opaque to compilers, as the launcher of that name in ``triton/<module>.py``."""
+    return register_opaque(schema, launcher(module, schema.partition("(")[0]), fake=fake)
+
+
+def register_opaque(schema: str, run: Callable, *, fake: Callable) -> Callable:
+    """Define ``tarflow::<schema>``, which compilers do not look into, as a function on any device."""
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, launcher(module, name), "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     library.register_fake(f"tarflow::{name}", fake, lib=_library)
     return getattr(torch.ops.tarflow, name).default
 

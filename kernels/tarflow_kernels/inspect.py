@@ -77,6 +77,9 @@ def cases() -> Iterator[Case]:
             yield Case("embed_next", dtype, f"N=1024 D={token_dim} C=768", launch)
         for channels in (768, 8192):
             yield Case("residual_norm", dtype, f"B=64 C={channels}", functools.partial(_normalize, dtype, channels))
+        for components, order in ((32, "elements"), (4, "elements"), (32, "components"), (4, "components")):
+            launch = functools.partial(_mix, dtype, components, order)
+            yield Case("mixture_logistic", dtype, f"N=1536 K={components} by {order}", launch)
     # A ragged end, padded heads, and sizes of one, which Triton compiles as constants.
     for dtype, length, head_dim in (
         (torch.bfloat16, 1000, 48),
@@ -89,6 +92,7 @@ def cases() -> Iterator[Case]:
     yield Case("decode_attention", torch.bfloat16, "B=64 G=64 D=256", lambda: _decode(torch.bfloat16, 64, 64, 256))
     yield Case("embed_next", torch.float32, "N=64 D=256 C=100", lambda: _embed(torch.float32, 256, 64, 100))
     yield Case("affine", torch.float32, "N=1024 D=1", lambda: _affine(torch.float32, 1, EXP))
+    yield Case("mixture_logistic", torch.float32, "N=1536 K=10 by components", lambda: _mix(torch.float32, 10))
     for scale in (softclip(5.0), softplus(), sigmoid(), clamp(-5.0, 3.0), tanh(2.0)):
         launch = functools.partial(_affine, torch.float32, 48, scale)
         yield Case("affine", torch.float32, f"N=1024 D=48 {scale.kind}", launch)
@@ -156,6 +160,21 @@ def _normalize(dtype, channels):
     h, weight = _meta(64, channels), _meta(channels)
     for delta in (_meta(64, channels, dtype=dtype), None):
         residual_norm(h, delta, weight, weight, 1e-5, dtype)
+
+
+def _mix(dtype, components, order="components"):
+    """Parameters as the parts of an output with two more channels, which come first, as in PyTorch, or last."""
+    from .triton.mixture import mixture_map, mixture_map_backward
+
+    channels = 3 * components + 2
+    if order == "elements":
+        x, outputs = _meta(4, 3, 32, 16), _meta(4, 3, channels, 32, 16, dtype=dtype).movedim(2, -1)
+    else:
+        x, outputs = _meta(4, 32, 16, 3), _meta(4, 32, 16, 3, channels, dtype=dtype)
+    theta = outputs[..., 2:].chunk(3, dim=-1)
+    for inverse in (False, True):
+        out, logdet = mixture_map(x, *theta, -7.0, inverse)
+        mixture_map_backward(out, logdet, out, *theta, x.dtype, -7.0, inverse)
 
 
 def _meta(*shape, dtype=torch.float32):

@@ -8,6 +8,7 @@ where shapes, units and errors are documented.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .scales import EXP, Scale, log_scale
@@ -116,6 +117,33 @@ def embed_next(
     return h if context is None else h + context
 
 
+def mixture_logistic(
+    x: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, *, min_log_scale: float = -7.0
+) -> tuple[Tensor, Tensor]:
+    """``v = log F - log(1 - F)`` for the distribution F of a mixture of logistics, ``logdet = sum log dv/dx``."""
+    v, d = _mixture_logit(x, torch.log_softmax(logits, -1), means, log_scales.clamp(min=min_log_scale))
+    return v, _sum_per_sample(d)
+
+
+def mixture_logistic_inverse(
+    v: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, *, min_log_scale: float = -7.0
+) -> tuple[Tensor, Tensor]:
+    """Bisection between the solutions of the components alone; gradients are those of a step of Newton's from there."""
+    theta = torch.log_softmax(logits, -1), means, log_scales.clamp(min=min_log_scale)
+    with torch.no_grad():
+        alone = means + torch.exp(theta[2]) * v[..., None]
+        low, high = alone.amin(-1), alone.amax(-1)
+        for _ in range(64):
+            x = low + (high - low) / 2
+            too_low = _mixture_logit(x, *theta)[0] < v
+            low, high = torch.where(too_low, x, low), torch.where(too_low, high, x)
+        # Where the map is flat, the step would be endless, and x as good without.
+        dx = torch.exp(-_mixture_logit(x, *theta)[1]).clamp(max=torch.finfo(x.dtype).max)
+    residual = v - _mixture_logit(x, *theta)[0]
+    x = x + dx * (residual - residual.detach())
+    return x, -_sum_per_sample(_mixture_logit(x, *theta)[1])
+
+
 def parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
     """mu and the log-scale a of every element, of the token before where ``shift``."""
     a = log_scale(alpha, scale)
@@ -125,6 +153,16 @@ def parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Te
 def per_token(weight: Tensor, tokens: Tensor) -> Tensor:
     """A weight ``()``, ``(N,)`` or ``(B, N)``, viewed so that it broadcasts against tokens ``(B, N, ...)``."""
     return weight.reshape(*weight.shape, *[1] * (tokens.dim() - 2))
+
+
+def _mixture_logit(x: Tensor, log_pi: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """``log F - log(1 - F)``, and the log of its derivative ``f / (F (1 - F))``."""
+    z = (x[..., None] - means) * torch.exp(-s)
+    log_below, log_above = F.logsigmoid(z), F.logsigmoid(-z)
+    log_cdf = torch.logsumexp(log_pi + log_below, -1)
+    log_rest = torch.logsumexp(log_pi + log_above, -1)
+    log_density = torch.logsumexp(log_pi + log_below + log_above - s, -1)
+    return log_cdf - log_rest, log_density - log_cdf - log_rest
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, temperature: float | Tensor, scale: float | None) -> Tensor:

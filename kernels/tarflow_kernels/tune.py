@@ -11,6 +11,7 @@ spill nothing are checked against the present configuration and timed on the car
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
 
 def problems() -> Iterator[Problem]:
     """The sizes of the published models first."""
-    from .triton import affine, attention, decode
+    from .triton import affine, attention, decode, mixture
 
     def attend(phase, dtype, length, head_dim):
         key = f"{dtype},d{head_dim},n{length}"
@@ -57,6 +58,11 @@ def problems() -> Iterator[Problem]:
             for kernel in ("affine_map", "affine_map_backward", "guided_affine_map"):
                 make = functools.partial(_affine, kernel, getattr(torch, dtype), inner)
                 yield Problem(kernel, f"{dtype},n{inner}", affine.CANDIDATES, make)
+        for components, order in itertools.product((32, 4), ("elements", "components")):
+            for kernel in ("mixture_map", "mixture_map_backward", "mixture_map_inverse"):
+                key = f"{dtype},k{components},{order},n2048"
+                make = functools.partial(_mix, kernel, getattr(torch, dtype), components, order)
+                yield Problem(kernel, key, mixture.candidates(order, components), make)
 
 
 def tune(problem: Problem, candidates: list[dict[str, int]]) -> tuple[dict[str, int] | None, str]:
@@ -148,6 +154,20 @@ def _affine(kernel: str, dtype: torch.dtype, inner: int, device: str) -> Callabl
         return lambda: affine.guided_affine_map(x, mu, alpha, mu, alpha, None, 2.0, out) or out
     z, logdet = affine.affine_map(x, mu, alpha, True, False, *exp)
     return lambda: affine.affine_map_backward(x, logdet, z, alpha, x.dtype, mu.dtype, True, False, *exp)
+
+
+def _mix(kernel: str, dtype: torch.dtype, components: int, order: str, device: str) -> Callable[[], object]:
+    """As a coupling of Flow++ has it, whose last layer is channels first, as in PyTorch, or last."""
+    from .triton.mixture import mixture_map, mixture_map_backward
+
+    outputs = torch.randn(64, 3, 32, 16, 2 + 3 * components, device=device).to(dtype)
+    if order == "elements":
+        outputs = outputs.movedim(-1, 2).contiguous().movedim(2, -1)
+    x, theta = torch.randn(64, 3, 32, 16, device=device), outputs[..., 2:].chunk(3, dim=-1)
+    if kernel != "mixture_map_backward":
+        return lambda: mixture_map(x, *theta, -7.0, kernel == "mixture_map_inverse")
+    v, logdet = mixture_map(x, *theta, -7.0, False)
+    return lambda: mixture_map_backward(v, logdet, x, *theta, x.dtype, -7.0, False)
 
 
 def main(argv: list[str] | None = None) -> None:
