@@ -1,10 +1,12 @@
-"""The flow: blocks of affine autoregressive maps over tokens, in alternating order, under a Gaussian prior.
+"""The flow: blocks of autoregressive maps over tokens, in alternating order, under a Gaussian prior.
 
-Block t maps tokens x to z by ``z_0 = x_0`` and ``z_i = (x_i - mu_i) exp(-alpha_i)``, where a causal transformer
-computes (mu_i, alpha_i) from x_<i. Odd blocks run from the last token to the first. Forward is one pass per block; the
-inverse runs a block's transformer token by token, and is the business of :mod:`tarflow.decoding`.
+Block t maps tokens x to z by ``z_0 = x_0`` and ``z_i = (v_i - mu_i) exp(-alpha_i)``, where v_i is x_i, or, with
+``coupling="mixture"``, the logit of a mixture of logistic distribution functions at x_i, value by value. A causal
+transformer computes mu_i, alpha_i and the mixture from x_<i. Odd blocks run from the last token to the first. Forward
+is one pass per block; the inverse runs a block's transformer token by token, and is the business of
+:mod:`tarflow.decoding`.
 
-Source: TarFlow (arXiv 2412.06329).
+Source: TarFlow (arXiv 2412.06329); the mixture is that of Flow++ (arXiv 1902.00275).
 """
 
 import math
@@ -13,8 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tarflow_kernels import affine_forward
-
+from .coupling import Mixture, make_coupling
 from .decoding import Decoded, Decoder, Report
 from .decoding.branches import count_branches
 from .decoding.calibration import Timing, choose
@@ -31,6 +32,13 @@ class TokenFlow(nn.Module):
         head_dim, expansion: size of an attention head, factor of the hidden layer of the MLPs.
         num_classes: 0 for an unconditional flow.
         volume_preserving: alpha = 0 throughout; the prior then keeps a variance per coordinate, averaged in training.
+        coupling: ``"affine"`` or ``"mixture"``, which preserves no volumes; see :mod:`tarflow.coupling`.
+        num_mixtures: components of the mixture.
+
+    Raises:
+        ValueError: a head_dim that is no divisor of channels, an unknown coupling, a mixture of no or too many
+        components
+            or one that is to preserve volumes.
 
     Labels are int64 ``(B,)``, below num_classes, where -1 is a dropped label; None for an unconditional flow. On a GPU
     their range is not checked, because looking would stall it.
@@ -52,10 +60,13 @@ class TokenFlow(nn.Module):
         expansion: int = 4,
         num_classes: int = 0,
         volume_preserving: bool = False,
+        coupling: str = "affine",
+        num_mixtures: int = 8,
     ):
         super().__init__()
         self.num_classes = num_classes
         self.volume_preserving = volume_preserving
+        self.coupling = make_coupling(coupling, num_mixtures, volume_preserving)
         self.blocks = nn.ModuleList(
             Block(
                 CausalTransformer(
@@ -66,7 +77,7 @@ class TokenFlow(nn.Module):
                     head_dim=head_dim,
                     expansion=expansion,
                     num_classes=num_classes,
-                    volume_preserving=volume_preserving,
+                    coupling=self.coupling,
                 ),
                 reverse=bool(t % 2),
             )
@@ -120,7 +131,7 @@ class TokenFlow(nn.Module):
         """The tokens after each block on the way from latent to data."""
         self._check(z, labels, "z")
         if guidance is not None:
-            guidance.check(self.num_classes)
+            guidance.check(self.num_classes, mixture=isinstance(self.coupling, Mixture))
         return self._trajectory(z, labels, guidance, Decoder.of(decoder), report)
 
     def _trajectory(self, tokens, labels, guidance, decoder, report):
@@ -158,7 +169,7 @@ class TokenFlow(nn.Module):
 
 
 class Block(nn.Module):
-    """One affine autoregressive map, in raster order or, with ``reverse``, from the last token to the first."""
+    """One autoregressive map, in raster order or, with ``reverse``, from the last token to the first."""
 
     def __init__(self, transformer: CausalTransformer, reverse: bool):
         super().__init__()
@@ -166,16 +177,15 @@ class Block(nn.Module):
         self.reverse = reverse
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``z_i = (x_i - mu_i) exp(-alpha_i)``, ``logdet = -sum alpha``; both orders in and out are raster."""
+        """``z_i = (v_i - mu_i) exp(-alpha_i)``, ``logdet = sum log dv/dx - sum alpha``; raster order in and out."""
         x = self._permute(x)
-        mu, alpha = self.transformer(x, labels)
-        z, logdet = affine_forward(x, mu, alpha, shift=True)
+        z, logdet = self.transformer.coupling.forward(x, *self.transformer(x, labels))
         return self._permute(z), logdet
 
     def inverse(
         self, z: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
     ) -> tuple[Tensor, int]:
-        """``x_i = z_i exp(alpha_i) + mu_i``, and the passes of the transformer that it took."""
+        """The tokens x whose latents are z, and the passes of the transformer that it took."""
         x, passes = decoder(self.transformer, self._permute(z), labels, guidance)
         return self._permute(x), passes
 

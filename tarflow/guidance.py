@@ -1,4 +1,4 @@
-"""Guidance: moving the affine parameters of each token away from those of a less informed reference branch."""
+"""Guidance: moving the parameters of each token's map away from those of a less informed reference branch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,9 @@ from torch import Tensor
 class Guidance:
     """``v <- (1 + w_i) v(cond) - w_i v(ref)`` for token i of N and each guided v of alpha and mu.
 
+    With a mixture coupling v is every parameter of the map: logits, means and log-scales of the components too, any
+    real values of which make a map.
+
     The reference branch is the same transformer with less to go by: without its label (label guidance), with its
     attention logits divided by ``temperature`` (temperature guidance, which needs no labels), or both. Source: TarFlow
     (arXiv 2412.06329).
@@ -19,7 +22,7 @@ class Guidance:
         weight: w; 0 is no guidance.
         schedule: ``"linear"`` is ``w_i = w * i / (N - 1)``, ``"constant"`` is ``w_i = w``.
         temperature: tau of the reference branch; 1 leaves its attention as it is.
-        parameters: which of the affine parameters are guided.
+        parameters: which of the affine parameters are guided; both with a mixture coupling.
         drop_label: whether the reference branch drops the label. A model without classes has none to drop.
 
     Raises:
@@ -54,8 +57,10 @@ class Guidance:
             return torch.full((num_tokens,), self.weight, dtype=torch.float64)
         return torch.arange(num_tokens, dtype=torch.float64) * (self.weight / max(num_tokens - 1, 1))
 
-    def check(self, num_classes: int) -> None:
-        """Raise ValueError where the two branches of a model would be the same."""
+    def check(self, num_classes: int, mixture: bool = False) -> None:
+        """Raise ValueError where the two branches of a model would be the same, or its mixture be guided in part."""
+        if mixture and self.parameters != "both":
+            raise ValueError(f"parameters: expected both with a mixture coupling; got {self.parameters!r}")
         if self.weight and self.temperature == 1 and not (self.drop_label and num_classes):
             raise ValueError(
                 "guidance: the reference branch equals the conditional one; expected a model with classes whose label "

@@ -14,24 +14,43 @@ class Shapes(Protocol):
     num_blocks: int
     layers_per_block: int
     expansion: int
+    token_dim: int
+    coupling: str
+    num_mixtures: int
 
 
-def training_bytes(shapes: Shapes, num_parameters: int, batch_size: int, activation_itemsize: int = 4) -> int:
+def training_bytes(per_sample: int, num_parameters: int, batch_size: int) -> int:
     """Weights, gradients, the two moments of Adam and the average of the weights, all float32, and activations."""
-    return 5 * 4 * num_parameters + batch_size * activation_bytes(shapes, activation_itemsize)
+    return 5 * 4 * num_parameters + batch_size * per_sample
 
 
 def activation_bytes(shapes: Shapes, itemsize: int = 4) -> int:
-    """What autograd keeps of one sample: per layer two norms' inputs and outputs, qkv, attention, the MLP twice."""
+    """What autograd keeps of one sample: per layer two norms' inputs and outputs, qkv, attention, the MLP twice.
+
+    And per block the parameters of its mixtures, and about as much of what their map is made of.
+    """
     per_token = (4 + 3 + 1 + 2 * shapes.expansion) * shapes.channels * itemsize
-    return shapes.num_blocks * shapes.layers_per_block * shapes.num_tokens * per_token
+    layers = shapes.layers_per_block * shapes.num_tokens * per_token
+    return shapes.num_blocks * (layers + 2 * _mixture_bytes(shapes))
 
 
 def decoding_bytes(shapes: Shapes, branches: int = 1, itemsize: int = 4) -> int:
-    """The key-value cache of one sample in the block being decoded, and a layer's activations of all its tokens."""
+    """The key-value cache of one sample in the block being decoded, and a layer's activations of all its tokens.
+
+    Or the parameters of their mixtures, of each branch and guided, and what solving for the tokens keeps at hand.
+    """
     cached = 2 * shapes.layers_per_block
     active = 3 + 2 * shapes.expansion + 6  # qkv, the MLP before and after its GELU, residuals and norms
-    return branches * shapes.num_tokens * shapes.channels * (cached + active) * itemsize
+    layers = branches * shapes.num_tokens * shapes.channels * (cached + active) * itemsize
+    solving = 7  # exponentials, sums and their products, in stock operators, over the parameters
+    return layers + (branches + 1 + solving) * _mixture_bytes(shapes)
+
+
+def _mixture_bytes(shapes: Shapes) -> int:
+    """The float32 logits, means and log-scales for every value of a sample."""
+    if shapes.coupling != "mixture":
+        return 0
+    return 4 * shapes.num_tokens * shapes.token_dim * 3 * shapes.num_mixtures
 
 
 def chunk_size(bytes_per_sample: int, device: torch.device) -> int:

@@ -1,17 +1,20 @@
-"""The causal transformer of a block: from the tokens up to position i to the affine parameters of token i + 1."""
+"""The causal transformer of a block: from the tokens up to position i to the parameters of the map of token i + 1."""
 
 import torch
 from torch import Tensor, nn
 
 from tarflow_kernels import causal_attention
 
+from .coupling import Affine, Parameters
+
 
 class CausalTransformer(nn.Module):
-    """Pre-norm transformer ``(B, N, D) -> (mu, alpha)``, each ``(B, N, D)``; row i of the output sees tokens 0 to i.
+    """Pre-norm transformer of tokens ``(B, N, D)``; row i of the output sees tokens 0 to i.
 
-    The output projection starts at zero, so that an untrained block is the identity. With ``volume_preserving`` alpha
-    is zero throughout. Tokens are in the order in which the block generates them. Under autocast the layers run in its
-    precision, and the two projections at the ends in full.
+    It returns the parameters of a :mod:`~tarflow.coupling`: mu and alpha, each ``(B, N, D)``, and what else the map
+    takes. The weight of the output projection starts at zero and its bias as the coupling says, so that an untrained
+    block is about the identity. Tokens are in the order in which the block generates them. Under autocast the layers
+    run in its precision, and the two projections at the ends in full.
     """
 
     def __init__(
@@ -24,21 +27,21 @@ class CausalTransformer(nn.Module):
         head_dim: int = 64,
         expansion: int = 4,
         num_classes: int = 0,
-        volume_preserving: bool = False,
+        coupling: Affine,
     ):
         super().__init__()
         if channels % head_dim:
             raise ValueError(f"head_dim: expected a divisor of channels {channels}; got {head_dim}")
-        self.volume_preserving = volume_preserving
+        self.coupling = coupling
         self.proj_in = nn.Linear(token_dim, channels)
         self.pos_embed = nn.Parameter(0.01 * torch.randn(num_tokens, channels))
         self.class_embed = nn.Parameter(0.01 * torch.randn(num_classes, channels)) if num_classes else None
         self.layers = nn.ModuleList(TransformerLayer(channels, head_dim, expansion) for _ in range(num_layers))
-        self.proj_out = nn.Linear(channels, token_dim if volume_preserving else 2 * token_dim)
+        self.proj_out = nn.Linear(channels, coupling.outputs * token_dim)
         nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        coupling.initialize(self.proj_out.bias.data)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Parameters:
         """All positions at once, in training and scoring."""
         context = self.embed_classes(labels)
         with _full_precision(tokens):
@@ -47,7 +50,7 @@ class CausalTransformer(nn.Module):
             h = h + context[:, None]
         for layer in self.layers:
             h = layer(h)
-        return self.affine_parameters(h)
+        return self.coupling_parameters(h)
 
     def embed_classes(self, labels: Tensor | None) -> Tensor | None:
         """``(B, C)``: the embedding of each label; that of a dropped one (-1) is the mean over all classes."""
@@ -56,17 +59,10 @@ class CausalTransformer(nn.Module):
         table = torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))
         return table[labels]
 
-    def affine_parameters(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and alpha from the last activations."""
+    def coupling_parameters(self, h: Tensor) -> Parameters:
+        """The parameters of the coupling from the last activations."""
         with _full_precision(h):
-            return self.split_output(self.proj_out(h))
-
-    def split_output(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and alpha, each ``(..., D)``, from the output of the last projection."""
-        if self.volume_preserving:
-            return out, torch.zeros_like(out)
-        alpha, mu = out.chunk(2, dim=-1)
-        return mu, alpha
+            return self.coupling.split(self.proj_out(h))
 
 
 class TransformerLayer(nn.Module):
@@ -94,5 +90,5 @@ class TransformerLayer(nn.Module):
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Latents and affine parameters stay float32 under autocast: their rounding would break inversion."""
+    """Latents and the parameters of a map stay float32 under autocast: their rounding would break inversion."""
     return torch.autocast(tensor.device.type, enabled=False)

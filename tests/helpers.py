@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tarflow import TarFlow, TarFlowConfig
+from tarflow.coupling import Mixture
 
 # The Triton kernels run on a GPU, or, in a process of their own, under Triton's interpreter: see test_triton.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,7 +19,7 @@ BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, re
 def randomize(module, seed=0):
     """Redraw every parameter in place, so that layers mix, mu spreads by about 0.5 and alpha by about 0.3.
 
-    An untrained flow is the identity, which would hide most mistakes.
+    An untrained flow is about the identity, which would hide most mistakes.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
@@ -34,7 +35,20 @@ def randomize(module, seed=0):
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(0.1 * noise)
+        for part in module.modules():
+            if isinstance(getattr(part, "coupling", None), Mixture) and hasattr(part, "proj_out"):
+                randomize_mixture(part.coupling, part.proj_out, generator)
     return module
+
+
+def randomize_mixture(coupling, proj_out, generator):
+    """Move the components apart, and let their log-scales vary less than alpha: the widest rules the tails."""
+    _, _, bias = coupling.split(proj_out.bias)
+    _, _, weight = coupling.split(proj_out.weight.t())
+    noise = torch.randn(bias.shape, generator=generator, dtype=torch.float64, device="cpu")
+    logits, means, log_scales = noise.to(bias).unbind()
+    bias.copy_(torch.stack((logits, 1.5 * means, 0.3 * log_scales - 0.6)))
+    weight[:, 2] *= 0.1
 
 
 def tarflow(seed=0, dtype=torch.float64, **config):

@@ -17,12 +17,13 @@ def forward(state, config, images, labels=None):
         tokens, logdet = patchify(image, config), torch.zeros((), dtype=torch.float64)
         for t in range(config.num_blocks):
             x = permute(tokens, t)
-            affine = transformer(block_parameters(state, t), config, x, label)
+            parameters = transformer(block_parameters(state, t), config, x, label)
             z = [x[0]]
             for i in range(1, len(x)):
-                mu, alpha = affine[i - 1]
-                z.append((x[i] - mu) * torch.exp(-alpha))
-                logdet = logdet - alpha.sum()
+                mu, alpha, *mixture = parameters[i - 1]
+                v, slope = mixture_map(x[i], *mixture) if mixture else (x[i], torch.ones_like(x[i]))
+                z.append((v - mu) * torch.exp(-alpha))
+                logdet = logdet + torch.log(slope).sum() - alpha.sum()
             tokens = permute(z, t)
         latents.append(torch.stack(tokens))
         logdets.append(logdet)
@@ -49,22 +50,24 @@ def inverse(
             z, params = permute(tokens, t), block_parameters(state, t)
             x = [z[0]]
             for i in range(1, len(z)):
-                mu, alpha = transformer(params, config, x, label)[-1]
+                mu, alpha, *mixture = transformer(params, config, x, label)[-1]
                 if weight:
-                    mu_ref, alpha_ref = transformer(params, config, x, reference_label, temperature)[-1]
+                    mu_ref, alpha_ref, *refs = transformer(params, config, x, reference_label, temperature)[-1]
                     w = weight * i / (len(z) - 1) if schedule == "linear" else weight
                     if parameters in ("both", "mu"):
                         mu = (1 + w) * mu - w * mu_ref
                     if parameters in ("both", "alpha"):
                         alpha = (1 + w) * alpha - w * alpha_ref
-                x.append(z[i] * torch.exp(alpha) + mu)
+                    mixture = [(1 + w) * v - w * ref for v, ref in zip(mixture, refs, strict=True)]
+                v = z[i] * torch.exp(alpha) + mu
+                x.append(solve_mixture(v, *mixture) if mixture else v)
             tokens = permute(x, t)
         images.append(unpatchify(tokens, config))
     return torch.stack(images)
 
 
 def transformer(params, config, tokens, label, temperature=1.0):
-    """One (mu, alpha) for each token: those of the token after it."""
+    """(mu, alpha), or (mu, alpha, logits, means, log-scales), for each token: those of the token after it."""
     stream = []
     for i, token in enumerate(tokens):
         h = linear(params, "proj_in", token) + params["pos_embed"][i]
@@ -78,15 +81,38 @@ def transformer(params, config, tokens, label, temperature=1.0):
         attended = attention(layer, config.head_dim, normed, temperature)
         stream = [h + a for h, a in zip(stream, attended, strict=True)]
         stream = [h + mlp(layer, layer_norm(layer, "mlp_norm", h)) for h in stream]
-    affine = []
+    parameters = []
     for h in stream:
-        out = linear(params, "proj_out", h)
+        out, size = linear(params, "proj_out", h), len(tokens[0])
         if config.volume_preserving:
-            mu, alpha = out, torch.zeros_like(out)
+            parameters.append((out, torch.zeros_like(out)))
         else:
-            alpha, mu = out[: len(out) // 2], out[len(out) // 2 :]
-        affine.append((mu, alpha))
-    return affine
+            alpha, mu, mixture = out[:size], out[size : 2 * size], out[2 * size :]
+            parameters.append((mu, alpha, *mixture.view(3, size, config.num_mixtures)) if len(mixture) else (mu, alpha))
+    return parameters
+
+
+def mixture_map(x, logits, means, log_scales):
+    """``v = logit(F(x))`` and dv/dx for the distribution function F of a mixture of logistics at every value of x."""
+    below = above = density = 0  # F, 1 - F and F'
+    for k in range(logits.shape[1]):
+        weight = torch.exp(logits[:, k]) / torch.exp(logits).sum(1)
+        scale = torch.exp(log_scales[:, k].clamp(min=-7))
+        z = (x - means[:, k]) / scale
+        below = below + weight / (1 + torch.exp(-z))
+        above = above + weight / (1 + torch.exp(z))
+        density = density + weight / (1 + torch.exp(-z)) / (1 + torch.exp(z)) / scale
+    return torch.log(below / above), density / (below * above)
+
+
+def solve_mixture(v, *mixture):
+    """The x at which the mixture is v, by bisection."""
+    low, high = torch.full_like(v, -100), torch.full_like(v, 100)
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = mixture_map(middle, *mixture)[0] < v
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return (low + high) / 2
 
 
 def attention(layer, head_dim, tokens, temperature):

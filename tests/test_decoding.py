@@ -20,6 +20,7 @@ from tarflow_kernels import dispatch
 
 TRAINED = Path(__file__).parents[1] / "benchmarks" / "trained" / "fashion-mnist"
 TOKENS, CLASSES = 13, 3
+MIXTURE = {"coupling": "mixture", "num_mixtures": 3}
 WINDOWS = [1, 2, 5, TOKENS - 1, TOKENS + 3, None]
 GUIDANCE = {
     "none": None,
@@ -31,14 +32,26 @@ GUIDANCE = {
     "temperature": Guidance(1.0, temperature=0.5, drop_label=False),
     "label and temperature": Guidance(1.0, temperature=1.5),
 }
+
+
+def can_follow(options, guidance):
+    """Without classes there is no label to drop, and a mixture is guided as a whole."""
+    if guidance is None or not guidance.weight:
+        return True
+    if options is MIXTURE:
+        return guidance.parameters == "both"
+    return "num_classes" not in options or guidance.temperature != 1
+
+
 every_window = pytest.mark.parametrize("window", WINDOWS)
 MODELS = [
     pytest.param(options, guidance, id=f"{name}, {options}")
-    for options in ({}, {"num_classes": 0}, {"volume_preserving": True})
+    for options in ({}, {"num_classes": 0}, {"volume_preserving": True}, MIXTURE)
     for name, guidance in GUIDANCE.items()
-    if "num_classes" not in options or guidance is None or not guidance.weight or guidance.temperature != 1
+    if can_follow(options, guidance)
 ]
 every_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+every_coupling = pytest.mark.parametrize("options", [{}, MIXTURE], ids=["affine", "mixture"])
 
 
 def token_flow(**options):
@@ -78,16 +91,37 @@ def test_without_tolerance_it_is_the_sequential_decoder(options, guidance, windo
     assert all(1 <= taken <= TOKENS - 1 for taken in passes)
 
 
+@every_coupling
 @every_window
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_block_is_inverted_exactly_at_latents_within_the_tolerance(dtype, tolerance, window):
-    flow = token_flow().to(dtype)
+def test_a_block_is_inverted_exactly_at_latents_within_the_tolerance(dtype, tolerance, window, options):
+    flow = token_flow(**options).to(dtype)
     z, labels = latents_and_labels(flow, batch=6)
     for block in flow.blocks:
         tokens, _ = block.inverse(z.to(dtype), labels, None, Decoder("jacobi", window, tolerance))
         latents, _ = block(tokens, labels)
         assert (latents - z).abs().max() <= tolerance + (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@every_coupling
+def test_values_agree_that_have_the_latents_to_the_tolerance_or_differ_by_rounding(options):
+    flow = token_flow(**options)
+    tokens, labels = latents_and_labels(flow, batch=50)
+    z, rounding = draw(1, *tokens.shape), 1e-2
+    parameters = flow.blocks[0].transformer(tokens, labels)
+    shifted = [v[:, :-1] for v in parameters]
+    inverse = flow.coupling.inverse(z[:, 1:], *shifted)
+    x = inverse + draw(2, *inverse.shape) * 10 ** draw(3, *inverse.shape)
+    latents, _ = flow.coupling.forward(torch.cat((z[:, :1], x), dim=1), *parameters)
+    near = (latents - z)[:, 1:].abs()
+    for tolerance in (1e-2, 1e-1, 1.0):
+        refined, agrees = flow.coupling.refine(x, z[:, 1:], tolerance, 0.0, *shifted)
+        assert_close(refined, inverse)
+        assert torch.equal(agrees, near <= tolerance)
+    _, agrees = flow.coupling.refine(x, z[:, 1:], 0.0, rounding, *shifted)
+    assert torch.equal(agrees, (x - inverse).abs() <= rounding * inverse.abs())
+    assert 0.01 < agrees.double().mean() < 0.5
 
 
 @pytest.mark.parametrize("window", [16, 64, None])
@@ -123,10 +157,11 @@ def mixed_batch(flow):
     return z * torch.tensor([0.01, 1.2, 0.1, 1.0, 0.8, 0.3, 0.001])[:, None, None], labels
 
 
+@every_coupling
 @every_window
 @pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
-def test_a_row_depends_on_no_other_and_waits_for_none(guidance, window):
-    flow = token_flow()
+def test_a_row_depends_on_no_other_and_waits_for_none(guidance, window, options):
+    flow = token_flow(**options)
     z, labels = mixed_batch(flow)
     decoder = Decoder("jacobi", window, 1e-2)
     together, passes = decode(flow, z, labels, guidance, decoder)
@@ -149,18 +184,20 @@ def test_rows_that_are_finished_leave_the_batch(monkeypatch):
     assert rows[-1] <= len(z)
 
 
-def test_what_no_row_has_reached_may_hold_anything(poisoned):
-    flow = token_flow()
+@every_coupling
+def test_what_no_row_has_reached_may_hold_anything(poisoned, options):
+    flow = token_flow(**options)
     z, labels = mixed_batch(flow)
     for window in WINDOWS:
         tokens = flow.inverse(z, labels, Guidance(1.0), Decoder("jacobi", window, 1e-3))
         assert_close(tokens, flow.inverse(z, labels, Guidance(1.0), "sequential"), atol=DISTANCE * 1e-3, rtol=0)
 
 
+@every_coupling
 @pytest.mark.parametrize("shape", [(0, TOKENS), (3, 1), (3, 2), (1, TOKENS)], ids=str)
-def test_batches_and_sequences_of_any_size(shape):
+def test_batches_and_sequences_of_any_size(shape, options):
     batch, num_tokens = shape
-    flow = randomize(TokenFlow(num_tokens, 2, 16, 2, 1, head_dim=8)).double()
+    flow = randomize(TokenFlow(num_tokens, 2, 16, 2, 1, head_dim=8, **options)).double()
     z = draw(0, batch, num_tokens, 2)
     tokens, passes = decode(flow, z, None, None, Decoder("jacobi", tolerance=0.0))
     assert_close(tokens, flow.inverse(z, decoder="sequential"))
@@ -234,8 +271,9 @@ def test_where_an_iterate_starts_over_does_not_change_the_result(monkeypatch, la
     assert max(passes) <= TOKENS - 1
 
 
-def test_a_row_without_an_inverse_ends_and_leaves_the_others_alone():
-    flow = token_flow()
+@every_coupling
+def test_a_row_without_an_inverse_ends_and_leaves_the_others_alone(options):
+    flow = token_flow(**options)
     z, labels = latents_and_labels(flow)
     z[1, 4] = torch.inf
     expected = flow.inverse(z, labels, decoder="sequential")
@@ -248,14 +286,14 @@ def test_a_row_without_an_inverse_ends_and_leaves_the_others_alone():
 # Graphs ---------------------------------------------------------------------------------------------------------------
 
 
-@every_guidance
-def test_a_pass_never_waits_for_the_device(monkeypatch, guidance):
+@pytest.mark.parametrize(("options", "guidance"), MODELS)
+def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
     """Where a graph is captured nothing can be read back: tensors without values have nothing to read."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which the meta device cannot tell
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     with torch.device("meta"), torch.inference_mode():
-        flow = TokenFlow(TOKENS, 2, 16, 1, 2, head_dim=8, num_classes=CLASSES)
-        z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64)
+        flow = TokenFlow(TOKENS, 2, 16, 1, 2, **{"head_dim": 8, "num_classes": CLASSES} | options)
+        z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64) if flow.num_classes else None
         tokens = flow.inverse(z, labels, guidance, "sequential")
         iterates = Iterates(flow.blocks[0].transformer, z, labels, guidance, 5, 1e-2)
         iterates.advance()
@@ -267,12 +305,13 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, guidance):
 class Launches(TorchDispatchMode):
     """Counts what would be a kernel of its own on a GPU: our ops as one each, and views not at all."""
 
-    VIEWS = ("view", "flatten", "reshape", "slice", "select", "chunk", "unbind", "transpose", "permute")
+    VIEWS = ("view", "flatten", "reshape", "slice", "select", "chunk", "split", "unbind", "transpose", "permute",
+             "squeeze", "expand")  # fmt: skip
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.count, self.inside = 0, False
-        for op in ("residual_norm", "decode_attention", "embed_next"):
+        for op in ("residual_norm", "decode_attention", "embed_next", "mixture_logistic_inverse"):
             monkeypatch.setitem(
                 dispatch._implementations[op], "torch", self.as_one(dispatch._implementations[op]["torch"])
             )
@@ -292,8 +331,9 @@ class Launches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("options", "around"), [({}, 5), (MIXTURE, 20)], ids=["affine", "mixture"])
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers):
+def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers, options, around):
     counts = []
 
     def count(replayed):
@@ -302,10 +342,10 @@ def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers):
         counts.append(launches.count - before)
 
     monkeypatch.setattr(Replayed, "__call__", count)
-    flow = TokenFlow(TOKENS, 2, 16, 1, num_layers, head_dim=8, num_classes=CLASSES)
+    flow = TokenFlow(TOKENS, 2, 16, 1, num_layers, head_dim=8, num_classes=CLASSES, **options)
     with Launches(monkeypatch) as launches:
         flow.inverse(torch.randn(2, TOKENS, 2), torch.tensor([0, 1]), Guidance(1.0), "sequential")
-    assert counts == [8 * num_layers + 5] * (TOKENS - 1)
+    assert counts == [8 * num_layers + around] * (TOKENS - 1)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 7])
@@ -349,11 +389,12 @@ def test_under_autocast_it_agrees_with_the_sequential_decoder_as_far_as_bfloat16
     assert sum(passes) <= 4 * 195 / 8, "the rounding of bfloat16 is not iterated upon"
 
 
+@every_coupling
 @pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 5, 1e-3)], ids=str)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("latents", [torch.bfloat16, torch.float32, torch.float64])
-def test_latents_and_weights_of_any_precision(latents, weights, decoder):
-    flow = token_flow()
+def test_latents_and_weights_of_any_precision(latents, weights, decoder, options):
+    flow = token_flow(**options)
     z, labels = latents_and_labels(flow)
     z = z.to(latents)
     expected = flow.inverse(z.double(), labels, Guidance(0.5), "sequential")
@@ -419,9 +460,10 @@ def test_auto_decodes_block_by_block_as_calibrated_and_within_the_tolerance():
     assert 0 < (tokens - expected).abs().max() <= DISTANCE * 1e-3
 
 
+@every_coupling
 @pytest.mark.parametrize("guidance", [None, Guidance(1.0)], ids=["unguided", "guided"])
-def test_calibration_times_every_decoder_and_is_read_back(tmp_path, guidance):
-    flow = token_flow()
+def test_calibration_times_every_decoder_and_is_read_back(tmp_path, guidance, options):
+    flow = token_flow(**options)
     timings = calibration.calibrate(flow, guidance, batches=(3, 1))
     small = [(t.block, t.decoder, t.window) for t in timings if t.rows == (1 if guidance is None else 2)]
     assert small == [(t, name, None) for t in (1, 0) for name in ("sequential", "jacobi")]

@@ -17,9 +17,13 @@ MODELS = {
     "three blocks, classes": {"num_blocks": 3, "num_classes": 3},
     "volume preserving": {"num_blocks": 2, "volume_preserving": True},
     "volume preserving, classes": {"num_blocks": 3, "volume_preserving": True, "num_classes": 3},
+    "mixture": {"num_blocks": 2, "coupling": "mixture", "num_mixtures": 3},
+    "mixture, classes": {"num_blocks": 3, "coupling": "mixture", "num_classes": 3},
     "one token": {"image_size": 2},
+    "one token, mixture": {"image_size": 2, "coupling": "mixture"},
     "one head": {"head_dim": 32, "layers_per_block": 1},
 }
+every_coupling = pytest.mark.parametrize("coupling", ["affine", "mixture"])
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 in_both_precisions = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["float64", "float32"]
@@ -89,7 +93,29 @@ def test_untrained_it_is_the_identity_on_the_patches_of_unfold(patch_size):
     assert torch.equal(model.inverse(z.detach()), x)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_classes": 2}, {"volume_preserving": True}], ids=str)
+@pytest.mark.parametrize("num_mixtures", [1, 2, 8, 30])
+def test_untrained_a_mixture_is_nearly_the_identity(num_mixtures):
+    flow = TokenFlow(9, 101, 64, 1, 1, coupling="mixture", num_mixtures=num_mixtures)
+    x = torch.linspace(-4, 4, 101).expand(2, 9, 101)
+    z, logdet = flow(x)
+    assert (z - x).abs().max() < (0.05 if num_mixtures > 1 else 1e-5)
+    assert (logdet / x[0].numel()).abs().max() < 0.05
+    assert_close(flow.inverse(z.detach()), x, atol=1e-5, rtol=1e-5)
+    assert ((flow(10 * x)[0] / (10 * x))[x.abs() > 0.4] - 1).abs().max() < 0.06, "beyond it bends no further"
+
+
+def test_the_components_of_an_untrained_mixture_learn_different_things():
+    flow = TokenFlow(4, 3, 64, 1, 1, coupling="mixture", num_mixtures=5)
+    flow.log_prob(draw(0, 8, 4, 3, dtype=torch.float32)).mean().backward()
+    _, _, gradients = flow.coupling.split(flow.blocks[0].transformer.proj_out.weight.grad.t())
+    for gradient in gradients.unbind(1):  # (C, D, K)
+        distances = torch.cdist(gradient.flatten(0, 1).t(), gradient.flatten(0, 1).t())
+        assert (distances / gradient.abs().max() + torch.eye(5) > 0.01).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_classes": 2}, {"volume_preserving": True}, {"coupling": "mixture"}], ids=str
+)
 def test_density_integrates_to_one(options):
     flow = token_flow(2, 1, **options)
     if flow.volume_preserving:
@@ -146,9 +172,10 @@ def test_what_the_inverse_returns_can_be_trained_on():
     flow.log_prob(flow.inverse(draw(0, 2, 4, 2))).sum().backward()
 
 
+@every_coupling
 @pytest.mark.parametrize("guidance", [None, Guidance(1.0)], ids=["plain", "guided"])
-def test_autocast_keeps_latents_and_logdets_in_float32(guidance):
-    model = tarflow(dtype=torch.float32, num_classes=3)
+def test_autocast_keeps_latents_and_logdets_in_float32(guidance, coupling):
+    model = tarflow(dtype=torch.float32, num_classes=3, coupling=coupling)
     x, labels = images_and_labels(model, torch.float32)
     z, logdet = (t.detach() for t in model(x, labels))
     images = model.inverse(z, labels, guidance)
@@ -161,8 +188,9 @@ def test_autocast_keeps_latents_and_logdets_in_float32(guidance):
         assert_close(result, expected, atol=0.2, rtol=0.05)
 
 
-def test_autocast_rounds_the_layers_of_the_inverse_alone():
-    model = tarflow(dtype=torch.float32)
+@every_coupling
+def test_autocast_rounds_the_layers_of_the_inverse_alone(coupling):
+    model = tarflow(dtype=torch.float32, coupling=coupling)
     for block in model.flow.blocks:
         for layer in block.transformer.layers:
             for linear in (layer.proj, layer.mlp[2]):  # what a layer adds comes out of these
@@ -174,7 +202,9 @@ def test_autocast_rounds_the_layers_of_the_inverse_alone():
     assert_close(images, model.inverse(z))
 
 
-@pytest.mark.parametrize("config", [{}, {"num_classes": 3}, {"volume_preserving": True}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"num_classes": 3}, {"volume_preserving": True}, {"coupling": "mixture", "num_mixtures": 3}], ids=str
+)
 def test_compiled_whole_it_is_the_same(config):
     model = tarflow(num_blocks=2, layers_per_block=1, **config)
     compiled = copy.deepcopy(model)
@@ -186,6 +216,27 @@ def test_compiled_whole_it_is_the_same(config):
         (z.square().sum() - logdet.sum()).backward()
         results.append([z, logdet, *(parameter.grad for parameter in run.parameters())])
     assert_close(*results)
+
+
+@pytest.mark.parametrize("parameters", ["alpha", "mu"])
+def test_a_mixture_is_guided_as_a_whole(parameters):
+    flow = token_flow(4, 3, num_classes=2, coupling="mixture")
+    with pytest.raises(ValueError, match=rf"^parameters: expected both with a mixture coupling; got '{parameters}'"):
+        flow.inverse(TOKENS, LABELS, Guidance(1.0, parameters=parameters))
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("coupling", {"coupling": "spline"}),
+        ("num_mixtures", {"coupling": "mixture", "num_mixtures": 0}),
+        ("num_mixtures", {"coupling": "mixture", "num_mixtures": 65}),
+        ("volume_preserving", {"coupling": "mixture", "volume_preserving": True}),
+    ],
+)
+def test_couplings_that_do_not_exist(argument, options):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*; got "):
+        token_flow(4, 3, **options)
 
 
 TOKENS, LABELS = torch.zeros(2, 4, 3, dtype=torch.float64), torch.tensor([0, 1])

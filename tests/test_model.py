@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,9 +60,10 @@ def test_tweedie_is_exact_for_gaussian_data():
     assert_close(tweedie(MultivariateNormal(mean, noisy).log_prob, y, sigma), expected)
 
 
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_denoise_follows_the_slope_of_the_density(mode):
-    model = tarflow(image_size=2, patch_size=1, num_classes=2)
+def test_denoise_follows_the_slope_of_the_density(mode, coupling):
+    model = tarflow(image_size=2, patch_size=1, num_classes=2, coupling=coupling)
     y, labels, sigma, h = draw(0, 2, 1, 2, 2), torch.tensor([1, -1]), 0.3, 1e-5
     score = torch.empty_like(y)
     for row in range(2):
@@ -82,9 +84,10 @@ def test_patches_make_the_image_again(patch_size):
     assert torch.equal(unpatchify(tokens, patch_size, 6), images)
 
 
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 100])
-def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size):
-    model, finished = tarflow(num_classes=3), []
+def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size, coupling):
+    model, finished = tarflow(num_classes=3, coupling=coupling), []
     images, frames = model.sample(
         5, LABELS, Guidance(0.5), 0.1, generator=seeded(), return_trajectory=True, chunk_size=chunk_size,
         report=lambda decoded: finished.append(decoded.batch),
@@ -101,11 +104,22 @@ def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size):
     assert finished == [min(size, 5 - start) for start in range(0, 5, size) for _ in model.flow.blocks]
 
 
-def test_a_chunk_is_what_fits_into_memory(monkeypatch):
-    model, finished = tarflow(num_classes=3), []
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
+def test_a_chunk_is_what_fits_into_memory(monkeypatch, coupling):
+    model, finished = tarflow(num_classes=3, coupling=coupling), []
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2 * memory.decoding_bytes(model.config, branches=2))
     model.sample(5, LABELS, report=lambda decoded: finished.append(decoded.batch))
     assert finished == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_memory_counts_what_the_mixtures_take():
+    """In training the parameters of every block at least; in decoding those of one block, of all branches, and more."""
+    affine, mixture = (TarFlowConfig(coupling=coupling, num_mixtures=5) for coupling in ("affine", "mixture"))
+    parameters = 4 * 3 * 5 * affine.num_dims
+    assert memory.activation_bytes(mixture) - memory.activation_bytes(affine) >= affine.num_blocks * parameters
+    for branches in (1, 2):
+        more = memory.decoding_bytes(mixture, branches) - memory.decoding_bytes(affine, branches)
+        assert more > (branches + 1) * parameters
 
 
 def test_samples_of_a_volume_preserving_model_have_the_tracked_variance():
@@ -135,6 +149,27 @@ def test_what_was_saved_comes_back(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     for source in (folder, str(folder), "someone/model"):
         assert same(TarFlow.from_pretrained(source), model)
+
+
+def test_a_mixture_that_was_saved_comes_back(tmp_path):
+    model = tarflow(dtype=torch.float32, coupling="mixture", num_mixtures=3)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["coupling"] == "mixture"
+    assert same(TarFlow.from_pretrained(tmp_path), model)
+
+
+def test_a_configuration_from_before_there_were_couplings_is_affine(saved):
+    path = saved[1] / "config.json"
+    before = json.loads(path.read_text())["model"]
+    del before["coupling"], before["num_mixtures"]
+    path.write_text(json.dumps({"model": before}))
+    assert same(TarFlow.from_pretrained(saved[1]), saved[0])
+
+
+def test_the_trained_model_of_the_benchmarks_is_still_read():
+    folder = Path(__file__).parents[1] / "benchmarks" / "trained" / "fashion-mnist"
+    assert "coupling" not in json.loads((folder / "config.json").read_text())["model"]
+    assert TarFlow.from_pretrained(folder).config.coupling == "affine"
 
 
 def test_saving_replaces_what_was_saved(saved):
@@ -172,7 +207,7 @@ def test_truncated_weights_are_refused(saved, keep):
 )
 def test_a_corrupt_configuration_is_refused(saved, text):
     (saved[1] / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"config\.json: expected the configuration of a TarFlow"):
+    with pytest.raises(ValueError, match=r"config\.json: (truncated or corrupt|expected the configuration of a )"):
         TarFlow.from_pretrained(saved[1])
 
 
@@ -189,7 +224,7 @@ def test_weights_of_another_configuration_are_refused(saved, change):
 
 
 X, Z, TWO = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), torch.tensor([0, 2])
-PLAIN, CLASSES = {}, {"num_classes": 3}
+PLAIN, CLASSES, MIXTURE = {}, {"num_classes": 3}, {"num_classes": 3, "coupling": "mixture"}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +247,7 @@ PLAIN, CLASSES = {}, {"num_classes": 3}
         (PLAIN, lambda model: model.sample(1, decoder="fast"), ValueError, "decoder"),
         (PLAIN, lambda model: model.sample(1, guidance=Guidance(1.0)), ValueError, "guidance"),
         (CLASSES, lambda model: model.inverse(Z, TWO, Guidance(1.0, drop_label=False)), ValueError, "guidance"),
+        (MIXTURE, lambda model: model.sample(1, TWO[:1], Guidance(parameters="mu")), ValueError, "parameters"),
         (PLAIN, lambda model: model.inverse(X), ValueError, "z"),
         (PLAIN, lambda model: model.denoise(X[0], 0.1), ValueError, "y"),
         (PLAIN, lambda model: model.sample(1, chunk_size=0), ValueError, "chunk_size"),
@@ -228,6 +264,9 @@ def test_an_error_of_the_model_names_the_argument(config, call, error, argument)
      for name in ("image_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "head_dim",
                   "expansion") for value in (0, -1, 4.0, "4", None)]
     + [(TarFlowConfig, {"num_classes": value}, "num_classes") for value in (-1, 1.5)]
+    + [(TarFlowConfig, {"coupling": value}, "coupling") for value in ("spline", None)]
+    + [(TarFlowConfig, {"coupling": "mixture", "num_mixtures": value}, "num_mixtures") for value in (0, 65, 2.0)]
+    + [(TarFlowConfig, {"coupling": "mixture", "volume_preserving": True}, "volume_preserving")]
     + [(TarFlowConfig, {"image_size": 28, "patch_size": 3}, "patch_size"),
        (TarFlowConfig, {"channels": 96, "head_dim": 64}, "head_dim")]
     + [(Guidance, {"weight": value}, "weight") for value in (-1.0, math.nan, math.inf)]

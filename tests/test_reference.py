@@ -19,6 +19,9 @@ MODELS = {
     "volume preserving, classes": {"num_blocks": 2, "volume_preserving": True, "num_classes": 4},
     "nine tokens": {"image_size": 6, "num_blocks": 2},
     "one token": {"image_size": 2, "num_classes": 3},
+    "mixture": {"coupling": "mixture", "num_mixtures": 3},
+    "one component, classes": {"num_blocks": 1, "coupling": "mixture", "num_mixtures": 1, "num_classes": 4},
+    "mixture, one token": {"image_size": 2, "coupling": "mixture"},
     "patches of one pixel, narrow MLP": {"image_size": 3, "patch_size": 1, "expansion": 2, "num_blocks": 2},
 }
 
@@ -73,14 +76,17 @@ def test_inverse(config):
     agree_in_both_precisions(lambda model, z: [model.inverse(z, labels, decoder="sequential")], model, z, expected)
 
 
-@pytest.mark.parametrize("volume_preserving", [False, True], ids=["affine", "volume preserving"])
 @pytest.mark.parametrize(
-    ("guidance", "num_classes"),
-    table([(name, guidance, 4) for name, guidance in GUIDED.items()])
-    + table([(name, guidance, 0) for name, guidance in UNCONDITIONAL.items()]),
+    ("coupling", "guidance", "num_classes"),
+    table(
+        (f"{options}, {name}", options, guidance, 4 if name in GUIDED else 0)
+        for options in ({}, {"volume_preserving": True}, {"coupling": "mixture", "num_mixtures": 3})
+        for name, guidance in (GUIDED | UNCONDITIONAL).items()
+        if "coupling" not in options or guidance.parameters == "both"
+    ),
 )
-def test_guided_inverse(guidance, num_classes, volume_preserving):
-    model, labels = build(num_blocks=2, num_classes=num_classes, volume_preserving=volume_preserving)
+def test_guided_inverse(coupling, guidance, num_classes):
+    model, labels = build(num_blocks=2, num_classes=num_classes, **coupling)
     z = draw(2, 3, 4, 4)
     expected = reference.inverse(model.state_dict(), model.config, z, labels, **vars(guidance))
     agree_in_both_precisions(lambda model, z: [model.inverse(z, labels, guidance)], model, z, expected)

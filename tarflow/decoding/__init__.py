@@ -1,24 +1,28 @@
 """Inverting a block: latents to tokens.
 
-**The problem.** A block maps tokens x to latents by ``z_i = (x_i - mu_i) exp(-alpha_i)``, where (alpha_i, mu_i) see
-x_<i only. All latents take one pass of its transformer; on the way back, token i has to wait for all before it.
+**The problem.** A block maps tokens x to latents by ``z_i = f_i(x_i)``, where f_i increases in each value of x_i and
+has parameters that see x_<i only: ``f_i(x) = (x - mu_i) exp(-alpha_i)``, perhaps with a mixture before it
+(:mod:`tarflow.coupling`). All latents take one pass of its transformer; on the way back, token i has to wait for all
+before it.
 
 **Sequential** (:mod:`.sequential`). N - 1 passes over one token per row, against a key-value cache.
 
-**Jacobi** (:mod:`.jacobi`). The inverse is the one fixed point of ``F(x)_i = z_i exp(alpha_i(x_<i)) + mu_i(x_<i)``, and
-a parallel pass computes F. Iterating it over a window of G tokens per row, and freezing what agrees, takes far fewer
-passes: most tokens of a trained block depend on the tokens just before them weakly, in all blocks but the one that is
-generated first very weakly.
+**Jacobi** (:mod:`.jacobi`). The inverse is the one fixed point of ``F(x)_i = f_i^-1(z_i)``, and a parallel pass
+computes F. Iterating it over a window of G tokens per row, and freezing what agrees, takes far fewer passes: most
+tokens of a trained block depend on the tokens just before them weakly, in all blocks but the one that is generated
+first very weakly.
 
 **Why it is exact.** A token is frozen at a value x_i only when a pass over frozen tokens found
-``|x_i - F(x)_i| <= tolerance * exp(alpha_i)``. Divided by exp(alpha_i) that says: forward, the result maps to latents
-each of which differs from the one asked for by at most the tolerance. So it *is* the inverse, but for rounding, of
-latents that nobody could tell from those drawn; an error has no way to build up along the sequence. That holds for each
-block of a stack and the latents that it is given, and under guidance for the guided map. (Rounding is that of the
-layers' precision: to the bound above comes ``eps |x_i|``, which is nothing in float32; in bfloat16, where that of the
+``|f_i(x_i) - z_i| <= tolerance``, which for an affine f_i is to say ``|x_i - F(x)_i| <= tolerance * exp(alpha_i)``.
+So, forward, the result maps to latents each of which differs from the one asked for by at most the tolerance: it *is*
+the inverse, but for rounding, of latents that nobody could tell from those drawn; an error has no way to build up along
+the sequence. That holds for either coupling, for each block of a stack and the latents that it is given, and under
+guidance for the guided map. (Rounding is that of the layers' precision: what is within ``eps |x_i|`` of F(x)_i, or by
+so much beyond the bound of an affine map, passes too, which is nothing in float32; in bfloat16, where that of the
 sequential decoder is as large, it keeps the iteration from chasing noise.) In tokens, the distance from the sequential
-decoder is the tolerance times the condition of the inverse: for a trained model of four blocks less than
-once the tolerance in root mean square, and at most :data:`DISTANCE` times for any one value.
+decoder is the tolerance times the condition of the inverse: for a trained affine model of four blocks less than once
+the tolerance in root mean square, and at most :data:`DISTANCE` times for any one value. Between two sharp components of
+a mixture the map is all but flat: there a token may move far while its latent hardly does.
 
 **Why it ends.** The token behind a window's first is F of exact tokens, hence exact, so that every pass freezes one
 token per row at least, and N - 1 passes are the worst case. A row whose iterates diverge thus decodes sequentially, by

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..coupling import Parameters
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 
@@ -54,24 +55,24 @@ class Branches:
         """The rows of samples, given by their indices in a batch of that size."""
         return samples if self.guidance is None else torch.cat((samples, samples + batch))
 
-    def guide(self, mu: Tensor, alpha: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameters ``(rows, G, D)`` of all branches to those of the samples' tokens at ``places`` ``(B, G)``."""
+    def guide(self, parameters: Parameters, places: Tensor) -> Parameters:
+        """Parameters ``(rows, G, ...)`` of all branches to those of the samples' tokens at ``places`` ``(B, G)``."""
         if self.weights is None:
-            return mu, alpha
-        mu, alpha, mu_ref, alpha_ref = self.pair(mu, alpha)
-        w = -self.weights[places][..., None]
-        return torch.lerp(mu, mu_ref, w), torch.lerp(alpha, alpha_ref, w)
+            return parameters
+        w = -self.weights[places]
+        pairs = zip(*self.pair(parameters), strict=True)
+        return tuple(torch.lerp(v, ref, w.view(*w.shape, *[1] * (v.dim() - 2))) for v, ref in pairs)
 
-    def pair(self, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The parameters of all rows as mu and alpha of the conditional and of the reference branch, if there is one.
+    def pair(self, parameters: Parameters) -> tuple[Parameters, Parameters | tuple[None, ...]]:
+        """The parameters of all rows as those of the conditional and of the reference branch, None without one.
 
-        Where one of them is not guided, its reference is itself.
+        Where one of mu and alpha is not guided, its reference is itself.
         """
         if self.guidance is None:
-            return mu, alpha, None, None
-        (mu, mu_ref), (alpha, alpha_ref) = mu.chunk(2), alpha.chunk(2)
+            return parameters, (None,) * len(parameters)
+        conditional, reference = zip(*(v.chunk(2) for v in parameters), strict=True)
         if self.guidance.parameters == "alpha":
-            mu_ref = mu
+            reference = conditional[0], *reference[1:]
         elif self.guidance.parameters == "mu":
-            alpha_ref = alpha
-        return mu, alpha, mu_ref, alpha_ref
+            reference = reference[0], *conditional[1:]
+        return conditional, reference

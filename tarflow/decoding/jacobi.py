@@ -1,14 +1,16 @@
 """The Jacobi decoder: a window of G tokens per row at once, iterated until it no longer moves; exact to a tolerance.
 
-A block's inverse is the fixed point x = F(x) of ``F(x)_i = z_i exp(alpha_i(x_<i)) + mu_i(x_<i)``, and one parallel pass
-of the transformer computes F. A row stands at token p, up to which everything is exact. A pass over x_p ... x_{p+G-1},
-against the cache of the tokens before, gives F of the G tokens behind p:
+A block's inverse is the fixed point x = F(x) of ``F(x)_i = f_i^-1(z_i)``, where f_i, affine or a mixture with an affine
+map behind it, has parameters that see x_<i only; and one parallel pass of the transformer computes F. A row stands at
+token p, up to which everything is exact. A pass over x_p ... x_{p+G-1}, against the cache of the tokens before, gives F
+of the G tokens behind p:
 
 - token p + 1 is exact, since it depends on exact tokens alone;
 - those at and behind it are accepted as they were, not as they are now, for as long as they agree with F: their keys
   and values, which the pass has left in the cache, are then those of the accepted tokens, to the bit. To agree is to
-  differ by no more than the tolerance, in latents, and the rounding of the transformer's precision, since bfloat16
-  does not hold a token to 1e-2 of a latent, and iterating would chase its noise;
+  differ by no more than the tolerance, in latents, ``|f_i(x_i) - z_i| <= tolerance``, or by the rounding of the
+  transformer's precision, since bfloat16 does not hold a token to 1e-2 of a latent, and iterating would chase its
+  noise;
 - the first that disagrees becomes what F says, which is exact given the accepted ones, and the row moves there;
 - the rest becomes what F says and is iterated further.
 
@@ -23,7 +25,7 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
 from .graphs import Replayed
-from .step import Step, without_onednn
+from .step import Step, at, put, without_onednn
 
 # An iterate beyond this, or one that is not a number, starts over from its latent: it is no guess, and an infinity
 # would reach through a masked attention to the tokens before it. The squares of a layer norm still hold the bound.
@@ -42,8 +44,8 @@ def jacobi(
 
     Args:
         window: G, the tokens of a row that a pass updates; None is the whole sequence.
-        tolerance: the result is the exact inverse of latents that differ from z by at most this, each, and by the
-            rounding of the layers' dtype, ``eps |x_i| exp(-alpha_i)``.
+        tolerance: the result is the exact inverse, for either coupling, of latents that differ from z by at most this,
+            each, and by what the rounding of the layers' dtype, ``eps |x_i|``, does to them.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
@@ -73,6 +75,7 @@ class _Iterates:
     def __init__(self, transformer, z, labels, guidance, window, tolerance):
         self.branches = Branches(transformer, z, labels, guidance)
         self.step = Step(transformer, self.branches, z.dtype, window)
+        self.refine = transformer.coupling.refine
         self.last = z.shape[1] - 1
         self.window = window
         self.tolerance = tolerance
@@ -104,27 +107,18 @@ class _Iterates:
         start = self.exact.clamp(max=self.last - self.window)
         inputs = start[:, None] + self.step.offsets[: self.window]
         places = inputs + 1
-        old, z = _at(places, self.x), _at(places, self.z)
+        old, z = at(places, self.x), at(places, self.z)
         self.step.positions.copy_(self.branches.repeat(start))
-        mu, alpha = self.step(self.branches.repeat(_at(inputs, self.x)))
-        mu, alpha = self.branches.guide(mu, alpha, places)
-        scale = alpha.exp()
-        new = torch.addcmul(mu, z, scale)
+        parameters = self.branches.guide(self.step(self.branches.repeat(at(inputs, self.x))), places)
+        new, agrees = self.refine(old, z, self.tolerance, self.rounding, *parameters)
 
-        # In latents: |z - (old - mu) / scale| <= tolerance.
         sound = new.abs() < LARGEST
-        allowed = self.tolerance * scale + self.rounding * new.abs()
-        agrees = (sound & ((new - old).abs() <= allowed)).all(-1)
+        agrees = (sound & agrees).all(-1)
         known = places <= self.exact[:, None]
         accepted = (agrees | known).cumprod(1).sum(1)
         exact = start + (accepted + 1).clamp(max=self.window)
         first = (places == exact[:, None])[..., None]
         held = (places < exact[:, None])[..., None]
         iterate = torch.where(held, old, torch.where(sound | first, new, z))
-        self.x.scatter_(1, places[..., None].expand_as(iterate), iterate)
+        put(places, self.x, iterate)
         self.exact.copy_(exact)
-
-
-def _at(places: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens ``(B, G, D)`` at ``places`` ``(B, G)`` of ``(B, N, D)``."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))

@@ -1,9 +1,9 @@
 """The sequential decoder: token by token, exact, one transformer pass per token for all branches of guidance.
 
-A block maps token i by ``x_i = z_i exp(alpha_i) + mu_i``, where (alpha_i, mu_i) see x_<i only. So N - 1 passes over one
-token each, against a key-value cache, invert it. Under guidance the conditional and the reference branch are the two
-halves of one batch of 2B rows, which reads each weight once. Per pass of a block with L layers of width C over R rows
-the floor is 12 L C^2 weights and, at position n, 2 L R n C elements of cache, each read once.
+The map of token i has parameters that see x_<i only. So N - 1 passes over one token each, against a key-value cache,
+invert it. Under guidance the conditional and the reference branch are the two halves of one batch of 2B rows, which
+reads each weight once. Per pass of a block with L layers of width C over R rows the floor is 12 L C^2 weights and, at
+position n, 2 L R n C elements of cache, each read once.
 """
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tarflow_kernels import embed_next
 
+from ..coupling import Mixture
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
 from .graphs import Replayed
-from .step import Step, without_onednn
+from .step import Step, at, put, without_onednn
 
 
 def sequential(
@@ -29,13 +30,23 @@ def sequential(
     h = step.embed(branches.repeat(x[:, :1]))
 
     def advance() -> None:
+        """An affine map, its guidance and the embedding of what it makes are one operator."""
         mu, alpha = step.transform(h)
-        parameters = branches.pair(mu[:, 0], alpha[:, 0])
+        given, refs = branches.pair((mu[:, 0], alpha[:, 0]))
         places = step.positions[: len(x)]
-        h[:, 0] = embed_next(x, z, *parameters, branches.weights, places, step.proj_in, step.embedding, step.context)
+        h[:, 0] = embed_next(x, z, *given, *refs, branches.weights, places, step.proj_in, step.embedding, step.context)
         step.positions.add_(1)
 
-    replayed = Replayed(advance, z.device)
+    def advance_mixture() -> None:
+        """A mixture's are one after the other."""
+        parameters = step.transform(h)
+        step.positions.add_(1)
+        places = step.positions[: len(x), None].long()
+        token = transformer.coupling.inverse(at(places, z), *branches.guide(parameters, places))
+        put(places, x, token)
+        h.copy_(step.embed(branches.repeat(token)))
+
+    replayed = Replayed(advance_mixture if isinstance(transformer.coupling, Mixture) else advance, z.device)
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False), without_onednn(step.hidden):
         for _ in range(steps):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tarflow_kernels import KVCache, decode_attention, residual_norm
 
+from ..coupling import Parameters
 from ..transformer import CausalTransformer, TransformerLayer
 from .branches import Branches
 
@@ -24,6 +25,7 @@ class Step:
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
     and the GELU between them. Around the L layers five more: the last residual, the projection to mu and alpha, the
     guided affine map with the embedding of the next token, its copy, the positions: ``8 L + 5``, 69 for eight layers.
+    With the mixture coupling guidance, map and embedding are operators of their own, and 20 in place of five.
 
     *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
@@ -46,7 +48,7 @@ class Step:
         heads, head_dim = channels // transformer.layers[0].head_dim, transformer.layers[0].head_dim
         hidden_channels = transformer.layers[0].mlp[0].out_features
 
-        self.split_output = transformer.split_output
+        self.split = transformer.coupling.split
         self.heads, self.head_dim = heads, head_dim
         self.context = None if branches.context is None else branches.context.to(dtype)
         self.temperature = branches.temperature
@@ -62,8 +64,8 @@ class Step:
         self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=low)
         self.shape: tuple[int, int] | None = None
 
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens ``(R, G, D)`` at ``positions`` and behind to mu and alpha, ``(R, G, D)``, one token further on.
+    def __call__(self, tokens: Tensor) -> Parameters:
+        """The tokens ``(R, G, D)`` at ``positions`` and behind to parameters ``(R, G, ...)``, one token further on.
 
         Where it stands is on the device alone, so that one CUDA graph serves every step.
         """
@@ -78,8 +80,8 @@ class Step:
         h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.proj_in)
         return h
 
-    def transform(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The first activations, which it overwrites, to mu and alpha."""
+    def transform(self, h: Tensor) -> Parameters:
+        """The first activations, which it overwrites, to the parameters of the coupling."""
         rows, new, _ = h.shape
         qkv, hidden, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
@@ -92,9 +94,7 @@ class Step:
             y = residual_norm(h, delta, *layer.mlp_norm, dtype=qkv.dtype)
             torch.addmm(layer.up_bias, y, layer.up, out=hidden)
             delta = torch.addmm(layer.down_bias, F.gelu(hidden), layer.down)
-        return self.split_output(
-            torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new))
-        )
+        return self.split(torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new)))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -124,6 +124,16 @@ class _Layer:
         self.mlp_norm = layer.mlp_norm.weight.to(residuals), layer.mlp_norm.bias.to(residuals)
         self.up, self.up_bias = _prepare(layer.mlp[0], dtype)
         self.down, self.down_bias = _prepare(layer.mlp[2], dtype)
+
+
+def at(places: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens ``(B, G, D)`` at ``places`` ``(B, G)`` of ``(B, N, D)``."""
+    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def put(places: Tensor, tokens: Tensor, new: Tensor) -> None:
+    """Write ``new`` ``(B, G, D)`` to ``places`` ``(B, G)`` of the tokens ``(B, N, D)``."""
+    tokens.scatter_(1, places[..., None].expand_as(new), new)
 
 
 @contextlib.contextmanager
