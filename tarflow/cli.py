@@ -16,9 +16,11 @@ from tqdm import tqdm
 from . import datasets, evaluation
 from .decoding import NAMES, Decoded, Decoder, Report, calibration
 from .files import replacing
+from .flowpp.model import FlowPP
 from .gallery import Gallery, spread
 from .guidance import Guidance
-from .model import TarFlow, read_config
+from .image_flow import ImageFlow, read_config
+from .model import TarFlow
 from .pictures import to_pixels
 from .published import load as load_published
 from .training.config import PRESETS, TrainConfig
@@ -44,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a TarFlow. Without flags: class-conditional Fashion-MNIST in minutes on a CPU."""
+    """Train a TarFlow or, with `--model flowpp`, a Flow++. Without more flags: Fashion-MNIST in minutes on a CPU."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: Literal[tuple(PRESETS)] = "fashion-mnist"
-    """the recipe whose settings the other flags change"""
+    """the recipe whose settings the other flags change; by default fashion-mnist or fashion-mnist-flowpp"""
     out: Path | None = None
     """folder of the run; by default a new one under runs/"""
     resume: Path | None = None
@@ -58,16 +60,21 @@ class Train:
 def run_train(arguments: Sequence[str]) -> None:
     """``train``: the preset, or the run to resume, gives the defaults of all other flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="fashion-mnist")
+    first.add_argument("--model")
+    first.add_argument("--preset", choices=PRESETS)
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(arguments)
-    config = _read_run(known.resume) if known.resume else PRESETS[known.preset]
-    command = tyro.cli(Train, args=arguments, default=Train(config, preset=known.preset), prog="tarflow train")
+    preset = known.preset or ("fashion-mnist-flowpp" if known.model == "flowpp" else "fashion-mnist")
+    config = _read_run(known.resume) if known.resume else PRESETS[preset]
+    command = tyro.cli(Train, args=arguments, default=Train(config, preset=preset), prog="tarflow train")
     if command.resume and command.out:
         raise ValueError(f"out: expected no folder besides that of --resume, {command.resume}; got {command.out}")
     out = command.resume or command.out or _new_folder(Path("runs"), command.preset)
     train(command.config, out, resume=command.resume is not None)
     print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
+    if command.config.model == "flowpp":
+        print(f"next    tarflow sample {out} --out samples.png; tarflow evaluate {out} --draws 16")
+        return
     print(
         f"next    tarflow sample {out} --guidance 2 --out samples.png; tarflow calibrate {out}; tarflow evaluate {out}"
     )
@@ -127,9 +134,11 @@ def run_sample(arguments: Sequence[str]) -> None:
     decoder = Decoder(command.decoder, command.window, command.tolerance)
     guidance = Guidance(command.guidance, command.schedule, command.temperature, command.guide, command.drop_label)
     model, info = _load(command.run, command.device)
+    if isinstance(model, FlowPP):
+        _refuse_decoding(command)
     sigma = info.get("sigma", 0.0) if command.sigma is None else command.sigma
     gallery = Gallery(info.get("class_names", ()), guidance if guidance.weight else None, sigma, decoder, command.seed)
-    with _in_precision(command), _Progress(command.num, model.config.num_blocks) as progress:
+    with _in_precision(command), _Progress(command.num, getattr(model.config, "num_blocks", 1)) as progress:
         if command.out.suffix == ".png":
             name = command.run.resolve().name
             gallery.samples(model, command.out, f"Samples of {name}", command.num, command.labels, progress.report)
@@ -140,6 +149,14 @@ def run_sample(arguments: Sequence[str]) -> None:
         with _in_precision(command):
             gallery.trajectory(model, command.trajectory, "From latent to image", command.labels[:10])
     print(f"wrote {', '.join(str(path) for path in (command.out, command.trajectory) if path)}")
+
+
+def _refuse_decoding(command: Sample) -> None:
+    """ValueError for a flag that only a TarFlow has a use for."""
+    for name in ("labels", "guidance", "sigma", "decoder", "window"):
+        given, default = getattr(command, name), getattr(Sample, name)
+        if given != default:
+            raise ValueError(f"{name}: expected {default!r} for a Flow++, which has no use for it; got {given!r}")
 
 
 class _Progress:
@@ -166,6 +183,8 @@ class _Progress:
     def summary(self) -> str:
         """Such as ``80 images in 3.1 s, 26 images/s; 73 passes for 780 sequential steps (1/10.7): jacobi``."""
         seconds = self.bar.format_dict["elapsed"]
+        if not self.decoded:  # a Flow++ has no steps to report
+            return f"{self.num} images in {seconds:.3g} s, {self.num / seconds:.3g} images/s"
         images = sum(decoded.batch for decoded in self.decoded) / self.num_blocks
         passes, steps = (sum(getattr(decoded, what) for decoded in self.decoded) for what in ("passes", "steps"))
         decoders = {decoded.block: str(decoded.decoder) for decoded in self.decoded}
@@ -178,7 +197,7 @@ class _Progress:
         )
 
 
-def _save_arrays(gallery: Gallery, model: TarFlow, command: Sample, report: Report) -> None:
+def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, report: Report) -> None:
     """Images uint8 (num, H, W, C) and labels int64 (num,), the classes in turn."""
     labels = None
     if model.config.num_classes:
@@ -220,6 +239,8 @@ def run_calibrate(arguments: Sequence[str]) -> None:
         raise FileNotFoundError(f"run: expected a folder to write to; got {command.run}")
     Decoder("jacobi", tolerance=command.tolerance)
     model, info = _load(command.run, command.device)
+    if not isinstance(model, TarFlow):
+        raise ValueError(f"run: expected a TarFlow, whose decoders there are to time; {command.run} holds a Flow++")
     weight = command.guidance
     if weight is None:
         weight = info.get("train", {}).get("guidance", 2.0) if model.config.num_classes else 0.0
@@ -249,7 +270,7 @@ class Evaluate:
     num_images: int = 1000
     """test images to score, evenly spread over the split"""
     draws: int = 4
-    """draws of uniform dequantization noise per image, importance-weighted"""
+    """draws of dequantization noise per image, importance-weighted"""
     batch_size: int = 64
     dataset: str | None = None
     """by default that of training"""
@@ -310,7 +331,7 @@ def run_convert(arguments: Sequence[str]) -> None:
         raise FileExistsError(f"out: {command.out} already holds a model; choose another folder")
     model = load_published(command.checkpoint, command.in_channels)
     model.save_pretrained(command.out)
-    write_config(command.out, model=asdict(model.config), sigma=command.sigma)
+    write_config(command.out, **model.describe(), sigma=command.sigma)
     print(f"wrote {command.out}: {model.config}")
 
 
@@ -318,9 +339,9 @@ def _in_precision(command: Sample | Calibrate) -> torch.autocast:
     return torch.autocast(pick_device(command.device).type, torch.bfloat16, enabled=command.precision == "bfloat16")
 
 
-def _load(run: Path, device: str) -> tuple[TarFlow, dict]:
+def _load(run: Path, device: str) -> tuple[ImageFlow, dict]:
     """The model, and what its config.json says beside its shape."""
-    model = TarFlow.from_pretrained(run).to(pick_device(device)).eval()
+    model = ImageFlow.from_pretrained(run).to(pick_device(device)).eval()
     return model, read_config(run) if run.exists() else {}
 
 
@@ -332,8 +353,7 @@ def _read_run(folder: Path) -> TrainConfig:
     if settings is None:
         raise ValueError(f"resume: {folder} holds a model without a training run")
     try:
-        data_dir = settings["data_dir"]
-        return TrainConfig(**settings | {"data_dir": None if data_dir is None else Path(data_dir)})
+        return TrainConfig.read(settings)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: settings of another version of tarflow: {error}") from error
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import pictures
 from .decoding import Decoder, Report
+from .flowpp.model import FlowPP
 from .guidance import Guidance
 from .model import TarFlow
 
@@ -19,7 +20,7 @@ class Gallery:
 
     Args:
         class_names: of a conditional model; classes beyond those named are numbered.
-        guidance, denoise_sigma, decoder: as in :meth:`tarflow.TarFlow.sample`.
+        guidance, denoise_sigma, decoder: as in :meth:`tarflow.TarFlow.sample`; a Flow++ has none of them.
         seed: of the latents, which are the same however often and after however much training they are drawn.
     """
 
@@ -31,7 +32,7 @@ class Gallery:
 
     def samples(
         self,
-        model: TarFlow,
+        model: TarFlow | FlowPP,
         path: Path,
         title: str,
         num: int = 80,
@@ -47,12 +48,11 @@ class Gallery:
         grid = images.unflatten(0, (rows, columns)).cpu()
         pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels))
 
-    def trajectory(self, model: TarFlow, path: Path, title: str, classes: Sequence[int] = ()) -> None:
+    def trajectory(self, model: TarFlow | FlowPP, path: Path, title: str, classes: Sequence[int] = ()) -> None:
         """Draw the image after every block, from the latent on the left to the sample on the right."""
         labels = self._labels(model, classes, rows=6)
         images, frames = self.draw(model, 6 if labels is None else len(labels), labels, return_trajectory=True)
-        blocks = [f"after block {t}" for t in range(model.config.num_blocks, 0, -1)]
-        columns = ["latent", *blocks]
+        columns = ["latent", *self._stations(model)]
         if self.denoise_sigma:
             frames, columns = torch.cat((frames, images[None])), [*columns, "denoised"]
         pictures.trajectory(frames.cpu(), path, f"{title}{self.description}", columns)
@@ -69,14 +69,22 @@ class Gallery:
             parts.append("denoised")
         return ", " + ", ".join(parts) if parts else ""
 
-    def draw(self, model: TarFlow, num: int, labels: Tensor | None, **options):
-        """What :meth:`tarflow.TarFlow.sample` returns under these settings."""
-        generator = torch.Generator(model.flow.prior_variance.device).manual_seed(self.seed)
-        return model.sample(
-            num, labels, self.guidance, self.denoise_sigma, self.decoder, generator=generator, **options
-        )
+    def draw(self, model: TarFlow | FlowPP, num: int, labels: Tensor | None, **options):
+        """What the model's ``sample`` returns under these settings; a Flow++ reports nothing."""
+        options["generator"] = torch.Generator(model.device).manual_seed(self.seed)
+        if isinstance(model, FlowPP):
+            options.pop("report", None)
+            return model.sample(num, labels, **options)
+        return model.sample(num, labels, self.guidance, self.denoise_sigma, self.decoder, **options)
 
-    def _labels(self, model: TarFlow, classes: Sequence[int], rows: int) -> Tensor | None:
+    def _stations(self, model: TarFlow | FlowPP) -> list[str]:
+        """What a sample passes after its latent."""
+        if isinstance(model, FlowPP):
+            kinds = [kind for kind in reversed(model.flow.levels) if kind != "squeeze"]
+            return [*(f"after {kind} couplings" for kind in kinds), "image"]
+        return [f"after block {t}" for t in range(model.config.num_blocks, 0, -1)]
+
+    def _labels(self, model: TarFlow | FlowPP, classes: Sequence[int], rows: int) -> Tensor | None:
         if not model.config.num_classes:
             return torch.tensor(classes) if classes else None
         return torch.tensor(classes) if classes else spread(model.config.num_classes, rows)

@@ -1,20 +1,19 @@
-"""TarFlow: the flow over the patches of an image, its configuration, its samples and its files."""
+"""TarFlow: the flow over the patches of an image, its configuration and its samples."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import memory
+from .coupling import make_coupling
 from .decoding import Decoder, Report, calibration
 from .denoising import tweedie
-from .files import replacing
 from .flow import TokenFlow, check_labels
+from .flowpp.dequantizer import DequantizerConfig
 from .guidance import Guidance
+from .image_flow import ImageFlow
 from .patches import patchify, unpatchify
 
 
@@ -22,9 +21,12 @@ from .patches import patchify, unpatchify
 class TarFlowConfig:
     """The shape of a TarFlow. The paper writes it as [patch_size-channels-num_blocks-layers_per_block].
 
+    ``dequantizer`` is that of variational dequantization, Flow++'s; without one, the noise of training is uniform or
+    Gaussian, and no part of the model.
+
     Raises:
         ValueError: a size that is not positive, an image that is not a whole number of patches, a width that is not a
-            whole number of heads.
+            whole number of heads, an unknown coupling, a mixture that is to preserve volumes.
     """
 
     image_size: int = 28
@@ -37,6 +39,9 @@ class TarFlowConfig:
     head_dim: int = 64
     expansion: int = 4
     volume_preserving: bool = False
+    coupling: str = "affine"
+    num_mixtures: int = 8
+    dequantizer: DequantizerConfig | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -48,6 +53,12 @@ class TarFlowConfig:
             raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}")
         if self.channels % self.head_dim:
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
+        make_coupling(self.coupling, self.num_mixtures, self.volume_preserving)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.in_channels, self.image_size, self.image_size
 
     @property
     def num_tokens(self) -> int:
@@ -64,8 +75,20 @@ class TarFlowConfig:
         """N * D, the number of values in an image."""
         return self.num_tokens * self.token_dim
 
+    @property
+    def summary(self) -> str:
+        """In a line."""
+        return (
+            f"TarFlow {self.patch_size}-{self.channels}-{self.num_blocks}-{self.layers_per_block} "
+            f"(patch-channels-blocks-layers), {self.num_tokens} tokens of {self.token_dim}"
+        )
 
-class TarFlow(nn.Module):
+    def activation_bytes(self, itemsize: int = 4) -> int:
+        """What autograd keeps of one image."""
+        return memory.activation_bytes(self, itemsize)
+
+
+class TarFlow(ImageFlow):
     """A transformer autoregressive flow over images ``(B, C, H, W)``, float in [-1, 1].
 
     Labels are int64 ``(B,)`` in [-1, num_classes), where -1 is a dropped label; None for an unconditional model.
@@ -79,9 +102,10 @@ class TarFlow(nn.Module):
     True
     """
 
+    config_class = TarFlowConfig
+
     def __init__(self, config: TarFlowConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.flow = TokenFlow(
             config.num_tokens,
             config.token_dim,
@@ -92,15 +116,22 @@ class TarFlow(nn.Module):
             expansion=config.expansion,
             num_classes=config.num_classes,
             volume_preserving=config.volume_preserving,
+            coupling=config.coupling,
+            num_mixtures=config.num_mixtures,
         )
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image to latent: z ``(B, N, D)`` and the log-det of the map in nats, ``(B,)``."""
         return self.flow(self._to_tokens(x), labels)
 
-    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The log-density of images in [-1, 1], in nats, ``(B,)``."""
-        return self.flow.log_prob(self._to_tokens(x), labels)
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The log-density of latents ``(B, N, D)`` in nats, ``(B,)``."""
+        return self.flow.log_prior(z)
+
+    def update_prior(self, z: Tensor, rate: float | Tensor) -> None:
+        """See :meth:`TokenFlow.update_prior`; only that of a volume-preserving flow adapts."""
+        if self.config.volume_preserving:
+            self.flow.update_prior(z, rate)
 
     def inverse(
         self,
@@ -162,7 +193,7 @@ class TarFlow(nn.Module):
         if chunk_size is None:
             per_sample = memory.decoding_bytes(self.config, branches=2)
             if denoise_sigma:
-                per_sample = max(per_sample, memory.activation_bytes(self.config))
+                per_sample = max(per_sample, self.config.activation_bytes())
             chunk_size = memory.chunk_size(per_sample, z.device)
         samples, trajectories = [], []
         for start in range(0, num, chunk_size):
@@ -178,46 +209,12 @@ class TarFlow(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``, and the calibration of the decoders if there is one."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_weights(folder / "model.safetensors")
-        with replacing(folder / "config.json") as path:
-            path.write_text(json.dumps({"model": asdict(self.config)}, indent=2) + "\n")
+        super().save_pretrained(folder)
         if self.flow.calibration:
-            calibration.save(folder, self.flow.calibration)
+            calibration.save(Path(folder), self.flow.calibration)
 
-    def save_weights(self, path: Path | str) -> None:
-        """Write the weights alone, as safetensors, beside what may be there and then over it."""
-        with replacing(path) as beside:
-            beside.write_bytes(save({name: tensor.contiguous() for name, tensor in self.state_dict().items()}))
-
-    @classmethod
-    def from_pretrained(cls, source: Path | str) -> "TarFlow":
-        """Read what :meth:`save_pretrained` wrote: from a folder, or from the Hugging Face hub by repository name.
-
-        Raises:
-            FileNotFoundError: the folder or one of its two files is missing.
-            ValueError: a file is truncated or corrupt, or the weights are those of another configuration.
-        """
-        folder = Path(source)
-        if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
-            folder = _download(str(source))
-        config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"source: expected a folder with config.json and model.safetensors; no {path}")
-        try:
-            config = TarFlowConfig(**read_config(folder)["model"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{config_path}: expected the configuration of a TarFlow; {error}") from error
-        try:
-            state = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path}: truncated or corrupt: {error}") from error
-        model = cls(config).to(next((tensor.dtype for tensor in state.values()), torch.float32))
-        model.load_checked(state, str(weights_path))
-        model.flow.calibration = calibration.load(folder)
-        return model
+    def _load_beside(self, folder: Path) -> None:
+        self.flow.calibration = calibration.load(folder)
 
     @classmethod
     def from_published(cls, source: Path | str | dict[str, Tensor], in_channels: int = 3) -> "TarFlow":
@@ -226,50 +223,9 @@ class TarFlow(nn.Module):
 
         return load(source, in_channels)
 
-    def load_checked(self, state: dict[str, Tensor], origin: str) -> None:
-        """Load a state dict; ValueError, naming ``origin``, where it is one of another configuration."""
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        other = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if own != other:
-            name = min(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
-            raise ValueError(
-                f"{origin}: weights of another configuration: expected {name} of shape {own.get(name, 'nothing')}; "
-                f"got {other.get(name, 'nothing')}"
-            )
-        self.load_state_dict(state)
-
     def _to_tokens(self, x: Tensor) -> Tensor:
         self._check(x, "x")
         return patchify(x, self.config.patch_size)
 
-    def _check(self, x: Tensor, name: str) -> None:
-        config = self.config
-        expected = (config.in_channels, config.image_size, config.image_size)
-        if x.dim() != 4 or x.shape[1:] != expected:
-            raise ValueError(
-                f"{name}: expected images of shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected floating-point images in [-1, 1]; got {x.dtype}")
-
     def _to_images(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.config.patch_size, self.config.image_size)
-
-
-def read_config(folder: Path) -> dict:
-    """What ``config.json`` says: ``model`` is a :class:`TarFlowConfig`, the rest is up to whoever wrote it."""
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: truncated or corrupt: {error}") from error
-
-
-def _download(repository: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(
-            f'source: no folder {repository!r}; reading it from the hub needs: pip install "tarflow[hub]"'
-        ) from error
-    return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors", calibration.FILE]))

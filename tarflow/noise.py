@@ -1,9 +1,10 @@
 """Noise that makes 8-bit pixels continuous, and bits/dim, which count what it costs.
 
-Two kinds of noise. *Uniform* noise spreads each pixel over its bin, so that the density of the model is a bound on the
-probability of the 8-bit image, and bits/dim can be compared between models. *Gaussian* noise of a standard deviation
-sigma well beyond a bin makes better samples (they are denoised afterwards), but the density is that of noisy data:
-its bits/dim compare with nothing but themselves.
+Three kinds of noise. *Uniform* noise spreads each pixel over its bin, so that the density of the model is a bound on
+the probability of the 8-bit image, and bits/dim can be compared between models. *Variational* noise does so as well, in
+whatever way a conditional flow has learned (:mod:`tarflow.flowpp.dequantizer`). *Gaussian* noise of a standard
+deviation sigma well beyond a bin makes better samples (they are denoised afterwards), but the density is that of noisy
+data: its bits/dim compare with nothing but themselves.
 """
 
 import math
@@ -23,13 +24,24 @@ def add_uniform_noise(pixels: Tensor, generator: torch.Generator | None = None) 
     u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
     # Beside a pixel, float32 holds 16 bits of u; rounding up at the end of a bin would lead into the next one.
     u = (u * 2**16).floor() / 2**16
+    return to_image(pixels, u)
+
+
+def to_image(pixels: Tensor, u: Tensor) -> Tensor:
+    """``(pixels + u) / 128 - 1``: 8-bit pixels and where in their bins [0, 1] they lie, to [-1, 1]."""
     return (pixels + u) / 128 - 1
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """``log N(z; 0, I)`` in nats, summed per sample, ``(B,)``."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
 def bits_per_dim(log_prob: Tensor, num_dims: int) -> Tensor:
     """``-(log p(x) - n ln 128) / (n ln 2)`` for n dimensions scaled from 256 levels to [-1, 1].
 
-    ``log_prob`` is in nats; ln 128 is the log-det, per dimension, of that scaling.
+    ``log_prob`` is in nats; ln 128 is the log-det, per dimension, of that scaling. It is the density of an image with
+    uniform noise, or the density less the log-density ``log q(u)`` of other noise within the bins.
 
     >>> bits_per_dim(torch.tensor(0.0), 10)  # density 1 over a cube of side 2
     tensor(7.)

@@ -15,6 +15,7 @@ from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
 from tarflow.decoding import calibration
 from tarflow.gallery import spread
 from tarflow.training.config import PRESETS, TrainConfig
+from tarflow.training.trainer import build
 
 TINY = "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1 --batch-size=16 --device=cpu --log-every=1"
 DATASET_NAMES = [
@@ -52,6 +53,13 @@ def likelihood(tmp_path_factory):
     return train(tmp_path_factory.mktemp("cli") / "likelihood", "--noise=uniform", "--guidance=0", steps=4)
 
 
+@pytest.fixture(scope="module")
+def flowpp(tmp_path_factory):
+    """A Flow++, which ends with its score."""
+    small = ("--model=flowpp", "--filters=8", "--blocks-per-coupling=1", "--stack=squeeze channel2", "--score-draws=2")
+    return train(tmp_path_factory.mktemp("cli") / "flowpp", *small, steps=3)
+
+
 def is_picture(path):
     with Image.open(path) as image:
         return min(image.size) > 100 and len(image.getcolors(2**24)) > 10
@@ -67,6 +75,27 @@ def test_a_run_leaves_its_folder(run):
     assert model.config == TarFlowConfig(28, 1, 7, 64, 2, 1, num_classes=10)
     average = torch.load(run / "checkpoints" / "step-00000008.pt")["average"]
     assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_flowpp_is_trained_sampled_and_scored(flowpp, tmp_path, capsys):
+    assert all(is_picture(flowpp / name) for name in ("samples.png", "trajectory.png", "curves.png"))
+    assert main("sample", flowpp, "--num=8", f"--out={tmp_path / 's.png'}", "--device=cpu") == 0
+    assert is_picture(tmp_path / "s.png")
+    assert re.search(r"8 images in [0-9.]+ s, ", capsys.readouterr().out)
+    assert main("sample", flowpp, "--num=3", f"--out={tmp_path / 's.npz'}", "--device=cpu") == 0
+    assert np.load(tmp_path / "s.npz")["images"].shape == (3, 28, 28, 1)
+    assert main("evaluate", flowpp, "--num-images=20", "--draws=3", "--device=cpu") == 0
+    one_sample, weighted = json.loads((flowpp / "evaluation.json").read_text())["scores"].items()
+    assert one_sample[0] == "bits/dim of 8-bit images, variational dequantization, one sample (the mean over 3)"
+    assert weighted[0] == "bits/dim of 8-bit images, variational dequantization, 3 importance-weighted draws"
+    assert weighted[1]["mean"] < one_sample[1]["mean"]
+
+
+def test_a_run_for_likelihoods_ends_with_its_score(tmp_path, capsys):
+    train(tmp_path / "run", "--noise=variational", "--guidance=0", "--score-draws=2", "--coupling=mixture", steps=2)
+    number = r"[0-9.]+ ± [0-9.]+"
+    expected = rf"score   {number} bits/dim of 1,000 test images by one sample, {number} by 2 importance-weighted ones"
+    assert re.search(expected, capsys.readouterr().out)
 
 
 def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
@@ -168,7 +197,7 @@ def test_a_model_without_classes_is_guided_by_temperature(unconditional, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "sigma", "scores"), [("run", 0.1, 3), ("unconditional", 0.2, 2), ("likelihood", 0.0, 2)]
+    ("kind", "sigma", "scores"), [("run", 0.1, 4), ("unconditional", 0.2, 3), ("likelihood", 0.0, 3)]
 )
 def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, scores):
     run = request.getfixturevalue(kind)
@@ -234,7 +263,7 @@ def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classe
     assert config.image_size in (None, image_size)
     dataset = SimpleNamespace(image_size=image_size, in_channels=3, num_classes=num_classes)
     with torch.device("meta"):
-        model = TarFlow(config.model(dataset))
+        model = build(config, dataset)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
 
@@ -308,16 +337,22 @@ ERRORS = {
     "negative guidance": ("sample {run} --guidance=-1", "weight: expected a finite number >= 0; got -1"),
     "model without a run": ("train --resume={broken}/model", "resume: .*/model holds a model without a training run"),
     "cut settings": ("train --resume={broken}/cut-config", r".*/cut-config/config\.json"),
+    "labels for Flow++": ("train --model=flowpp --conditional --out={broken}/new", "conditional: expected False for"),
+    "Gaussian noise for Flow++": ("train --model=flowpp --noise=gaussian --out={broken}/new", "noise: expected unif"),
+    "guided Flow++": ("sample {flowpp} --guidance=2", r"guidance: expected 0\.0 for a Flow\+\+, .* got 2\.0"),
+    "calibrated Flow++": ("calibrate {flowpp}", "run: expected a TarFlow, whose decoders .* holds a Flow"),
     "other settings": ("train --resume={broken}/old-config", r".*/old-config/config\.json"),
 }
 
 
 @pytest.mark.parametrize(("command", "message"), ERRORS.values(), ids=ERRORS)
-def test_what_a_user_gets_wrong_ends_in_one_line(run, unconditional, broken, monkeypatch, capsys, command, message):
+def test_what_a_user_gets_wrong_ends_in_one_line(
+    run, unconditional, flowpp, broken, monkeypatch, capsys, command, message
+):
     monkeypatch.chdir(broken)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
-    command = command.format(run=run, unconditional=unconditional, broken=broken)
+    command = command.format(run=run, unconditional=unconditional, flowpp=flowpp, broken=broken)
     assert main(*command.split()) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # but progress bars
     assert len(lines) == 1

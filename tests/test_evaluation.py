@@ -171,17 +171,18 @@ def test_an_untrained_model_knows_no_class():
 
 
 GAUSSIAN = r"Gaussian noise of sigma 0\.1 .*comparable at equal sigma only"
+ONE = r"8-bit images, uniform dequantization, one sample \(the mean over 2\)"
 UNIFORM = "8-bit images, uniform dequantization, 2 importance-weighted draws"
-FOREIGN = f"{UNIFORM} .*the model never saw such noise"
+FOREIGN = [f"{name} .*the model never saw such noise" for name in (ONE, UNIFORM)]
 
 
 @pytest.mark.parametrize(
     ("sigma", "num_classes", "names"),
     [
-        (0.1, 3, [GAUSSIAN, FOREIGN, "accuracy"]),
-        (0.0, 3, [f"{UNIFORM}$", "accuracy"]),
-        (0.1, 0, [GAUSSIAN, FOREIGN]),
-        (0.0, 0, [f"{UNIFORM}$"]),
+        (0.1, 3, [GAUSSIAN, *FOREIGN, "accuracy"]),
+        (0.0, 3, [f"{ONE}$", f"{UNIFORM}$", "accuracy"]),
+        (0.1, 0, [GAUSSIAN, *FOREIGN]),
+        (0.0, 0, [f"{ONE}$", f"{UNIFORM}$"]),
     ],
 )
 def test_a_model_gets_the_scores_that_make_sense_for_it(sigma, num_classes, names):

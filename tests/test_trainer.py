@@ -10,10 +10,21 @@ from torch.testing import assert_close
 
 from tarflow import TarFlow, TarFlowConfig, datasets, evaluation, memory
 from tarflow.datasets import Images
+from tarflow.noise import bits_per_dim
 from tarflow.training.config import TrainConfig
-from tarflow.training.trainer import Trainer
+from tarflow.training.trainer import Trainer, derive_seed
 
 TINY = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "batch_size": 16}
+FLOWPP = {
+    "model": "flowpp",
+    "conditional": False,
+    "noise": "variational",
+    "coupling": "mixture",
+    "num_mixtures": 2,
+    "filters": 8,
+    "blocks_per_coupling": 1,
+    "stack": "squeeze channel2",
+}
 EXACTLY = {"rtol": 0, "atol": 0}
 
 
@@ -51,7 +62,17 @@ def fashion():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"noise": "uniform"}, {"volume_preserving": True}, {"conditional": False}, {"precision": "bfloat16"}],
+    [
+        {},
+        {"noise": "uniform"},
+        {"noise": "variational"},
+        {"coupling": "mixture"},
+        {"volume_preserving": True},
+        {"conditional": False},
+        {"precision": "bfloat16"},
+        FLOWPP,
+        FLOWPP | {"noise": "uniform", "coupling": "affine", "precision": "bfloat16"},
+    ],
     ids=str,
 )
 def test_training_on_real_images_lowers_the_bits(fashion, settings):
@@ -67,7 +88,16 @@ def test_training_on_real_images_lowers_the_bits(fashion, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"noise": "uniform"}, {"volume_preserving": True}, {"conditional": False}, {"flip": True}], ids=str
+    "settings",
+    [
+        {"noise": "uniform"},
+        {"noise": "variational"},
+        {"volume_preserving": True},
+        {"conditional": False},
+        {"flip": True},
+        FLOWPP | {"dropout": 0.3},
+    ],
+    ids=str,
 )
 def test_a_trainer_goes_on_from_its_state(settings):
     settings = dict(settings)
@@ -191,6 +221,31 @@ def test_volume_preserving_training_averages_the_variance_of_the_latents():
     assert_close(trainer.model.flow.prior_variance, variance)
     assert_close(trainer.average.flow.prior_variance, variance)
     assert variance.std() > 0.01
+
+
+@pytest.mark.parametrize("settings", [{"noise": "variational"}, FLOWPP], ids=["TarFlow", "Flow++"])
+def test_learned_noise_is_paid_for_and_learns(settings):
+    """The loss is the bound of the noise that was drawn, and its gradient reaches the dequantizer."""
+    trainer, batches = build(**settings)
+    before = copy.deepcopy(trainer.model)
+    generator = torch.Generator().manual_seed(derive_seed(trainer.config.seed, 0))
+    pixels, labels = batches[0]
+    eps = torch.randn(pixels.shape, generator=generator)
+    if trainer.config.conditional:
+        dropped = torch.rand(len(labels), generator=generator) < trainer.config.label_drop
+        labels = labels.masked_fill(dropped, -1)
+    else:
+        labels = None
+    measures = trainer.train_step(*batches[0])
+    with torch.no_grad():
+        x, log_q = before.dequantizer(pixels, eps)
+        bound = before.log_prob(x, labels) - log_q
+    dims = before.config.num_dims
+    assert_close(measures["bits_per_dim"], bits_per_dim(bound, dims).mean())
+    assert_close(measures["loss"], -bound.mean() / dims - 0.5 * math.log(2 * math.pi))
+    moved = [not torch.equal(*pair) for pair in zip(before.parameters(), trainer.model.parameters(), strict=True)]
+    names = [name for name, _ in before.named_parameters()]
+    assert all(m for m, name in zip(moved, names, strict=True) if "dequantizer" in name and "pos_embed" not in name)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tarflow import TarFlow
 from tarflow.cli import main
 from tarflow.files import replacing
 from tarflow.training import checkpoints
-from tarflow.training.config import TrainConfig
+from tarflow.training.config import PRESETS, TrainConfig
 from tarflow.training.run import Diverged, train
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -41,6 +42,7 @@ TINY = {
     "log_every": 1,
     "checkpoint_every": 5,
     "guidance": 0.0,
+    "score_draws": 0,
 }
 EXACTLY = {"rtol": 0, "atol": 0}
 
@@ -103,6 +105,13 @@ def kinds(tmp_path_factory):
         "float32": {"precision": "float32"},
         "bfloat16": {"precision": "bfloat16"},
         "folder": {"dataset": "folder", "data_dir": folder, "image_size": 14},
+        "Flow++": {
+            "model": "flowpp",
+            "filters": 8,
+            "blocks_per_coupling": 1,
+            "stack": "squeeze channel2",
+            "dropout": 0.2,
+        },
     }
 
 
@@ -112,6 +121,7 @@ def kinds(tmp_path_factory):
         ("float32", 5),
         ("bfloat16", 5),
         ("folder", 5),
+        ("Flow++", 5),
         pytest.param("float32", 1000, id="before its first checkpoint"),
     ],
 )
@@ -124,7 +134,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, kinds, kind, check
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')  # as if it had been killed in the middle of a line
     assert main(["train", f"--resume={killed}", f"--max-steps={steps}"]) == 0
-    train(TrainConfig(**settings | {"max_steps": steps}), whole)
+    preset = PRESETS["fashion-mnist-flowpp" if kind == "Flow++" else "fashion-mnist"]
+    train(replace(preset, **settings | {"max_steps": steps}), whole)
     assert_same_run(killed, whole)
 
 

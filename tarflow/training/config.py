@@ -1,10 +1,12 @@
 """What a training run is told, and the published recipes by name."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..datasets import Folder, Images
+from ..flowpp.dequantizer import DequantizerConfig
+from ..flowpp.model import FlowPPConfig
 from ..model import TarFlowConfig
 
 
@@ -19,7 +21,13 @@ class TrainConfig:
     image_size: int | None = None
     """side to which a folder's images are resized and cropped"""
     conditional: bool = True
-    """learn from the labels"""
+    """learn from the labels; Flow++ has none"""
+
+    model: Literal["tarflow", "flowpp"] = "tarflow"
+    coupling: Literal["affine", "mixture"] = "affine"
+    """how a value is mapped: affinely, or by a mixture of logistics too"""
+    num_mixtures: int = 8
+    """logistics in a mixture"""
 
     patch_size: int = 2
     channels: int = 128
@@ -30,8 +38,23 @@ class TrainConfig:
     expansion: int = 4
     volume_preserving: bool = False
 
-    noise: Literal["gaussian", "uniform"] = "gaussian"
-    """gaussian for samples, uniform for likelihoods"""
+    stack: str = FlowPPConfig.stack
+    """levels of a Flow++: squeezes, and couplings of columns (stripe) or channels"""
+    filters: int = FlowPPConfig.filters
+    """channels of the conditioners of a Flow++"""
+    blocks_per_coupling: int = FlowPPConfig.blocks_per_coupling
+    """gated blocks of a conditioner"""
+    attention: Literal["softmax", "max", "none"] = FlowPPConfig.attention
+    """of pixels to each other; max is its ablation with the same parameters"""
+    pointwise: bool = FlowPPConfig.pointwise
+    elu_output: bool = FlowPPConfig.elu_output
+    weight_norm: bool = FlowPPConfig.weight_norm
+    dropout: float = FlowPPConfig.dropout
+
+    noise: Literal["gaussian", "uniform", "variational"] = "gaussian"
+    """gaussian for samples; uniform or variational, which is learned, for likelihoods"""
+    dequantizer: DequantizerConfig = field(default_factory=DequantizerConfig)
+    """of variational noise"""
     sigma: float = 0.1
     """standard deviation of Gaussian noise, images being in [-1, 1]"""
     label_drop: float = 0.1
@@ -42,6 +65,10 @@ class TrainConfig:
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-6
     warmup_steps: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of the learning rate after the warm-up"""
+    beta2: float = 0.95
+    """of Adam"""
     weight_decay: float = 1e-4
     gradient_clip: float = 1.0
     """largest norm of the gradient"""
@@ -61,6 +88,8 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    score_draws: int = 8
+    """importance-weighted draws of the bits/dim that a run ends with, where noise is within bins; 0 for no score"""
     guidance: float = 2.0
     """weight of the linear label guidance in the sample grids; 0 for none"""
 
@@ -68,32 +97,53 @@ class TrainConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0; got {getattr(self, name)}")
-        for name in ("sigma", "label_drop", "ema_decay", "weight_decay", "guidance", "warmup_steps", "seed"):
+        for name in (
+            "sigma",
+            "label_drop",
+            "ema_decay",
+            "beta2",
+            "weight_decay",
+            "guidance",
+            "warmup_steps",
+            "seed",
+            "score_draws",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0; got {getattr(self, name)}")
-        for name in ("label_drop", "ema_decay"):
+        for name in ("label_drop", "ema_decay", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected a number below 1; got {getattr(self, name)}")
+        if self.model == "flowpp" and self.conditional:
+            raise ValueError("conditional: expected False for flowpp, which has no labels; got True")
+        if self.model == "flowpp" and self.noise == "gaussian":
+            raise ValueError("noise: expected uniform or variational for flowpp, which ends at 0 and 255; got gaussian")
+
+    @classmethod
+    def read(cls, settings: dict[str, Any]) -> "TrainConfig":
+        """From JSON, as a run keeps it; settings that it does not know of yet have their defaults."""
+        data_dir = settings["data_dir"]
+        given = {"dequantizer": {}} | settings | {"data_dir": None if data_dir is None else Path(data_dir)}
+        return cls(**given | {"dequantizer": DequantizerConfig(**given["dequantizer"])})
 
     @property
     def noise_sigma(self) -> float:
         """What denoising has to remove: 0 for uniform noise, which bits/dim account for instead."""
         return self.sigma if self.noise == "gaussian" else 0.0
 
-    def model(self, dataset: Images | Folder) -> TarFlowConfig:
+    def shape(self, dataset: Images | Folder) -> TarFlowConfig | FlowPPConfig:
         """The shape of the model that fits the dataset."""
-        architecture = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _SHAPE}
-        return TarFlowConfig(
-            **architecture
-            | {
-                "image_size": dataset.image_size,
-                "in_channels": dataset.in_channels,
-                "num_classes": dataset.num_classes if self.conditional else 0,
-            }
-        )
+        kind = TarFlowConfig if self.model == "tarflow" else FlowPPConfig
+        told = {field.name: getattr(self, field.name) for field in fields(kind) if hasattr(self, field.name)}
+        told |= {
+            "image_size": dataset.image_size,
+            "in_channels": dataset.in_channels,
+            "dequantizer": self.dequantizer if self.noise == "variational" else None,
+        }
+        if kind is TarFlowConfig:
+            told["num_classes"] = dataset.num_classes if self.conditional else 0
+        return kind(**told)
 
 
-_SHAPE = {field.name for field in fields(TarFlowConfig)} - {"image_size"}
 _POSITIVE = (
     "max_steps",
     "batch_size",
@@ -119,7 +169,19 @@ FIXED_ON_RESUME = (
     "head_dim",
     "expansion",
     "volume_preserving",
+    "model",
+    "coupling",
+    "num_mixtures",
+    "stack",
+    "filters",
+    "blocks_per_coupling",
+    "attention",
+    "pointwise",
+    "elu_output",
+    "weight_norm",
+    "dropout",
     "noise",
+    "dequantizer",
     "sigma",
     "batch_size",
     "seed",
@@ -146,10 +208,24 @@ def _published(epochs: int, num_images: int, **settings) -> TrainConfig:
     )
 
 
+def _flowpp(shape: FlowPPConfig, **settings) -> TrainConfig:
+    """Training of a Flow++ of that shape; its published clipping is at norm 1 of a loss in nats per image."""
+    told = {name: value for name, value in vars(shape).items() if name not in ("image_size", "in_channels")}
+    return TrainConfig(
+        model="flowpp", conditional=False, noise="variational", guidance=0.0, label_drop=0.0, **told | settings
+    )
+
+
 _IMAGENET, _AFHQ = 1_281_167, 14_630
 
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(),
+    "fashion-mnist-flowpp": _flowpp(FlowPPConfig.fashion_mnist(), learning_rate=2e-3),
+    "cifar10-flowpp": _flowpp(
+        FlowPPConfig.cifar10(), dataset="cifar10", max_steps=400_000, batch_size=64, learning_rate=3e-4,
+        schedule="constant", warmup_steps=2000, beta2=0.999, weight_decay=0.0, gradient_clip=1 / 3072,
+        log_every=50, evaluate_every=5000, sample_every=5000, checkpoint_every=5000,
+    ),
     "imagenet64-likelihood": _published(
         100, _IMAGENET, dataset="imagenet64", conditional=False, patch_size=2, channels=768, noise="uniform",
         batch_size=256, label_drop=0.0, precision="float32", guidance=0.0,

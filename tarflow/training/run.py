@@ -25,10 +25,10 @@ from ..datasets import Folder, Images
 from ..files import replacing
 from ..gallery import Gallery, spread
 from ..guidance import Guidance
-from ..model import TarFlow, read_config
+from ..image_flow import ImageFlow, read_config
 from . import checkpoints
 from .config import FIXED_ON_RESUME, TrainConfig
-from .trainer import Trainer, uses_bfloat16
+from .trainer import Trainer, build, uses_bfloat16
 
 EVALUATED_IMAGES = 1000
 
@@ -37,7 +37,7 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
-def train(config: TrainConfig, out: Path, resume: bool = False) -> TarFlow:
+def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
     """Train, or go on training, in the folder ``out``; returns the averaged model.
 
     On Ctrl-C or SIGTERM it finishes the step, writes a checkpoint and raises KeyboardInterrupt.
@@ -100,12 +100,12 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, and forget what was logged after it."""
-        settings = read_config(self.folder)["train"]
+        before = TrainConfig.read(read_config(self.folder)["train"])
         for name in FIXED_ON_RESUME:
-            if settings[name] != getattr(self.config, name):
+            if getattr(before, name) != getattr(self.config, name):
                 raise ValueError(
-                    f"{name}: a checkpoint of another configuration; expected {settings[name]!r} as in {self.folder}, "
-                    f"got {getattr(self.config, name)!r}"
+                    f"{name}: a checkpoint of another configuration; expected {getattr(before, name)!r} as in "
+                    f"{self.folder}, got {getattr(self.config, name)!r}"
                 )
         state = checkpoints.load_latest(self.folder / "checkpoints")
         if state is not None:
@@ -205,11 +205,25 @@ class Run:
         self.evaluate()
         self.sample()
         self.gallery.trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
+        if self.config.score_draws and not self.config.noise_sigma:
+            self._score(self.config.score_draws)
+
+    def _score(self, draws: int) -> None:
+        """Print the bounds on bits/dim of the test images that were looked at during training."""
+        scored = (self.trainer.average, self.test_pixels, self.test_labels)
+        generator = torch.Generator(self.trainer.device).manual_seed(self.config.seed)
+        bounds = evaluation.bits_per_dim_of_images(*scored, draws=draws, generator=generator)
+        one_sample, weighted = map(evaluation.Estimate.of, bounds)
+        print(
+            f"score   {one_sample} bits/dim of {len(self.test_pixels):,} test images by one sample, "
+            f"{weighted} by {draws} importance-weighted ones",
+            flush=True,
+        )
 
     def _write_settings(self) -> None:
         write_config(
             self.folder,
-            model=asdict(self.trainer.model.config),
+            **self.trainer.model.describe(),
             sigma=self.config.noise_sigma,
             class_names=self.gallery.class_names,
             train=asdict(self.config),
@@ -226,19 +240,18 @@ class Run:
 
 def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device) -> str:
     """What is about to be trained, on what, and what it takes; makes nothing."""
-    shape = config.model(dataset)
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in TarFlow(shape).parameters())
+        model = build(config, dataset)
+    shape, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     bfloat16 = uses_bfloat16(config.precision, device)
-    total = memory.training_bytes(shape, parameters, config.batch_size, 2 if bfloat16 else 4)
-    noise = f"Gaussian noise of sigma {config.sigma}" if config.noise == "gaussian" else "uniform noise"
+    total = memory.training_bytes(shape.activation_bytes(2 if bfloat16 else 4), parameters, config.batch_size)
+    noise = f"Gaussian noise of sigma {config.sigma}" if config.noise == "gaussian" else f"{config.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"
-        f"model   {shape.patch_size}-{shape.channels}-{shape.num_blocks}-{shape.layers_per_block} "
-        f"(patch-channels-blocks-layers), {parameters / 1e6:.1f}M parameters, "
-        f"{shape.num_tokens} tokens of {shape.token_dim}\n"
+        f"model   {shape.summary}, {parameters / 1e6:.1f}M parameters\n"
         f"memory  about {total / 2**30:.1f} GiB at batch {config.batch_size}\n"
-        f"device  {device}, transformers in {'bfloat16' if bfloat16 else 'float32'}"
+        f"device  {device}, {'transformers' if config.model == 'tarflow' else 'conditioners'} in "
+        f"{'bfloat16' if bfloat16 else 'float32'}"
     )
 
 

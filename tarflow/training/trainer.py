@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from ..datasets import Folder, Images
+from ..flowpp.model import FlowPP
+from ..gallery import spread
 from ..model import TarFlow
 from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
 from .config import TrainConfig
 from .schedule import learning_rate
+
+# That set the scales of Flow++'s layers.
+INITIAL_IMAGES = 128
 
 
 class Trainer:
@@ -31,11 +36,12 @@ class Trainer:
         self.config = config
         self.device = device
         torch.manual_seed(config.seed)
-        self.model = TarFlow(config.model(dataset)).to(device)
+        self.model = build(config, dataset).to(device)
+        self._initialize(dataset)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         # Only the fused implementation can skip an update on the device, without the host looking at the loss.
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+            self.model.parameters(), lr=0.0, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
         )
         self.generator = torch.Generator(device)
         self.flip = dataset.flip
@@ -50,8 +56,10 @@ class Trainer:
         A step whose loss or gradient is not finite changes nothing and is counted.
         """
         config = self.config
-        self.generator.manual_seed(derive_seed(config.seed, self.step))
-        x, labels = self.prepare(pixels, labels)
+        seed = derive_seed(config.seed, self.step)
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed)  # dropout knows of no generator
+        x, labels, eps = self.prepare(pixels, labels)
         self.step += 1
         rate = learning_rate(
             self.step,
@@ -59,18 +67,18 @@ class Trainer:
             least=min(config.min_learning_rate, config.learning_rate),
             warmup_steps=config.warmup_steps,
             max_steps=config.max_steps,
+            schedule=config.schedule,
         )
         self.optimizer.param_groups[0]["lr"] = rate
         with torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(config.precision, self.device)):
-            loss, z, log_prob = self._loss(x, labels)
+            loss, z, log_prob = self._loss(x, labels, eps)
         loss.backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         bad = ~(loss.isfinite() & gradient_norm.isfinite())
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.model.config.volume_preserving:
-            self.model.flow.update_prior(z.detach(), 0.1 * ~bad)
+        self.model.update_prior(z.detach(), 0.1 * ~bad)
         self._update_average()
         self.bad_steps += bad
         self.bad_in_a_row.add_(1).mul_(bad)
@@ -82,22 +90,28 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row.clone(),
         }
 
-    def prepare(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images with noise and labels with some dropped, on the device, as the model is trained on them."""
+    def prepare(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What a step trains on, on the device: images with noise, and labels with some dropped.
+
+        Noise that is learned is yet to be made: for it there are the pixels and the normal numbers that it is made of.
+        """
         config = self.config
         pixels, labels = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         draw = {"generator": self.generator, "device": self.device}
         if self.flip:
             flipped = torch.rand(len(pixels), 1, 1, 1, **draw) < 0.5
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
+        x, eps = pixels, None
         if config.noise == "gaussian":
             x = add_gaussian_noise(pixels, config.sigma, self.generator)
-        else:
+        elif config.noise == "uniform":
             x = add_uniform_noise(pixels, self.generator)
+        else:
+            eps = torch.randn(pixels.shape, **draw)
         if not config.conditional:
-            return x, None
+            return x, None, eps
         dropped = torch.rand(len(labels), **draw) < config.label_drop
-        return x, labels.masked_fill(dropped, -1)
+        return x, labels.masked_fill(dropped, -1), eps
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, and the counts."""
@@ -119,14 +133,26 @@ class Trainer:
         self.bad_steps.copy_(state["bad_steps"])
         self.bad_in_a_row.copy_(state["bad_in_a_row"])
 
-    def _loss(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _initialize(self, dataset: Images | Folder) -> None:
+        """Set the scales that come from data."""
+        if isinstance(self.model, FlowPP) or self.model.dequantizer is not None:
+            pixels, labels = dataset.fetch(spread(len(dataset), INITIAL_IMAGES))
+            labels = labels.to(self.device) if self.config.conditional else None
+            self.model.initialize(pixels.to(self.device), labels)
+
+    def _loss(self, x: Tensor, labels: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Negative log-likelihood in nats per dimension, up to a constant: ``mean(z^2) / 2 - logdet / (N D)``.
 
-        A volume-preserving flow is trained under the unit prior too, and its variance is measured beside.
+        To which learned noise adds the log-density that it was drawn with, ``log q / (N D)``. A volume-preserving flow
+        is trained under the unit prior too, and its variance is measured beside.
         """
+        log_q = 0.0
+        if eps is not None:
+            x, log_q = self.model.dequantizer(x, eps)
         z, logdet = self.model(x, labels)
-        loss = 0.5 * z.square().mean() - logdet.mean() / self.model.config.num_dims
-        return loss, z, self.model.flow.log_prior(z) + logdet
+        gain = logdet - log_q
+        loss = 0.5 * z.square().mean() - gain.mean() / self.model.config.num_dims
+        return loss, z, self.model.log_prior(z) + gain
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -135,6 +161,12 @@ class Trainer:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         for own, other in zip(self.average.buffers(), self.model.buffers(), strict=True):
             own.copy_(other)
+
+
+def build(config: TrainConfig, dataset: Images | Folder) -> TarFlow | FlowPP:
+    """The model that a run trains, as yet untrained."""
+    shape = config.shape(dataset)
+    return TarFlow(shape) if config.model == "tarflow" else FlowPP(shape)
 
 
 def derive_seed(seed: int, step: int) -> int:

@@ -1,0 +1,239 @@
+"""The networks of Flow++: gated convolutions and gated attention, and how data set their scales.
+
+A conditioner reads one half of an image (and a context) and writes what the coupling needs of every value of the other
+half. Under autocast its layers run in low precision and its output in float32.
+
+Source: Flow++ (arXiv 1902.00275).
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attention = Literal["softmax", "max", "none"]
+"""Among pixels; "max", its ablation, takes the largest of query, key and value; "none" has no such layer."""
+
+ATTENTIONS = get_args(Attention)
+NUM_HEADS = 4
+
+
+def initialize_from_data(model: nn.Module, run: Callable[[], object]) -> None:
+    """Run a model once; every layer that has a method ``initialize`` first sets itself by what comes in."""
+    layers = [layer for layer in model.modules() if layer is not model and hasattr(layer, "initialize")]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialize(*inputs)) for layer in layers]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Conv(nn.Conv2d):
+    """A convolution whose outputs over the batch that it first sees have mean 0 and standard deviation ``init_scale``.
+
+    With ``weight_norm`` the kernel of each output channel is ``gain * weight / ||weight||``. Zeros surround the image.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, init_scale: float = 1.0, weight_norm: bool = False):
+        super().__init__(inputs, outputs, size, padding=size // 2)
+        self.init_scale = init_scale
+        self.gain = nn.Parameter(torch.ones(outputs)) if weight_norm else None
+        nn.init.normal_(self.weight, std=0.05)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, inputs, H, W)`` to ``(B, outputs, H, W)``."""
+        weight = self.weight
+        if self.gain is not None:
+            weight = F.normalize(weight.flatten(1)).view_as(weight) * self.gain[:, None, None, None]
+        return self._conv_forward(x, weight, self.bias)
+
+    def initialize(self, x: Tensor) -> None:
+        """Rescale by the moments of the outputs for x."""
+        variance, mean = torch.var_mean(self.forward(x).float(), (0, 2, 3), correction=0)
+        rate = self.init_scale / (variance + 1e-8).sqrt()
+        if self.gain is None:
+            self.weight.mul_(rate[:, None, None, None])
+        else:
+            self.gain.mul_(rate)
+        self.bias.sub_(mean).mul_(rate)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm of every pixel over its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def concat_elu(x: Tensor) -> Tensor:
+    """``ELU([x, -x])``, which doubles the channels."""
+    return F.elu(torch.cat((x, -x), dim=1))
+
+
+def gate(x: Tensor) -> Tensor:
+    """``a sigmoid(b)`` for the two halves a, b of the channels, which it halves: :func:`torch.nn.functional.glu`."""
+    return F.glu(x, dim=1)
+
+
+class GatedConv(nn.Module):
+    """``x + gate(conv(dropout(celu(conv3x3(celu(x)) + conv1x1(celu(context))))))``.
+
+    Args:
+        channels, context_channels: of x and of the context; 0 for none.
+        size: of the kernel of the second convolution.
+    """
+
+    def __init__(self, channels: int, context_channels: int = 0, *, size: int = 1, dropout: float, weight_norm: bool):
+        super().__init__()
+        self.conv = Conv(2 * channels, channels, 3, weight_norm=weight_norm)
+        self.context = Conv(2 * context_channels, channels, 1, weight_norm=weight_norm) if context_channels else None
+        self.dropout = nn.Dropout(dropout)
+        self.out = Conv(2 * channels, 2 * channels, size, init_scale=0.1, weight_norm=weight_norm)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        h = self.conv(concat_elu(x))
+        if self.context is not None:
+            h = h + self.context(concat_elu(context))
+        return x + gate(self.out(self.dropout(concat_elu(h))))
+
+
+class GatedAttention(nn.Module):
+    """``x + gate(conv1x1(dropout(attention(x + positions))))``, every pixel attending to all, by four heads."""
+
+    def __init__(self, channels: int, attention: Attention, *, dropout: float, weight_norm: bool):
+        super().__init__()
+        self.attention = attention
+        self.qkv = Conv(channels, 3 * channels, 1, weight_norm=weight_norm)
+        self.dropout = nn.Dropout(dropout)
+        self.out = Conv(channels, 2 * channels, 1, init_scale=0.1, weight_norm=weight_norm)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``(B, C, H, W)`` and the embeddings of positions, ``(C, H, W)``, to ``(B, C, H, W)``."""
+        qkv = self.qkv(x + positions)
+        attended = qkv.unflatten(1, (3, -1)).amax(1) if self.attention == "max" else _attend(qkv)
+        return x + gate(self.out(self.dropout(attended)))
+
+
+def _attend(qkv: Tensor) -> Tensor:
+    """Softmax attention among the pixels of ``(B, 3 C, H, W)``, to ``(B, C, H, W)``."""
+    tokens = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, NUM_HEADS, -1))
+    q, k, v = (part.transpose(1, 2) for part in tokens.unbind(2))
+    if qkv.device.type == "cpu":  # whose attention of small heads is slower in bfloat16
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast(qkv.device.type, enabled=False):
+        attended = F.scaled_dot_product_attention(q, k, v)
+    attended = attended.transpose(1, 2).flatten(2).to(qkv.dtype)
+    return attended.transpose(1, 2).unflatten(2, qkv.shape[2:])
+
+
+class GatedBlock(nn.Module):
+    """Gated convolution, norm, gated attention, norm; without attention or norms where so told."""
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int = 0,
+        *,
+        attention: Attention,
+        norm: bool = True,
+        size: int = 1,
+        dropout: float,
+        weight_norm: bool,
+    ):
+        super().__init__()
+        options = {"dropout": dropout, "weight_norm": weight_norm}
+        self.conv = GatedConv(channels, context_channels, size=size, **options)
+        self.conv_norm = ChannelNorm(channels) if norm else nn.Identity()
+        self.attention = None
+        if attention != "none":
+            self.attention = GatedAttention(channels, attention, **options)
+            self.attention_norm = ChannelNorm(channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor, positions: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        x = self.conv_norm(self.conv(x, context))
+        return x if self.attention is None else self.attention_norm(self.attention(x, positions))
+
+
+class Conditioner(nn.Module):
+    """What a coupling knows of one half of an image from the other, ``(B, inputs, H, W)`` to ``(B, outputs, H, W)``.
+
+    Args:
+        inputs, outputs: channels.
+        size: (H, W).
+        channels, num_blocks: of its gated blocks.
+        context_channels: of a context ``(B, context_channels, H, W)``; 0 for none.
+        elu_output: whether a concat-ELU comes before the last convolution.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: tuple[int, int],
+        channels: int,
+        num_blocks: int,
+        context_channels: int = 0,
+        *,
+        attention: Attention,
+        elu_output: bool,
+        dropout: float,
+        weight_norm: bool,
+    ):
+        super().__init__()
+        self.elu_output = elu_output
+        self.proj_in = Conv(inputs, channels, 3, weight_norm=weight_norm)
+        # Without attention nothing reads it: it is there because the published model counts it.
+        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size))
+        self.blocks = nn.ModuleList(
+            GatedBlock(channels, context_channels, attention=attention, dropout=dropout, weight_norm=weight_norm)
+            for _ in range(num_blocks)
+        )
+        self.proj_out = Conv(channels * (1 + elu_output), outputs, 3, init_scale=0.1, weight_norm=weight_norm)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """All that the other half needs to know."""
+        h = self.proj_in(x.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            h = block(h, self.pos_embed, context)
+        h = concat_elu(h) if self.elu_output else h
+        with torch.autocast(h.device.type, enabled=False):
+            return self.proj_out(h.to(x.dtype))
+
+
+class ContextNetwork(nn.Module):
+    """What the dequantizer sees of an image: ``(B, inputs, H, W)`` to ``(B, channels, H, W)``."""
+
+    def __init__(
+        self,
+        inputs: int,
+        size: tuple[int, int],
+        channels: int,
+        num_blocks: int,
+        *,
+        attention: Attention,
+        norm: bool,
+        dropout: float,
+        weight_norm: bool,
+    ):
+        super().__init__()
+        self.proj_in = Conv(inputs, channels, 3, weight_norm=weight_norm)
+        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size)) if attention != "none" else None
+        self.blocks = nn.ModuleList(
+            GatedBlock(channels, attention=attention, norm=norm, size=3, dropout=dropout, weight_norm=weight_norm)
+            for _ in range(num_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The context of every coupling."""
+        h = self.proj_in(x.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            h = block(h, self.pos_embed)
+        return h

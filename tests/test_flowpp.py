@@ -1,0 +1,485 @@
+"""Flow++: every map inverts, its log-det is that of its Jacobian, densities integrate to one, and counts are published.
+
+Layers are compared with the specification written plainly, with loops where that is plainer.
+"""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import draw
+from tarflow import Dequantizer, DequantizerConfig, FlowPP, FlowPPConfig, ImageFlow
+from tarflow.flowpp.layers import Coupling, CouplingConfig, Norm, Pointwise, Stack, parse
+from tarflow.flowpp.networks import (
+    NUM_HEADS,
+    Conditioner,
+    Conv,
+    GatedAttention,
+    GatedConv,
+    concat_elu,
+    gate,
+    initialize_from_data,
+)
+from tarflow.flowpp.splits import SPLITS, squeeze, unsqueeze
+
+SMALL = CouplingConfig(num_mixtures=3, filters=8, blocks_per_coupling=1)
+TINY = FlowPPConfig(
+    image_size=4,
+    num_mixtures=3,
+    filters=8,
+    blocks_per_coupling=1,
+    stack="stripe2 squeeze channel1 stripe2",
+    dequantizer=DequantizerConfig(filters=4, num_mixtures=2, context_filters=4, stack="stripe2"),
+)
+HALF = (2, 4, 2)
+
+
+def redraw(module, seed=0, spread=0.2):
+    """Every parameter at random, in float64, about where it starts: an untrained layer hides most mistakes."""
+    module.double()
+    with torch.no_grad():
+        for k, (name, parameter) in enumerate(module.named_parameters()):
+            parameter.add_(spread * draw(seed + k, *parameter.shape))
+            if "norm" in name or "gain" in name:
+                parameter.abs_().add_(0.1)
+    return module
+
+
+def pixels_of(config, seed=0, batch=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8, generator=generator)
+
+
+def flowpp(seed=0, spread=0.05, **settings):
+    torch.manual_seed(seed)
+    return redraw(FlowPP(replace(TINY, **settings)), seed, spread).eval()
+
+
+def coupling(**settings):
+    context = settings.pop("context", 0)
+    return redraw(Coupling(replace(SMALL, **settings), HALF, context))
+
+
+# Layers between halves, with the channels of the context that they take.
+LAYERS = {
+    "norm": (lambda: redraw(Norm(HALF)), 0),
+    "pointwise": (lambda: redraw(Pointwise(2)), 0),
+    "mixture coupling": (coupling, 0),
+    "affine coupling": (lambda: coupling(coupling="affine"), 0),
+    "coupling without attention": (lambda: coupling(attention="max"), 0),
+    "coupling of convolutions": (lambda: coupling(attention="none"), 0),
+    "coupling, ImageNet": (lambda: coupling(weight_norm=True, elu_output=True), 0),
+    "coupling with context": (lambda: coupling(context=3), 3),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    make, context_channels = LAYERS[request.param]
+    torch.manual_seed(0)
+    context = draw(9, 2, context_channels, *HALF[1:]) if context_channels else None
+    return make(), context
+
+
+def halves(seed=0, batch=2):
+    return draw(seed, batch, *HALF), draw(seed + 1, batch, *HALF)
+
+
+def test_a_layer_inverts(layer):
+    layer, context = layer
+    x = halves()
+    y, logdet = layer(x, context)
+    back, inverse_logdet = layer.inverse(y, context)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logdet, -logdet)
+
+
+def test_the_logdet_of_a_layer_is_that_of_its_jacobian(layer):
+    layer, context = layer
+
+    def run(flat):
+        first, second = flat.view(2, *HALF).unbind()
+        return torch.cat([half.flatten() for half in layer((first[None], second[None]), context_of_one)[0]])
+
+    _, logdet = layer(halves(), context)
+    for sample in range(2):
+        context_of_one = None if context is None else context[sample : sample + 1]
+        x = torch.stack([half[sample] for half in halves()]).flatten()
+        jacobian = torch.autograd.functional.jacobian(run, x)
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[sample])
+
+
+@pytest.mark.parametrize(
+    "stack", ["stripe1", "stripe3", "squeeze channel1 stripe2", "stripe2 squeeze channel2 stripe1"]
+)
+def test_a_stack_inverts_and_its_logdet_is_that_of_its_jacobian(stack):
+    flow = redraw(Stack(stack, (1, 4, 4), SMALL))
+    x = draw(0, 2, 1, 4, 4)
+    z, logdet = flow(x)
+    back, inverse_logdet = flow.inverse(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logdet, -logdet)
+    jacobian = torch.autograd.functional.jacobian(lambda flat: flow(flat.view(1, 1, 4, 4))[0].flatten(), x[0].flatten())
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_logdet_of_the_model_is_that_of_its_jacobian():
+    model = flowpp()
+    x = torch.tanh(draw(0, 2, 1, 4, 4))
+    _, logdet = model(x)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda flat: model(flat.view(1, 1, 4, 4))[0].flatten(), x[0].flatten()
+    )
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_noise_of_a_dequantizer_has_the_density_that_it_says():
+    dequantizer = redraw(Dequantizer(TINY.dequantizer, (1, 4, 4)))
+    pixels, eps = pixels_of(TINY, batch=1), draw(1, 1, 1, 4, 4)
+
+    def noise(flat):
+        x, _ = dequantizer(pixels, flat.view_as(eps))
+        return ((x + 1) * 128 - pixels).flatten()
+
+    u = noise(eps.flatten())
+    assert ((u > 0) & (u < 1)).all()
+    jacobian = torch.autograd.functional.jacobian(noise, eps.flatten())
+    expected = torch.distributions.Normal(0, 1).log_prob(eps).sum() - torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(dequantizer(pixels, eps)[1], expected[None], rtol=1e-9, atol=1e-9)
+
+
+def quadrature(low, high, points, dimensions):
+    """Nodes ``(points^dimensions, dimensions)`` and weights of Gauss and Legendre on a cube."""
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(points))
+    nodes, weights = (low + high) / 2 + (high - low) / 2 * nodes, weights * (high - low) / 2
+    grid = torch.cartesian_prod(*[nodes] * dimensions)
+    return grid, torch.cartesian_prod(*[weights] * dimensions).prod(1)
+
+
+def test_the_density_of_the_model_integrates_to_one():
+    """Over all images of four pixels that have a logit, at points as even as Sobol's under a wide normal."""
+    model = flowpp(image_size=2, stack="stripe2", dequantizer=None)
+    normal = torch.distributions.Normal(0.0, torch.tensor(1.3, dtype=torch.float64))
+    t = normal.icdf(torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(2**15, dtype=torch.float64))
+    x = (t.sigmoid() - FlowPP.MARGIN) / (0.5 - FlowPP.MARGIN) - 1
+    log_slopes = (F.logsigmoid(t) + F.logsigmoid(-t) - math.log(0.5 - FlowPP.MARGIN)).sum(1)
+    with torch.no_grad():
+        ratios = (model.log_prob(x.view(-1, 1, 2, 2)) + log_slopes - normal.log_prob(t).sum(1)).exp()
+    assert ratios.mean().item() == pytest.approx(1, abs=5e-3)
+
+
+def test_the_importance_weighted_bound_rises_to_the_exact_probability_and_one_sample_stays_below():
+    """Of an 8-bit image of four pixels, whose probability quadrature over its bins tells."""
+    model = flowpp(image_size=2, stack="stripe2")
+    pixels = pixels_of(model.config, batch=1)
+    u, weights = quadrature(0.0, 1.0, 8, 4)
+    with torch.no_grad():
+        densities = model.log_prob((pixels + u.view(-1, 1, 2, 2)) / 128 - 1).exp()
+        exact = (densities @ weights).log().item() - 4 * math.log(128)
+        copies = pixels.expand(20_000, -1, -1, -1)
+        bounds = model.bounds(copies, draws=4, generator=torch.Generator().manual_seed(0))
+    ten = (bounds.view(-1, 10).logsumexp(1) - math.log(10)).mean().item()
+    assert bounds.mean().item() < ten < exact
+    # The noise is normal before its sigmoid: samples hardly ever come from the ends of a bin, where p is not small.
+    assert (bounds.flatten().logsumexp(0) - math.log(bounds.numel())).item() == pytest.approx(exact, abs=0.2)
+
+
+def test_discrete_log_prob_is_the_log_mean_of_the_bounds():
+    model = flowpp()
+    pixels = pixels_of(TINY)
+    seeded = [torch.Generator().manual_seed(1) for _ in range(2)]
+    bounds = model.float().bounds(pixels, draws=3, generator=seeded[0])
+    torch.testing.assert_close(
+        model.discrete_log_prob(pixels, draws=3, generator=seeded[1]), bounds.exp().mean(0).log(), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (FlowPPConfig.cifar10(), 31_443_440),
+        (FlowPPConfig.imagenet32(), 168_955_724),
+        (FlowPPConfig.imagenet64(), 73_489_960),
+        (replace(FlowPPConfig.cifar10(), filters=104, dequantizer=None), 32_324_408),
+        (
+            replace(
+                FlowPPConfig.cifar10(),
+                coupling="affine",
+                filters=108,
+                dequantizer=replace(FlowPPConfig.cifar10().dequantizer, coupling="affine", filters=108),
+            ),
+            32_045_708,
+        ),
+        (replace(FlowPPConfig.cifar10(), attention="max"), 31_443_440),
+    ],
+    ids=["CIFAR", "ImageNet32", "ImageNet64", "uniform dequantization", "affine couplings", "no attention"],
+)
+def test_published_models_have_their_published_number_of_parameters(config, expected):
+    with torch.device("meta"):
+        model = FlowPP(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_squeezing_puts_the_pixels_of_a_square_where_tensorflow_does():
+    x = draw(0, 2, 3, 4, 6)
+    y = squeeze(x)
+    for c, i, j, row, column in itertools.product(range(3), range(2), range(2), range(2), range(3)):
+        assert torch.equal(y[:, (2 * i + j) * 3 + c, row, column], x[:, c, 2 * row + i, 2 * column + j])
+    assert torch.equal(unsqueeze(y), x)
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_splits_are_undone_by_their_merges(kind):
+    split, merge = SPLITS[kind]
+    x = draw(0, 2, 4, 4, 6)
+    assert torch.equal(merge(*split(x)), x)
+
+
+def test_the_channel_split_of_a_squeezed_image_parts_rows():
+    x = draw(0, 1, 3, 4, 4)
+    upper, lower = SPLITS["channel"][0](squeeze(x))
+    assert set(upper.flatten().tolist()) == set(x[:, :, 0::2].flatten().tolist())
+    assert set(lower.flatten().tolist()) == set(x[:, :, 1::2].flatten().tolist())
+
+
+def test_a_mixture_coupling_is_the_formula_value_by_value():
+    """The outputs of the network belong to channels first, then to â, b, logits, means and log-scales of each."""
+    layer = coupling()
+    first, x = halves(batch=1)
+    (kept, y), logdet = layer((first, x))
+    out = layer.conditioner(first)[0]
+    expected_logdet = 0.0
+    for c, i, j in itertools.product(range(2), range(4), range(2)):
+        raw, b, *rest = out[c * 11 : (c + 1) * 11, i, j].unbind()
+        logits, means, log_scales = torch.stack(rest).view(3, 3)
+        scale = log_scales.clamp(min=-7).exp()
+        value = x[0, c, i, j].clone().requires_grad_()
+        cdf = (logits.softmax(0) * torch.sigmoid((value - means) / scale)).sum()
+        mapped = raw.tanh().exp() * torch.logit(cdf) + b
+        (slope,) = torch.autograd.grad(mapped, value, retain_graph=True)
+        expected_logdet += slope.log()
+        torch.testing.assert_close(y[0, c, i, j], mapped)
+    assert torch.equal(kept, first)
+    torch.testing.assert_close(logdet[0], expected_logdet)
+
+
+def test_gated_attention_is_the_formula():
+    torch.manual_seed(0)
+    layer = redraw(GatedAttention(8, "softmax", dropout=0.0, weight_norm=False))
+    x, positions = draw(0, 2, 8, 3, 2), draw(1, 8, 3, 2)
+    q, k, v = layer.qkv(x + positions).flatten(2).view(2, 3, NUM_HEADS, 2, 6).unbind(1)
+    weights = (torch.einsum("bhci,bhcj->bhij", q, k) / math.sqrt(2)).softmax(-1)
+    attended = torch.einsum("bhij,bhcj->bhci", weights, v).reshape(2, 8, 3, 2)
+    torch.testing.assert_close(layer(x, positions), x + gate(layer.out(attended)))
+
+
+def test_without_attention_the_largest_of_query_key_and_value_takes_its_place():
+    layer = redraw(GatedAttention(8, "max", dropout=0.0, weight_norm=False))
+    x, positions = draw(0, 2, 8, 3, 2), draw(1, 8, 3, 2)
+    q, k, v = layer.qkv(x + positions).chunk(3, dim=1)
+    torch.testing.assert_close(layer(x, positions), x + gate(layer.out(torch.maximum(torch.maximum(q, k), v))))
+
+
+def test_a_gated_convolution_is_the_formula():
+    layer = redraw(GatedConv(4, 3, dropout=0.0, weight_norm=False))
+    x, context = draw(0, 2, 4, 3, 2), draw(1, 2, 3, 3, 2)
+
+    def celu(t):
+        return torch.cat((F.elu(t), F.elu(-t)), 1)
+
+    h = F.conv2d(celu(x), layer.conv.weight, layer.conv.bias, padding=1)
+    h = h + F.conv2d(celu(context), layer.context.weight, layer.context.bias)
+    value, opening = F.conv2d(celu(h), layer.out.weight, layer.out.bias).chunk(2, dim=1)
+    torch.testing.assert_close(layer(x, context), x + value * opening.sigmoid())
+    torch.testing.assert_close(concat_elu(x), celu(x))
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_the_first_batch_gives_the_outputs_of_a_convolution_their_scale(weight_norm):
+    torch.manual_seed(0)
+    layer = Conv(3, 5, 3, init_scale=0.1, weight_norm=weight_norm)
+    x = 3 + 2 * draw(0, 16, 3, 6, 6, dtype=torch.float32)
+    initialize_from_data(layer_in := torch.nn.Sequential(layer), lambda: layer_in(x))
+    variance, mean = torch.var_mean(layer(x), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(variance.sqrt(), torch.full((5,), 0.1), atol=1e-4, rtol=0)
+
+
+def test_the_first_batch_normalizes_every_value():
+    norm = Norm(HALF)
+    batch = draw(0, 64, *HALF, dtype=torch.float32) * 3 + 1, draw(1, 64, *HALF, dtype=torch.float32)
+    with torch.no_grad():
+        norm.initialize(batch)
+    for half in norm(batch)[0]:
+        variance, mean = torch.var_mean(half, 0, correction=0)
+        torch.testing.assert_close(mean, torch.zeros(HALF), atol=1e-5, rtol=0)
+        torch.testing.assert_close(variance, torch.ones(HALF), atol=1e-4, rtol=0)
+
+
+def test_each_layer_is_initialized_by_what_comes_through_the_ones_before():
+    """So after it, the same batch finds every convolution of a network at its scale."""
+    torch.manual_seed(0)
+    network = Conditioner(2, 6, (4, 4), 8, 2, attention="softmax", elu_output=True, dropout=0.0, weight_norm=False)
+    x = draw(0, 32, 2, 4, 4, dtype=torch.float32)
+    initialize_from_data(network, lambda: network(x))
+    convolutions = [layer for layer in network.modules() if isinstance(layer, Conv)]
+    deviations = {}
+    for conv in convolutions:
+        conv.register_forward_hook(lambda conv, _, y: deviations.__setitem__(conv, y.std((0, 2, 3), correction=0)))
+    network(x)
+    assert len(deviations) == len(convolutions) == 10
+    for conv, deviation in deviations.items():
+        torch.testing.assert_close(deviation, torch.full_like(deviation, conv.init_scale), rtol=1e-3, atol=1e-5)
+
+
+def test_initializing_a_model_brings_its_latents_to_the_prior():
+    torch.manual_seed(0)
+    model = FlowPP(FlowPPConfig(image_size=8, filters=8, num_mixtures=4, blocks_per_coupling=1))
+    generator = torch.Generator().manual_seed(0)
+    pixels = (torch.randint(0, 256, (256, 1, 8, 8), generator=generator) // 3).to(torch.uint8)
+    before = model.discrete_log_prob(pixels, generator=generator).mean()
+    model.initialize(pixels, generator=generator)
+    with torch.no_grad():
+        z, _ = model(model.dequantize(pixels, generator)[0])
+    assert model.discrete_log_prob(pixels, generator=generator).mean() > before
+    assert z.mean().abs() < 0.1
+    assert 0.8 < z.std() < 1.3
+
+
+def test_a_gain_never_falls_below_its_floor():
+    norm = Norm(HALF)
+    with torch.no_grad():
+        norm.gain.fill_(-1.0)
+    y, logdet = norm(halves())
+    assert logdet.isfinite().all()
+    torch.testing.assert_close(y[0], halves()[0] * 1e-10 + norm.bias[0], rtol=1e-5, atol=0)
+
+
+def test_an_image_returns_from_its_latent_in_float32():
+    model = flowpp().float()
+    pixels = pixels_of(TINY, batch=64)
+    with torch.no_grad():
+        x, _ = model.dequantize(pixels, torch.Generator().manual_seed(0))
+        z, _ = model(x)
+        assert ((model.inverse(z) - x) * 128).abs().max() < 1e-3
+
+
+def test_samples_are_the_inverse_of_normal_latents_whatever_the_chunks():
+    model = flowpp().float()
+    whole, chunks = (model.sample(5, generator=torch.Generator().manual_seed(0), chunk_size=n) for n in (5, 2))
+    torch.testing.assert_close(whole, chunks, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        z, _ = model(whole)
+    eps = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z, squeeze(eps), rtol=1e-2, atol=1e-2)
+
+
+def test_the_trajectory_of_a_sample_begins_at_its_latent_and_ends_at_it():
+    model = flowpp().float()
+    images, frames = model.sample(2, generator=torch.Generator().manual_seed(0), return_trajectory=True)
+    eps = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert frames.shape == (5, 2, 1, 4, 4)
+    assert torch.equal(frames[0], eps)
+    assert torch.equal(frames[-1], images)
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    model = flowpp().float()
+    model.save_pretrained(tmp_path)
+    pixels = pixels_of(TINY)
+    for again in (FlowPP.from_pretrained(tmp_path), ImageFlow.from_pretrained(tmp_path)):
+        assert again.config == model.config
+        scores = [
+            m.eval().discrete_log_prob(pixels, generator=torch.Generator().manual_seed(0)) for m in (model, again)
+        ]
+        assert torch.equal(*scores)
+
+
+@given(
+    words=st.lists(st.sampled_from(["squeeze", "stripe1", "stripe2", "channel1", "channel3"]), min_size=1, max_size=5)
+)
+def test_a_stack_is_refused_or_its_shapes_fit(words):
+    try:
+        levels = parse(" ".join(words), (2, 8, 8))
+    except ValueError:
+        assert "squeeze" in words[:-1]  # only smaller images than this one cannot be halved
+        return
+    channels, height, width = levels[-1][2]
+    assert channels * height * width == 2 * 8 * 8
+    assert [kind + (str(number) if number else "") for kind, number, _ in levels] == words
+
+
+BAD = {
+    "filters": ({"filters": 10}, "filters: expected a multiple of the 4 heads of attention; got 10"),
+    "mixtures": ({"num_mixtures": 0}, "num_mixtures: expected an integer >= 1; got 0"),
+    "coupling": ({"coupling": "spline"}, "coupling: expected one of mixture, affine; got 'spline'"),
+    "attention": ({"attention": "linear"}, "attention: expected one of softmax, max, none; got 'linear'"),
+    "word": ({"stack": "stripe4 pool"}, "stack: expected words squeeze, stripe<n> and channel<n>; got 'pool'"),
+    "odd": ({"stack": "squeeze squeeze stripe1"}, "stack: expected even sizes where stripe1 halves them"),
+    "dropout": ({"dropout": 1.0}, "dropout: expected a number in"),
+    "size": ({"image_size": 0}, "image_size: expected an integer >= 1; got 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_configuration_that_makes_no_sense_is_refused(case):
+    settings, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **settings)
+
+
+def test_a_dequantizer_is_one_of_columns():
+    with pytest.raises(ValueError, match="stack: expected levels stripe<n> alone in a dequantizer; got 'squeeze"):
+        DequantizerConfig(stack="squeeze stripe4")
+
+
+def test_a_context_of_the_wrong_shape_is_refused():
+    flow = Stack("stripe1", (1, 4, 4), SMALL, context_channels=3)
+    x = torch.zeros(2, 1, 4, 4)
+    expected = r"context: expected a tensor of shape \(2, 3, 4, 2\), or None for None; got "
+    for context, got in ((None, "None"), (torch.zeros(2, 3, 4, 4), r"\(2, 3, 4, 4\)")):
+        for method in (flow.forward, flow.inverse):
+            with pytest.raises(ValueError, match=expected + got):
+                method(x, context)
+    with pytest.raises(ValueError, match="context: expected a tensor of shape None"):
+        Stack("stripe1", (1, 4, 4), SMALL)(x, torch.zeros(2, 3, 4, 2))
+
+
+def test_bad_input_to_a_model_is_refused():
+    model = flowpp()
+    x = torch.zeros(2, 1, 4, 4)
+    for call, message in (
+        (lambda: model(x[:, 0]), r"x: expected images of shape \(B, 1, 4, 4\); got \(2, 4, 4\)"),
+        (lambda: model(x, torch.zeros(2)), "labels: expected None, since Flow"),
+        (lambda: model.sample(0), "num: expected at least 1; got 0"),
+        (lambda: model.sample(2, chunk_size=0), "chunk_size: expected at least 1; got 0"),
+        (lambda: model.bounds(pixels_of(TINY), draws=0), "draws: expected at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"pixels: expected uint8; got torch.float32"):
+        model.bounds(x)
+
+
+def test_weights_that_are_not_numbers_are_not_loaded(tmp_path):
+    model = flowpp().float()
+    with torch.no_grad():
+        model.flow.steps[0][0][0].gain[0, 0, 0, 0] = math.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected finite weights; got nan or inf in flow.steps.0.0.0.gain"):
+        FlowPP.from_pretrained(tmp_path)
+
+
+def test_a_flow_of_another_kind_is_not_loaded(tmp_path):
+    flowpp().float().save_pretrained(tmp_path)
+    from tarflow import TarFlow
+
+    with pytest.raises(ValueError, match="expected a TarFlow; got a FlowPP"):
+        TarFlow.from_pretrained(tmp_path)
