@@ -1,17 +1,15 @@
 """Likelihoods of small models on the full Fashion-MNIST: four flows, two ways of dequantization, three ablations.
 
-    python studies/fashion_mnist.py NAME ...    train and score these rows (all of them without a name)
-    python studies/fashion_mnist.py --report    print the table and draw docs/study.png from studies/results/
+    python studies/fashion_mnist.py NAME ...    train and score these rows; all of them without a name
+    python studies/report.py                    from studies/results/, the table of the README and docs/study.png
 
 All rows see the same images in the same order, unconditionally, without augmentation, for the same number of steps with
 the same optimizer, at about 770,000 parameters; what differs is in ``ROWS``. Bits/dim are those of 1,000 of the 10,000
-test images, all 784 dimensions, under the dequantization of training. A difference between two rows is the mean over
-images of their differences, whose standard error is far below that of either.
+test images, all 784 dimensions, under the dequantization of training.
 """
 
 import argparse
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -73,7 +71,6 @@ ROWS = {
     ),
     "flowpp-without-attention": Row("Flow++ without attention", replace(FLOWPP, attention="max")),
 }
-ABLATIONS = ("flowpp-uniform", "flowpp-affine", "flowpp-without-attention")
 
 
 def run(name: str, seed: int, out: Path) -> None:
@@ -116,53 +113,6 @@ def round_trip(model: ImageFlow, pixels: torch.Tensor, seed: int) -> dict[str, f
     return {"max": steps.max().item(), "rms": steps.square().mean().sqrt().item()}
 
 
-def report() -> str:
-    """The table, in Markdown, from all results; draws the plot beside."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    known = {name: [result for result in results if result["name"] == name] for name in ROWS}
-    lines = [
-        "| model | dequantization | parameters | one sample | importance-weighted | training | row |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in ROWS.items():
-        if not known[name]:
-            lines.append(f"| {row.title} | {row.config.noise} | – | not measured | not measured | – | `{name}` |")
-            continue
-        for result in known[name]:
-            one, weighted = (Estimate.of(torch.tensor(result[what])) for what in ("one_sample", "weighted"))
-            minutes = "–" if result["seconds"] is None else f"{result['seconds'] / 60:.0f} min"
-            lines.append(
-                f"| {row.title} | {row.config.noise} | {result['parameters']:,} | {_cell(one)} | {_cell(weighted)} "
-                f"| {minutes} | `{name}` |"
-            )
-    differences = [_difference(known, name, "flowpp-variational", "full Flow++") for name in ABLATIONS] + [
-        _difference(known, "tarflow-uniform", "tarflow-mixture-uniform", "TarFlow mixture"),
-        _difference(known, "tarflow-variational", "tarflow-mixture-variational", "TarFlow mixture"),
-        _difference(known, "tarflow-uniform", "tarflow-variational", "TarFlow variational"),
-        _difference(known, "tarflow-mixture-uniform", "tarflow-mixture-variational", "TarFlow mixture variational"),
-        _difference(known, "realnvp-uniform", "realnvp-variational", "RealNVP-style variational"),
-    ]
-    lines += ["", "| lost by | against | bits/dim, paired over images |", "| --- | --- | --- |"]
-    return "\n".join(lines + [line for line in differences if line])
-
-
-def _difference(known: dict, name: str, against: str, title: str) -> str | None:
-    """How many more bits/dim a row needs than another, seed by seed and image by image, importance-weighted."""
-    pairs = [(a, b) for a in known[name] for b in known[against] if a["seed"] == b["seed"]]
-    if not pairs:
-        return None
-    more = torch.stack([torch.tensor(a["weighted"]) - torch.tensor(b["weighted"]) for a, b in pairs]).mean(0)
-    estimate = Estimate.of(more)
-    errors = estimate.mean / estimate.standard_error if estimate.standard_error else math.inf
-    return (
-        f"| `{name}` | {title}, `{against}` | {estimate.mean:+.4f} ± {estimate.standard_error:.4f} ({errors:+.0f} SE) |"
-    )
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f} ± {estimate.standard_error:.3f}"
-
-
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -173,11 +123,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs go")
-    parser.add_argument("--report", action="store_true", help="of what has been trained already")
     command = parser.parse_args()
-    if command.report:
-        print(report())
-        return
     for name in command.names or ROWS:
         run(name, command.seed, command.out)
 

@@ -37,8 +37,7 @@ class TokenFlow(nn.Module):
 
     Raises:
         ValueError: a head_dim that is no divisor of channels, an unknown coupling, a mixture of no or too many
-        components
-            or one that is to preserve volumes.
+            components, or one that is to preserve volumes.
 
     Labels are int64 ``(B,)``, below num_classes, where -1 is a dropped label; None for an unconditional flow. On a GPU
     their range is not checked, because looking would stall it.

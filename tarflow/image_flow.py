@@ -40,6 +40,11 @@ class ImageFlow(nn.Module):
         """Where the model is."""
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
     def initialize(
         self, pixels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None
     ) -> None:
@@ -64,8 +69,7 @@ class ImageFlow(nn.Module):
         """
         if self.dequantizer is None:
             return add_uniform_noise(pixels, generator), torch.zeros(len(pixels), device=pixels.device)
-        dtype = next(self.dequantizer.parameters()).dtype
-        eps = torch.randn(pixels.shape, generator=generator, device=pixels.device, dtype=dtype)
+        eps = torch.randn(pixels.shape, generator=generator, device=pixels.device, dtype=self.dtype)
         return self.dequantizer(pixels, eps)
 
     def discrete_log_prob(

@@ -256,6 +256,7 @@ def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
         ("imagenet64-cond", 64, 1000, 466),
         ("imagenet128-cond", 128, 1000, 824),
         ("afhq256-cond", 256, 3, 463),
+        ("cifar10-flowpp", 32, 10, 31.44),
     ],
 )
 def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classes, millions):

@@ -198,7 +198,7 @@ class FlowPP(ImageFlow):
         """The log-density of latents in nats, ``(B,)``: that of N(0, I)."""
         return log_normal(z)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         num: int,
@@ -227,11 +227,11 @@ class FlowPP(ImageFlow):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1; got {value}")
         check_no_labels(labels)
-        eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device)
+        eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device, dtype=self.dtype)
         if chunk_size is None:
             chunk_size = memory.chunk_size(self.config.activation_bytes() // self.config.num_couplings, eps.device)
         chunks = [self._decode(chunk) for chunk in eps.split(chunk_size)]
-        images = torch.cat([self._squash(frames[-1]) for frames in chunks]).clone()
+        images = torch.cat([self._squash(frames[-1]) for frames in chunks])
         if not return_trajectory:
             return images
         return images, torch.cat([torch.cat(chunks, dim=1), images[None]])

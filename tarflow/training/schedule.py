@@ -14,6 +14,8 @@ def learning_rate(
     >>> rates = [learning_rate(step, peak=1.0, least=0.0, warmup_steps=2, max_steps=6) for step in range(1, 7)]
     >>> [round(rate, 2) for rate in rates]
     [0.5, 1.0, 0.85, 0.5, 0.15, 0.0]
+    >>> learning_rate(5, peak=1.0, least=0.0, warmup_steps=2, max_steps=6, schedule="constant")
+    1.0
     """
     if step <= warmup_steps:
         return least + (peak - least) * step / warmup_steps

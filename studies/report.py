@@ -1,0 +1,113 @@
+"""The table of the study between its markers in the README, and docs/study.png, from all of studies/results/.
+
+A difference between two rows is the mean over images of their differences, which vary far less than either's bits.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from fashion_mnist import RESULTS, ROWS
+from tarflow.evaluation import Estimate
+from tarflow.files import replacing
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- study -->", "<!-- /study -->"
+# What is asked: how much is lost by the first against the second?
+DIFFERENCES = {
+    "no variational dequantization": ("flowpp-uniform", "flowpp-variational"),
+    "no mixture": ("flowpp-affine", "flowpp-variational"),
+    "no attention": ("flowpp-without-attention", "flowpp-variational"),
+    "TarFlow: no mixture (uniform)": ("tarflow-uniform", "tarflow-mixture-uniform"),
+    "TarFlow: no mixture (variational)": ("tarflow-variational", "tarflow-mixture-variational"),
+    "TarFlow affine: uniform": ("tarflow-uniform", "tarflow-variational"),
+    "TarFlow mixture: uniform": ("tarflow-mixture-uniform", "tarflow-mixture-variational"),
+    "RealNVP-style: uniform": ("realnvp-uniform", "realnvp-variational"),
+}
+
+
+def main() -> None:
+    """Print, splice, draw."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    text = f"{table(results)}\n\n{differences(results)}"
+    print(text)
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    with replacing(readme) as path:
+        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    draw(results, ROOT / "docs" / "study.png")
+
+
+def table(results: dict[str, dict]) -> str:
+    """A line a row and seed, in Markdown."""
+    lines = [
+        "| model | dequantization | parameters | one sample | weighted | round trip | training | row, seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in ROWS.items():
+        title = f"| {row.title} | {row.config.noise}"
+        known = [result for result in results.values() if result["name"] == name]
+        lines += [f"{title} | – | not measured | not measured | – | – | `{name}` |"] * (not known)
+        for result in known:
+            one, weighted = (Estimate.of(torch.tensor(result[what])) for what in ("one_sample", "weighted"))
+            minutes = "–" if result["seconds"] is None else f"{result['seconds'] / 60:.0f} min"
+            lines.append(
+                f"{title} | {result['parameters']:,} | {one.mean:.3f} ± {one.standard_error:.3f} "
+                f"| {weighted.mean:.3f} ± {weighted.standard_error:.3f} "
+                f"| {result['round_trip']['max']:.0e} | {minutes} | `{name}`, {result['seed']} |"
+            )
+    return "\n".join(lines)
+
+
+def differences(results: dict[str, dict]) -> str:
+    """What is lost, image by image, in importance-weighted bits/dim; the mean over seeds that both rows have."""
+    lines = ["| lost | bits/dim, paired over images | standard errors |", "| --- | --- | --- |"]
+    for title, (name, against) in DIFFERENCES.items():
+        pairs = [
+            (result["weighted"], results[f"{against}-{result['seed']}"]["weighted"])
+            for result in results.values()
+            if result["name"] == name and f"{against}-{result['seed']}" in results
+        ]
+        if not pairs:
+            lines.append(f"| {title} | not measured | – |")
+            continue
+        more = Estimate.of(torch.stack([torch.tensor(a) - torch.tensor(b) for a, b in pairs]).mean(0))
+        lines.append(
+            f"| {title} | {more.mean:+.4f} ± {more.standard_error:.4f} | {more.mean / more.standard_error:+.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict], path: Path) -> None:
+    """Bits/dim by model: a dot a row and seed, uniform dequantization hollow and variational filled."""
+    titles = list(dict.fromkeys(row.title for row in ROWS.values()))
+    with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6.2, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for result in results.values():
+            row = ROWS[result["name"]]
+            estimate = Estimate.of(torch.tensor(result["weighted"]))
+            learned = row.config.noise == "variational"
+            color = "#0072b2" if learned else "#d55e00"
+            place = titles.index(row.title) + (0.12 if learned else -0.12)
+            axes.errorbar(
+                estimate.mean, place, xerr=estimate.standard_error, fmt="o", color=color, capsize=2, markersize=4,
+                markerfacecolor=color if learned else "white",
+            )  # fmt: skip
+        for noise, color, face in (("uniform", "#d55e00", "white"), ("variational", "#0072b2", "#0072b2")):
+            axes.plot([], [], "o", color=color, markerfacecolor=face, markersize=4, label=f"{noise} dequantization")
+        axes.set_yticks(range(len(titles)), titles)
+        axes.invert_yaxis()
+        axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images)")
+        axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+        axes.legend(frameon=False, loc="best")
+        with replacing(path) as beside:
+            figure.savefig(beside, dpi=200, format="png")
+
+
+if __name__ == "__main__":
+    main()
