@@ -130,6 +130,34 @@ def test_a_stack_inverts_and_its_logdet_is_that_of_its_jacobian(stack):
     torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_coupling_changes_the_odd_columns_given_the_even_ones_and_they_change_places():
+    """So the columns that one coupling keeps the next one changes, and an odd number leaves them exchanged."""
+    plain = replace(SMALL, pointwise=False)
+    x = draw(0, 1, 1, 4, 4)
+    once = redraw(Stack("stripe1", (1, 4, 4), plain))
+    twice = redraw(Stack("stripe2", (1, 4, 4), plain))
+    for flow in (once, twice):
+        for step in flow.steps[0]:
+            step[0] = Norm((1, 4, 2)).double()  # the identity
+    z = once(x)[0]
+    assert torch.equal(z[..., 1::2], x[..., 0::2])
+    torch.testing.assert_close(twice.steps[0][0][1](SPLITS["stripe"][0](x))[0][0], x[..., 0::2])
+    z = twice(x)[0]
+    assert not torch.isclose(z, x).any()
+    changed = x.clone()
+    changed[0, 0, 1, 3] += 0.5  # an odd column: the next coupling changes even columns given those
+    assert not torch.isclose(twice(changed)[0], z)[..., 0::2].all()
+
+
+def test_a_dequantizer_reads_even_and_odd_columns_as_channels():
+    dequantizer = Dequantizer(replace(TINY.dequantizer), (1, 4, 4))
+    pixels, seen = pixels_of(TINY, batch=2), []
+    dequantizer.context.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    dequantizer(pixels, draw(0, 2, 1, 4, 4, dtype=torch.float32))
+    centered = pixels / 256 - 0.5
+    assert torch.equal(seen[0], torch.cat((centered[..., 0::2], centered[..., 1::2]), dim=1))
+
+
 def test_the_logdet_of_the_model_is_that_of_its_jacobian():
     model = flowpp()
     x = torch.tanh(draw(0, 2, 1, 4, 4))
@@ -419,6 +447,7 @@ def test_a_stack_is_refused_or_its_shapes_fit(words):
 BAD = {
     "filters": ({"filters": 10}, "filters: expected a multiple of the 4 heads of attention; got 10"),
     "mixtures": ({"num_mixtures": 0}, "num_mixtures: expected an integer >= 1; got 0"),
+    "many mixtures": ({"num_mixtures": 65}, "num_mixtures: expected at most 64; got 65"),
     "coupling": ({"coupling": "spline"}, "coupling: expected one of mixture, affine; got 'spline'"),
     "attention": ({"attention": "linear"}, "attention: expected one of softmax, max, none; got 'linear'"),
     "word": ({"stack": "stripe4 pool"}, "stack: expected words squeeze, stripe<n> and channel<n>; got 'pool'"),
@@ -458,6 +487,7 @@ def test_bad_input_to_a_model_is_refused():
     for call, message in (
         (lambda: model(x[:, 0]), r"x: expected images of shape \(B, 1, 4, 4\); got \(2, 4, 4\)"),
         (lambda: model(x, torch.zeros(2)), "labels: expected None, since Flow"),
+        (lambda: model.inverse(x), r"z: expected shape \(B, \*\(4, 2, 2\)\); got \(2, 1, 4, 4\)"),
         (lambda: model.sample(0), "num: expected at least 1; got 0"),
         (lambda: model.sample(2, chunk_size=0), "chunk_size: expected at least 1; got 0"),
         (lambda: model.bounds(pixels_of(TINY), draws=0), "draws: expected at least 1; got 0"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_kernels import affine_forward, affine_inverse, mixture_logistic, mixture_logistic_inverse, scales
+from tarflow_kernels.mixture import MAX_COMPONENTS
 
 from .networks import ATTENTIONS, NUM_HEADS, Attention, Conditioner
 from .splits import SPLITS, Halves, squeeze, unsqueeze
@@ -37,6 +38,8 @@ class CouplingConfig:
 
     def __post_init__(self):
         check_positive(self, "num_mixtures", "filters", "blocks_per_coupling")
+        if self.num_mixtures > MAX_COMPONENTS:
+            raise ValueError(f"num_mixtures: expected at most {MAX_COMPONENTS}; got {self.num_mixtures}")
         check_one_of("coupling", self.coupling, ("mixture", "affine"))
         check_one_of("attention", self.attention, ATTENTIONS)
         if self.filters % NUM_HEADS:

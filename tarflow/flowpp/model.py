@@ -117,6 +117,12 @@ class FlowPPConfig(CouplingConfig):
         return self.in_channels, self.image_size, self.image_size
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C', H', W'), that of an image squeezed as often as the stack says."""
+        side = 2 ** self.stack.split().count("squeeze")
+        return self.in_channels * side**2, self.image_size // side, self.image_size // side
+
+    @property
     def num_dims(self) -> int:
         """The number of values in an image."""
         return math.prod(self.image_shape)
@@ -191,6 +197,8 @@ class FlowPP(ImageFlow):
     def inverse(self, z: Tensor, labels: None = None) -> Tensor:
         """Latent to image ``(B, C, H, W)``, within [-1.11, 1.11]: the inverse of :meth:`forward`."""
         check_no_labels(labels)
+        if z.shape[1:] != self.config.latent_shape:
+            raise ValueError(f"z: expected shape (B, *{self.config.latent_shape}); got {tuple(z.shape)}")
         y, _ = self.flow.inverse(z)
         return self._squash(y)
 
