@@ -26,6 +26,8 @@ MAX_COMPONENTS = 64
 MAX_EVALUATIONS = 64
 # A residual of so many units of rounding is nothing but that: a GPU's exponentials and logarithms are good to a few.
 ROUNDING = 8
+# Elements that are no faster by half.
+_FEW = 1024
 # Numbers of a temporary, so few that a CPU's cache still holds one when it is read: several times as fast as memory.
 _BLOCK = 2**17
 
@@ -285,11 +287,12 @@ def _newton(v: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor
         counts += ~done
         x, moved, last = torch.where(done, x, step), (step - x).abs(), size
         done = done | exact | (moved <= near) | (high - low <= near)
-        if _may_look(v) and 2 * int(done.sum()) >= len(done):
+        remaining = len(done) - int(done.sum()) if _may_look(v) else len(done)
+        if not remaining:
+            break
+        if 2 * remaining <= len(done) > _FEW:
             solved[places], counted[places] = x, counts
             left = (~done).nonzero().squeeze(1)
-            if not len(left):
-                return solved, counted
             places, x, v, low, high, last, done, counts, logits, means, s = (
                 t[..., left] for t in (places, x, v, low, high, last, done, counts, logits, means, s)
             )
