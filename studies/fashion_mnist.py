@@ -73,10 +73,10 @@ ROWS = {
 }
 
 
-def run(name: str, seed: int, out: Path) -> None:
+def run(name: str, steps: int, seed: int, out: Path) -> None:
     """Train a row, score it, and write what came out to ``results/``."""
-    config = replace(ROWS[name].config, seed=seed)
-    folder = out / f"{name}-{seed}"
+    config = replace(ROWS[name].config, max_steps=steps, seed=seed)
+    folder = out / f"{name}-{steps}-{seed}"
     began = time.perf_counter()
     finished = (folder / "trajectory.png").exists()  # the last that a run writes
     model = ImageFlow.from_pretrained(folder) if finished else train(config, folder)
@@ -99,7 +99,7 @@ def run(name: str, seed: int, out: Path) -> None:
         "config": asdict(config),
     }
     RESULTS.mkdir(exist_ok=True)
-    with replacing(RESULTS / f"{name}-{seed}.json") as path:
+    with replacing(RESULTS / f"{folder.name}.json") as path:
         path.write_text(json.dumps(result, default=str) + "\n")
     print(f"{name}: {Estimate.of(one_sample)} by one sample, {Estimate.of(weighted)} by {DRAWS}", flush=True)
 
@@ -121,11 +121,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("--steps", type=int, default=COMMON["max_steps"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs go")
     command = parser.parse_args()
     for name in command.names or ROWS:
-        run(name, command.seed, command.out)
+        run(name, command.steps, command.seed, command.out)
 
 
 if __name__ == "__main__":

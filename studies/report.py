@@ -10,7 +10,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fashion_mnist import RESULTS, ROWS
+from fashion_mnist import COMMON, RESULTS, ROWS
 from tarflow.evaluation import Estimate
 from tarflow.files import replacing
 
@@ -31,7 +31,7 @@ DIFFERENCES = {
 
 def main() -> None:
     """Print, splice, draw."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     text = f"{table(results)}\n\n{differences(results)}"
     print(text)
     readme = ROOT / "README.md"
@@ -42,53 +42,58 @@ def main() -> None:
     draw(results, ROOT / "docs" / "study.png")
 
 
-def table(results: dict[str, dict]) -> str:
-    """A line a row and seed, in Markdown."""
+def table(results: list[dict]) -> str:
+    """A line a result, in Markdown."""
     lines = [
-        "| model | dequantization | parameters | one sample | weighted | round trip | training | row, seed |",
+        "| model | dequantization | parameters | one sample | weighted | round trip | training | row, steps, seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in ROWS.items():
         title = f"| {row.title} | {row.config.noise}"
-        known = [result for result in results.values() if result["name"] == name]
+        known = [result for result in results if result["name"] == name]
         lines += [f"{title} | – | not measured | not measured | – | – | `{name}` |"] * (not known)
         for result in known:
             one, weighted = (Estimate.of(torch.tensor(result[what])) for what in ("one_sample", "weighted"))
             minutes = "–" if result["seconds"] is None else f"{result['seconds'] / 60:.0f} min"
             lines.append(
                 f"{title} | {result['parameters']:,} | {one.mean:.3f} ± {one.standard_error:.3f} "
-                f"| {weighted.mean:.3f} ± {weighted.standard_error:.3f} "
-                f"| {result['round_trip']['max']:.0e} | {minutes} | `{name}`, {result['seed']} |"
+                f"| {weighted.mean:.3f} ± {weighted.standard_error:.3f} | {result['round_trip']['max']:.0e} "
+                f"| {minutes} | `{name}`, {steps_of(result):,}, {result['seed']} |"
             )
     return "\n".join(lines)
 
 
-def differences(results: dict[str, dict]) -> str:
-    """What is lost, image by image, in importance-weighted bits/dim; the mean over seeds that both rows have."""
-    lines = ["| lost | bits/dim, paired over images | standard errors |", "| --- | --- | --- |"]
+def differences(results: list[dict]) -> str:
+    """What is lost, image by image, in importance-weighted bits/dim, at equal steps and seeds."""
+    lines = ["| lost | steps | bits/dim, paired over images | standard errors |", "| --- | --- | --- | --- |"]
     for title, (name, against) in DIFFERENCES.items():
-        pairs = [
-            (result["weighted"], results[f"{against}-{result['seed']}"]["weighted"])
-            for result in results.values()
-            if result["name"] == name and f"{against}-{result['seed']}" in results
-        ]
-        if not pairs:
-            lines.append(f"| {title} | not measured | – |")
-            continue
-        more = Estimate.of(torch.stack([torch.tensor(a) - torch.tensor(b) for a, b in pairs]).mean(0))
-        lines.append(
-            f"| {title} | {more.mean:+.4f} ± {more.standard_error:.4f} | {more.mean / more.standard_error:+.0f} |"
-        )
+        others = {(steps_of(other), other["seed"]): other for other in results if other["name"] == against}
+        for result in (result for result in results if result["name"] == name):
+            other = others.get((steps_of(result), result["seed"]))
+            if other is None:
+                continue
+            more = Estimate.of(torch.tensor(result["weighted"]) - torch.tensor(other["weighted"]))
+            lines.append(
+                f"| {title} | {steps_of(result):,} | {more.mean:+.4f} ± {more.standard_error:.4f} "
+                f"| {more.mean / more.standard_error:+.0f} |"
+            )
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict], path: Path) -> None:
-    """Bits/dim by model: a dot a row and seed, uniform dequantization hollow and variational filled."""
+def steps_of(result: dict) -> int:
+    """How long it was trained."""
+    return result["config"]["max_steps"]
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Bits/dim by model after the usual number of steps: uniform dequantization hollow and variational filled."""
     titles = list(dict.fromkeys(row.title for row in ROWS.values()))
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.2, 2.6), layout="constrained")
         axes = figure.subplots()
-        for result in results.values():
+        for result in results:
+            if steps_of(result) != COMMON["max_steps"]:
+                continue
             row = ROWS[result["name"]]
             estimate = Estimate.of(torch.tensor(result["weighted"]))
             learned = row.config.noise == "variational"
@@ -104,7 +109,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
-        axes.legend(frameon=False, loc="best")
+        axes.legend(framealpha=1, edgecolor="none", loc="upper right")
         with replacing(path) as beside:
             figure.savefig(beside, dpi=200, format="png")
 
