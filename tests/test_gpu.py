@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import tarflow_kernels
 from helpers import DEVICE, randomize
-from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
+from tarflow import Decoder, FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig
 from tarflow.decoding.graphs import Replayed
 from tarflow_kernels import (
     affine_forward,
@@ -252,8 +252,9 @@ def test_one_graph_goes_from_token_to_token():
 
 @pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
-def test_replayed_graphs_decode_as_launched_kernels_do(monkeypatch, decoder, guidance):
-    flow = small_model(num_classes=3).flow
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
+def test_replayed_graphs_decode_as_launched_kernels_do(monkeypatch, coupling, decoder, guidance):
+    flow = small_model(num_classes=3, coupling=coupling).flow
     z, labels = torch.randn(5, 16, 48), torch.tensor([0, 1, 2, -1, 0])
     reports: dict[bool, list[int]] = {}
     tokens = []
@@ -278,6 +279,23 @@ def test_decoders_agree_with_float64_on_the_reference(decoder, dtype):
         tokens = model.flow.inverse(z, labels, guidance, decoder)
     rounding = 1e-3 if dtype == torch.float32 else 0.1
     assert (tokens - expected).square().mean().sqrt() <= rounding + decoder.tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flowpp_scores_as_on_a_cpu_and_its_images_return(dtype):
+    config = FlowPPConfig(image_size=16, in_channels=3, num_mixtures=32, stack="stripe2 squeeze channel2")
+    pixels = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    model = FlowPP(config)
+    model.initialize(pixels)
+    x = model.dequantize(pixels)[0].detach()
+    expected = copy.deepcopy(model).cpu().double().log_prob(x.cpu().double())
+    with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype == torch.bfloat16):
+        z, _ = model(x)
+        scores = model.log_prob(x)
+        back = model.inverse(z)
+    per_value = (scores.cpu() - expected).abs().max() / config.num_dims
+    assert per_value < (1e-4 if dtype == torch.float32 else 0.05)
+    assert ((back - x) * 128).abs().max() < 0.05
 
 
 def test_a_training_step_is_captured_whole():
