@@ -102,7 +102,9 @@ def contenders(results: Results) -> str:
         names = list(dict.fromkeys(name for row in rows for name in row.get("contenders", ())))
         cells = [[f"{row['op']}, {_shape(row)}", *(_median(row, name) for name in names)] for row in rows]
         reasons = _reasons(rows)
-        parts.append(f"{_where(result)}\n\n{_table(('median in ms', *names), cells)}{reasons}")
+        parts.append(
+            f"{_where(rows or [*result['rows'].values()])}\n\n{_table(('median in ms', *names), cells)}{reasons}"
+        )
     return "\n\n".join(parts)
 
 
@@ -125,7 +127,7 @@ def profiles(results: Results) -> str:
 
 def targets(results: Results) -> str:
     """What is meant to be reached, on an H100 in bfloat16 or on a CPU, and what each device reaches."""
-    devices = {_machine(result)["device"]: result for result in results.values()}
+    devices = {_machine(result["rows"].values())["device"]: result for result in results.values()}
     if not any(map(_is_gpu, devices.values())):
         devices["H100"] = None
     cells = [
@@ -158,7 +160,7 @@ def _by_device(
     for result in results.values():
         rows = [row for row in result["rows"].values() if keep(row)]
         lines = [line for row in rows for line in cells(row)]
-        parts.append(f"{_where(result)}\n\n{_table(head, lines)}{below(rows)}")
+        parts.append(f"{_where(rows or [*result['rows'].values()])}\n\n{_table(head, lines)}{below(rows)}")
     return "\n\n".join(parts)
 
 
@@ -281,26 +283,32 @@ def _is_sampling(row: Record) -> bool:
 
 
 def _is_gpu(result: Record) -> bool:
-    return "threads" not in _machine(result)["driver"]
+    return _on_gpu(_machine(result["rows"].values()))
 
 
-def _machine(result: Record) -> Record:
-    """Where the rows were measured, the latest of them."""
-    return max(result["rows"].values(), key=lambda row: row.get("measured", ""))["machine"]
+def _on_gpu(machine: Record) -> bool:
+    return "threads" not in machine["driver"]
 
 
-def _where(result: Record) -> str:
-    """The device, its software and its ceilings."""
-    machine = _machine(result)
+def _machine(rows: Iterable[Record]) -> Record:
+    """Where rows were measured, the latest of them."""
+    return max(rows, key=lambda row: row.get("measured", ""))["machine"]
+
+
+def _where(rows: list[Record]) -> str:
+    """The device, its software and its ceilings, and all commits that the rows are of."""
+    rows = sorted(rows, key=lambda row: row.get("measured", ""))
+    machine = _machine(rows)
+    commits = list(dict.fromkeys(row["machine"]["commit"] for row in rows))
     text = (
-        f"{machine['device']}, {'driver ' if _is_gpu(result) else ''}{machine['driver']}, torch {machine['torch']}, "
-        f"triton {machine['triton']}, commit {machine['commit']}"
+        f"{machine['device']}, {'driver ' * _on_gpu(machine)}{machine['driver']}, torch {machine['torch']}, "
+        f"triton {machine['triton']}, commit {', '.join(commits)}"
     )
-    rows = sorted((row for row in result["rows"].values() if "ceilings" in row), key=lambda row: row["measured"])
-    if not rows:
+    measured = [row for row in rows if "ceilings" in row]
+    if not measured:
         return text
-    copy = rows[-1]["ceilings"]["copy_bytes_per_second"] / 1e9
-    matrices = {row["dtype"]: row["ceilings"]["matrix_operations_per_second"] / 1e12 for row in rows}
+    copy = measured[-1]["ceilings"]["copy_bytes_per_second"] / 1e9
+    matrices = {row["dtype"]: row["ceilings"]["matrix_operations_per_second"] / 1e12 for row in measured}
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in matrices.items())
     return f"{text}. Measured limits: copy {copy:.4g} GB/s; matrices {rates}."
 
