@@ -6,6 +6,7 @@ Layers are compared with the specification written plainly, with loops where tha
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -219,6 +220,14 @@ def test_the_importance_weighted_bound_rises_to_the_exact_probability_and_one_sa
     assert (bounds.flatten().logsumexp(0) - math.log(bounds.numel())).item() == pytest.approx(exact, abs=0.2)
 
 
+def test_bounds_are_densities_in_units_of_pixels():
+    model = flowpp(dequantizer=None).float()
+    pixels = pixels_of(TINY)
+    x, _ = model.dequantize(pixels, torch.Generator().manual_seed(0))
+    (bound,) = model.bounds(pixels, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bound, model.log_prob(x).double() - 16 * math.log(128), rtol=0, atol=1e-6)
+
+
 def test_discrete_log_prob_is_the_log_mean_of_the_bounds():
     model = flowpp()
     pixels = pixels_of(TINY)
@@ -327,6 +336,43 @@ def test_a_gated_convolution_is_the_formula():
     value, opening = F.conv2d(celu(h), layer.out.weight, layer.out.bias).chunk(2, dim=1)
     torch.testing.assert_close(layer(x, context), x + value * opening.sigmoid())
     torch.testing.assert_close(concat_elu(x), celu(x))
+
+
+@pytest.mark.parametrize("layer", [GatedConv, partial(GatedAttention, attention="softmax")], ids=["conv", "attention"])
+def test_dropout_is_for_training(layer):
+    layer = redraw(layer(8, dropout=0.5, weight_norm=False))
+    x = draw(0, 2, 8, 3, 2)
+    other = () if isinstance(layer, GatedConv) else (draw(1, 8, 3, 2),)
+    assert not torch.equal(layer(x, *other), layer(x, *other))
+    layer.eval()
+    assert torch.equal(layer(x, *other), layer(x, *other))
+
+
+def test_a_normalized_weight_has_a_direction_alone():
+    layer = redraw(Conv(3, 5, 3, weight_norm=True))
+    x = draw(0, 2, 3, 4, 4)
+    expected = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(7)
+        torch.testing.assert_close(layer(x), expected)
+        layer.gain.mul_(2)
+        bias = layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x) - bias, 2 * (expected - bias))
+
+
+@pytest.mark.parametrize("elu_output", [False, True])
+def test_the_output_of_a_conditioner_is_in_full_precision_and_behind_a_concat_elu_if_told(elu_output):
+    network = Conditioner(
+        2, 6, (4, 4), 8, 1, attention="softmax", elu_output=elu_output, dropout=0.0, weight_norm=False
+    )
+    before, seen = [], []
+    network.blocks[-1].register_forward_hook(lambda module, inputs, output: before.append(output))
+    network.proj_out.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(draw(0, 2, 2, 4, 4, dtype=torch.float32))
+    ((h, out),) = seen
+    assert h.dtype == out.dtype == torch.float32
+    torch.testing.assert_close(h, (concat_elu(before[0]) if elu_output else before[0]).float())
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
