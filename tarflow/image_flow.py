@@ -86,6 +86,10 @@ class ImageFlow(nn.Module):
             draws: K, the importance-weighted samples.
             generator: of the noise, on the device of the model.
 
+        Raises:
+            TypeError: pixels are not uint8.
+            ValueError: pixels of another shape, labels that do not fit, draws below 1.
+
         Source: importance weighting, Burda et al. (arXiv 1509.00519).
         """
         return log_mean_exp(self.bounds(pixels, labels, draws, generator))
@@ -95,10 +99,12 @@ class ImageFlow(nn.Module):
     ) -> Tensor:
         """What :meth:`discrete_log_prob` averages: ``log p(pixels + u_k) - log q(u_k | pixels)``, float64 ``(K, B)``.
 
-        Its mean over the draws is the one-sample bound, with less variance than a single sample has.
+        Its mean over the draws is the one-sample bound, with less variance than a single sample has. Arguments and
+        errors are those of :meth:`discrete_log_prob`.
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels: expected uint8; got {pixels.dtype}")
+        self._check_shape(pixels, "pixels")
         if draws < 1:
             raise ValueError(f"draws: expected at least 1; got {draws}")
         bounds = []
@@ -185,13 +191,16 @@ class ImageFlow(nn.Module):
             raise ValueError(f"{folder / 'config.json'}: expected the configuration of a {name}; {error}") from error
 
     def _check(self, x: Tensor, name: str) -> None:
-        expected = self.config.image_shape
-        if x.dim() != 4 or x.shape[1:] != expected:
-            raise ValueError(
-                f"{name}: expected images of shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}"
-            )
+        self._check_shape(x, name)
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected floating-point images in [-1, 1]; got {x.dtype}")
+
+    def _check_shape(self, images: Tensor, name: str) -> None:
+        expected = self.config.image_shape
+        if images.dim() != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"{name}: expected images of shape (B, {', '.join(map(str, expected))}); got {tuple(images.shape)}"
+            )
 
 
 def log_mean_exp(bounds: Tensor) -> Tensor:

@@ -515,6 +515,11 @@ def test_a_dequantizer_is_one_of_columns():
         DequantizerConfig(stack="squeeze stripe4")
 
 
+def test_attention_in_a_context_needs_whole_heads():
+    with pytest.raises(ValueError, match="context_filters: expected a multiple of the 4 heads of attention; got 6"):
+        DequantizerConfig(context_filters=6, context_attention="softmax")
+
+
 def test_a_context_of_the_wrong_shape_is_refused():
     flow = Stack("stripe1", (1, 4, 4), SMALL, context_channels=3)
     x = torch.zeros(2, 1, 4, 4)
@@ -537,6 +542,7 @@ def test_bad_input_to_a_model_is_refused():
         (lambda: model.sample(0), "num: expected at least 1; got 0"),
         (lambda: model.sample(2, chunk_size=0), "chunk_size: expected at least 1; got 0"),
         (lambda: model.bounds(pixels_of(TINY), draws=0), "draws: expected at least 1; got 0"),
+        (lambda: model.bounds(pixels_of(TINY)[..., :2]), r"pixels: expected images of shape .*; got \(3, 1, 4, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..noise import log_normal, to_image
 from .layers import CouplingConfig, Stack, check_one_of, check_positive
-from .networks import ATTENTIONS, Attention, ContextNetwork
+from .networks import ATTENTIONS, NUM_HEADS, Attention, ContextNetwork
 from .splits import split_stripes
 
 
@@ -48,6 +48,11 @@ class DequantizerConfig(CouplingConfig):
         super().__post_init__()
         check_positive(self, "context_filters", "context_blocks")
         check_one_of("context_attention", self.context_attention, ATTENTIONS)
+        if self.context_attention != "none" and self.context_filters % NUM_HEADS:
+            raise ValueError(
+                f"context_filters: expected a multiple of the {NUM_HEADS} heads of attention; "
+                f"got {self.context_filters}"
+            )
         if any(not word.startswith("stripe") for word in self.stack.split()):
             raise ValueError(f"stack: expected levels stripe<n> alone in a dequantizer; got {self.stack!r}")
 

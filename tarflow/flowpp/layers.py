@@ -104,8 +104,8 @@ class Pointwise(nn.Module):
 
     def inverse(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
         """``x = W^-1 y``."""
-        inverse = torch.linalg.inv(self.weight.double()).to(self.weight.dtype)
-        return self._multiply(halves, inverse), -self._logdet(halves)
+        inverse, _ = torch.linalg.inv_ex(self.weight.double())  # which does not wait to see whether there is one
+        return self._multiply(halves, inverse.to(self.weight.dtype)), -self._logdet(halves)
 
     def _multiply(self, halves: Halves, weight: Tensor) -> Halves:
         with torch.autocast(weight.device.type, enabled=False):
