@@ -332,7 +332,7 @@ def test_a_gated_convolution_is_the_formula():
         return torch.cat((F.elu(t), F.elu(-t)), 1)
 
     h = F.conv2d(celu(x), layer.conv.weight, layer.conv.bias, padding=1)
-    h = h + F.conv2d(celu(context), layer.context.weight, layer.context.bias)
+    h = h + F.conv2d(context, layer.context.weight, layer.context.bias)
     value, opening = F.conv2d(celu(h), layer.out.weight, layer.out.bias).chunk(2, dim=1)
     torch.testing.assert_close(layer(x, context), x + value * opening.sigmoid())
     torch.testing.assert_close(concat_elu(x), celu(x))

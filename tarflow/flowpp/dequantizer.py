@@ -63,7 +63,7 @@ class Dequantizer(nn.Module):
     def __init__(self, config: DequantizerConfig, shape: tuple[int, int, int]):
         super().__init__()
         channels, height, width = shape
-        self.flow = Stack(config.stack, shape, config, context_channels=config.context_filters)
+        self.flow = Stack(config.stack, shape, config, context_channels=2 * config.context_filters)
         self.context = ContextNetwork(
             2 * channels,
             (height, width // 2),

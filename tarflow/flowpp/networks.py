@@ -82,7 +82,7 @@ def gate(x: Tensor) -> Tensor:
 
 
 class GatedConv(nn.Module):
-    """``x + gate(conv(dropout(celu(conv3x3(celu(x)) + conv1x1(celu(context))))))``.
+    """``x + gate(conv(dropout(celu(conv3x3(celu(x)) + conv1x1(context)))))``.
 
     Args:
         channels, context_channels: of x and of the context; 0 for none.
@@ -92,7 +92,7 @@ class GatedConv(nn.Module):
     def __init__(self, channels: int, context_channels: int = 0, *, size: int = 1, dropout: float, weight_norm: bool):
         super().__init__()
         self.conv = Conv(2 * channels, channels, 3, weight_norm=weight_norm)
-        self.context = Conv(2 * context_channels, channels, 1, weight_norm=weight_norm) if context_channels else None
+        self.context = Conv(context_channels, channels, 1, weight_norm=weight_norm) if context_channels else None
         self.dropout = nn.Dropout(dropout)
         self.out = Conv(2 * channels, 2 * channels, size, init_scale=0.1, weight_norm=weight_norm)
 
@@ -100,7 +100,7 @@ class GatedConv(nn.Module):
         """``(B, C, H, W)`` to the same."""
         h = self.conv(concat_elu(x))
         if self.context is not None:
-            h = h + self.context(concat_elu(context))
+            h = h + self.context(context)
         return x + gate(self.out(self.dropout(concat_elu(h))))
 
 
@@ -209,7 +209,7 @@ class Conditioner(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """What the dequantizer sees of an image: ``(B, inputs, H, W)`` to ``(B, channels, H, W)``."""
+    """What the dequantizer sees of an image: ``(B, inputs, H, W)`` to ``(B, 2 channels, H, W)``."""
 
     def __init__(
         self,
@@ -232,8 +232,8 @@ class ContextNetwork(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The context of every coupling."""
+        """The context of every coupling, with the concat-ELU that all of their gated convolutions begin with."""
         h = self.proj_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = block(h, self.pos_embed)
-        return h
+        return concat_elu(h)
