@@ -6,17 +6,23 @@ from .attention import causal_attention
 from .decode import KVCache, decode_attention
 from .dispatch import use_backend
 from .embed import embed_next
+from .incremental import MaskedNetwork, fixed_point_inverse, incremental_inverse
 from .mixture import mixture_logistic, mixture_logistic_inverse
 from .norm import residual_norm
+from .self_attention import CausalSelfAttention
 
 __all__ = [
+    "CausalSelfAttention",
     "KVCache",
+    "MaskedNetwork",
     "affine_forward",
     "affine_inverse",
     "causal_attention",
     "decode_attention",
     "embed_next",
+    "fixed_point_inverse",
     "guided_affine_inverse",
+    "incremental_inverse",
     "mixture_logistic",
     "mixture_logistic_inverse",
     "reference",

@@ -1,0 +1,52 @@
+"""Gradients of an inverse that was found without any: those of the implicit function."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .incremental import fixed_point_inverse
+
+
+def with_gradients(x: Tensor, y: Tensor, conditioner: Callable, forward: Callable) -> Tensor:
+    """The given x, with the gradients of the inverse of the autoregressive map ``y_i = f(x_i; parameters_i(x_<i))``.
+
+    For a gradient g of x, that of y is the solution of ``J^T lambda = g``, where J = dy/dx is triangular in the order
+    of the features: its diagonal is that of f, all else goes through the network. It is found by at most D passes
+    backward, and fewer where nothing changes any more; what made the parameters gets ``-lambda dy/dparameters``.
+    Once differentiable.
+
+    Args:
+        x: ``(B, D)``, the solution.
+        y: ``(B, D)``, what it solves for.
+        conditioner: ``x -> parameters``, any nest of tensors.
+        forward: ``(x, parameters) -> y``, element by element.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    element, seen = (x.detach().requires_grad_() for _ in range(2))
+    made = forward(element, conditioner(seen))
+    return _Inverse.apply(y - made, x, made, element, seen)
+
+
+class _Inverse(torch.autograd.Function):
+    """Of the residual ``y - f(x)``, which is zero: ``x + J^-1 (y - f(x))``."""
+
+    @staticmethod
+    def forward(ctx, residual, x, made, element, seen):
+        ctx.made, ctx.element, ctx.seen = made, element, seen
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        made, element, seen = ctx.made, ctx.element, ctx.seen
+        (diagonal,) = torch.autograd.grad(made.sum(), element, retain_graph=True)
+
+        def update(solution):
+            (before,) = torch.autograd.grad(made, seen, solution, retain_graph=True)
+            return (grad - before) / diagonal
+
+        solution, _ = fixed_point_inverse(update, grad / diagonal, grad.shape[-1])
+        return solution, None, None, None, None

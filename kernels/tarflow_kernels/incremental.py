@@ -1,0 +1,402 @@
+"""The exact inverse of a masked autoregressive network, at the cost of about one forward pass.
+
+A masked network (MADE, arXiv 1502.03509) makes the parameters of feature i from the features before it, so that
+inverting an element-wise map ``y_i = f(x_i; parameters_i)`` takes one step per feature. The usual implementation runs
+the whole network in each. But a hidden unit is complete once the last feature that it sees is known, its *degree*.
+With units in the order of their degrees, a step evaluates those that it completes, from the activations of those
+before them, which lie side by side: each weight is used once, and the masks' zeros hardly ever. It is what a key-value
+cache is to a transformer.
+
+Like a blocked triangular solve, a window of steps first takes in all that lies before it by one large product per
+layer, and each step then only what the window itself has found. Activations are ``(units, B)``: what a step reads and
+writes is contiguous.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_same_device
+
+# Steps whose contributions to each other are added one by one.
+_WINDOW = 8
+# So few rows are tried by fixed-point iteration first: a step costs what its operators cost, not what they compute.
+_FEW_ROWS = 64
+
+Inverse = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class MaskedLayer(Protocol):
+    """``x (weight * mask)^T + bias``, as the masked linear layers of zuko, nflows, normflows and Pyro hold them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+
+
+class Linear(NamedTuple):
+    """The sum of masked linear layers, each of one earlier node."""
+
+    terms: tuple[tuple[int, MaskedLayer], ...]
+
+
+class Map(NamedTuple):
+    """A function of earlier nodes, unit by unit, and of tensors ``(units,)`` or ``(B, units)`` beside them."""
+
+    function: Callable[..., Tensor]
+    sources: tuple[int, ...]
+    extras: tuple[Tensor, ...]
+
+
+class MaskedNetwork:
+    """How a network makes the parameters of every feature: a list of nodes, which are vectors of units.
+
+    Node 0 is the input, ``features`` of them, with the ``context`` behind or before them where it is an input too. The
+    last node that is added is the output. Which unit sees which feature is read from the masks.
+
+    Args:
+        features: D.
+        context: ``(B, C)``, where the first layer takes it beside the features.
+        context_first: whether it lies before them.
+        parameters_first: whether unit ``p D + i`` of the output is parameter p of feature i, and not unit ``i P + p``.
+
+    >>> layer = torch.nn.Linear(2, 2)  # the shift of the second feature is seen by the first
+    >>> layer.mask = torch.tensor([[0, 0], [1, 0]])
+    >>> network = MaskedNetwork(2)
+    >>> _ = network.linear((0, layer))
+    >>> y = torch.randn(5, 2)
+    >>> x, shift = incremental_inverse(network, y, lambda y, parameters, features: y - parameters[..., 0])
+    >>> torch.allclose(x + torch.nn.functional.linear(x, layer.weight * layer.mask, layer.bias), y, atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: Tensor | None = None,
+        *,
+        context_first: bool = False,
+        parameters_first: bool = False,
+    ):
+        self.features, self.context = features, context
+        self.context_first, self.parameters_first = context_first, parameters_first
+        self.nodes: list[Linear | Map] = []
+
+    def linear(self, *terms: tuple[int, MaskedLayer]) -> int:
+        """Add the sum of masked linear layers, each of an earlier node, and return its number."""
+        return self._add(Linear(terms))
+
+    def map(self, function: Callable[..., Tensor], *sources: int, extras: Sequence[Tensor] = ()) -> int:
+        """Add ``function(*sources, *extras)``, unit by unit, and return its number.
+
+        The function must not care which way units and rows lie: it is given ``(B, units)`` or ``(units, B)``.
+        """
+        return self._add(Map(function, sources, tuple(extras)))
+
+    @property
+    def layers(self) -> list[MaskedLayer]:
+        """All masked layers."""
+        return [layer for node in self.nodes if isinstance(node, Linear) for _, layer in node.terms]
+
+    def _add(self, node: Linear | Map) -> int:
+        self.nodes.append(node)
+        return len(self.nodes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """In which step and order units are evaluated; it depends on masks alone.
+
+    Attributes:
+        steps: how many.
+        features: the features in the order of their steps.
+        orders: the units of every node in the order of their degrees, without those that see the last step and are of
+            no use to any; of the input all, its context first.
+        ends: how many units of every node have degrees below 0, 1, ..., steps.
+        picks: of every map, for each of its sources, where its units lie there; None where in the same order.
+    """
+
+    steps: int
+    features: Tensor
+    orders: list[Tensor]
+    ends: list[list[int]]
+    picks: list[list[Tensor | None]]
+
+
+def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
+    """The x with ``y_i = f(x_i; parameters_i)``, where the network makes ``parameters_i`` from features before i.
+
+    Exact up to rounding, whatever the order of the features or the depth of their graph: features that do not depend
+    on each other are found in one step. Up to 64 rows, and any number on a GPU, are first tried by fixed-point
+    iteration with the whole network, which is as exact where it comes to rest, and is given up where it does not soon.
+
+    Args:
+        network: what makes the parameters; its layers in the dtype of y and on its device.
+        y: ``(B, D)``.
+        inverse: of f, ``inverse(y, parameters, features) -> x``, element by element: y and x ``(B, d)``, parameters
+            ``(B, d, P)`` with any strides, and ``features``, int64 ``(d,)``, which features these are.
+
+    Returns:
+        x ``(B, D)``, and the parameters ``(B, D, P)`` at x, any strides, of which a log-det needs no other pass.
+        Without gradients.
+
+    Raises:
+        ValueError: y is not ``(B, D)``, lies on another device, or a feature depends on itself by way of the masks.
+        TypeError: y and the weights differ in dtype.
+    """
+    _check(network, y)
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        plan = _plan_of(network)
+        if not y.is_cpu or len(y) <= _FEW_ROWS:
+            found = _at_rest(network, plan.steps, y, inverse)
+            if found is not None:
+                return found
+        return _step_by_step(network, plan, y, inverse)
+
+
+def fixed_point_inverse(update: Callable[[Tensor], Tensor], start: Tensor, passes: int) -> tuple[Tensor, bool]:
+    """``x <- update(x)`` until nothing changes, and whether it came to that within so many passes.
+
+    With ``update(x) = inverse(y, parameters(x))`` of an autoregressive network it is the inverse of that of which
+    nothing is known but this: feature i is exact after as many passes as features lie before it, and one more, so
+    after D passes all are, at rest or not. Each pass waits for the device.
+    """
+    x = start
+    for _ in range(passes):
+        previous, x = x, update(x)
+        if torch.equal(previous, x):
+            return x, True
+    return x, False
+
+
+def _check(network: MaskedNetwork, y: Tensor) -> None:
+    if y.dim() != 2 or y.shape[1] != network.features:
+        raise ValueError(f"y: expected shape (B, {network.features}); got {tuple(y.shape)}")
+    weight = network.layers[0].weight
+    if y.dtype != weight.dtype:
+        raise TypeError(f"y: expected the dtype of the network, {weight.dtype}; got {y.dtype}")
+    check_same_device(network=weight, y=y)
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+_plans: WeakKeyDictionary[MaskedLayer, tuple[tuple, list[Tensor], _Plan]] = WeakKeyDictionary()
+
+
+def _plan_of(network: MaskedNetwork) -> _Plan:
+    """Made once, and anew where the masks are others or have changed."""
+    layers = network.layers
+    masks = [layer.mask for layer in layers]
+    sources = tuple(_sources(node) for node in network.nodes)
+    form = sources, tuple(mask._version for mask in masks), network.features, network.parameters_first
+    known = _plans.get(layers[0])
+    if known is None or known[0] != form or any(a is not b for a, b in zip(known[1], masks, strict=True)):
+        known = _plans[layers[0]] = form, masks, _plan(network)
+    return known[2]
+
+
+def _plan(network: MaskedNetwork) -> _Plan:
+    seen = _seen(network)
+    owners = _owners(network, len(seen[-1]))
+    step = _generations(torch.stack([seen[-1][owners == i].any(0) for i in range(network.features)]))
+    steps, features = int(step.max()) + 1, step.argsort(stable=True)
+    # A unit is complete before the step after the last that it sees.
+    degrees = [((step + 1) * units).amax(1) for units in seen]
+    orders = [degree.argsort(stable=True) for degree in degrees]
+    # Parameters are wanted when their feature is, and side by side.
+    degrees[-1], orders[-1] = step[owners], features.argsort()[owners].argsort(stable=True)
+    ends = [[0, *torch.bincount(degree, minlength=steps).cumsum(0)[:steps].tolist()] for degree in degrees]
+    device = network.layers[0].mask.device
+    kept = [orders[0], *(order[: end[-1]] for order, end in zip(orders[1:], ends[1:], strict=True))]
+    picks = [
+        [_pick(kept[k], orders[source], device) for source in node.sources] if isinstance(node, Map) else []
+        for k, node in enumerate(network.nodes, 1)
+    ]
+    return _Plan(steps, features.to(device), [order.to(device) for order in kept], ends, picks)
+
+
+def _sources(node: Linear | Map) -> tuple[int, ...]:
+    return tuple(source for source, _ in node.terms) if isinstance(node, Linear) else node.sources
+
+
+def _seen(network: MaskedNetwork) -> list[Tensor]:
+    """Of every node, which unit sees which feature, ``(units, D)``."""
+    known = 0 if network.context is None else network.context.shape[-1]
+    inputs = [torch.eye(network.features, dtype=torch.bool), torch.zeros(known, network.features, dtype=torch.bool)]
+    seen = [torch.cat(inputs[::-1] if network.context_first else inputs)]
+    for node in network.nodes:
+        if isinstance(node, Linear):
+            parts = [(layer.mask.cpu() != 0).float() @ seen[source].float() > 0 for source, layer in node.terms]
+        else:
+            parts = [seen[source] for source in node.sources]
+        seen.append(torch.stack(parts).any(0))
+    return seen
+
+
+def _owners(network: MaskedNetwork, outputs: int) -> Tensor:
+    """Of every unit of the output, the feature whose parameter it is."""
+    if outputs % network.features:
+        raise ValueError(f"network: expected as many outputs for each of {network.features} features; got {outputs}")
+    owners, parameters = torch.arange(network.features), outputs // network.features
+    return owners.repeat(parameters) if network.parameters_first else owners.repeat_interleave(parameters)
+
+
+def _generations(depends: Tensor) -> Tensor:
+    """The step of each feature: the first after those of all that it depends on."""
+    step, waiting = torch.full((len(depends),), -1), depends.sum(1)
+    for now in count():
+        ready = (waiting == 0) & (step < 0)
+        if not ready.any():
+            break
+        step[ready] = now
+        waiting -= depends[:, ready].sum(1)
+    if (step < 0).any():
+        raise ValueError("network: expected masks by which no feature depends on itself; got some that do")
+    return step
+
+
+def _pick(order: Tensor, source: Tensor, device: torch.device) -> Tensor | None:
+    pick = source.argsort()[order]
+    return None if torch.equal(pick, torch.arange(len(pick))) else pick.to(device)
+
+
+# All features at once, again and again --------------------------------------------------------------------------------
+
+
+def _at_rest(network: MaskedNetwork, steps: int, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor] | None:
+    """The fixed point, where it is reached in a quarter of the steps; or half of them, where launches cost most."""
+    parameters = _whole(network)
+    features = torch.arange(network.features, device=y.device)
+    passes = max(steps // (4 if y.is_cpu else 2), 2)
+    x, rests = fixed_point_inverse(lambda x: inverse(y, parameters(x), features), torch.zeros_like(y), passes)
+    return (x, parameters(x)) if rests else None
+
+
+def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
+    """The parameters ``(B, D, P)`` as a function of x, of weights that are masked once."""
+    weights = [
+        [layer.weight * layer.mask for _, layer in node.terms] if isinstance(node, Linear) else []
+        for node in network.nodes
+    ]
+
+    def parameters(x: Tensor) -> Tensor:
+        inputs = [x] if network.context is None else [x, network.context]
+        values = [torch.cat(inputs[::-1] if network.context_first else inputs, -1)]
+        for node, masked in zip(network.nodes, weights, strict=True):
+            if isinstance(node, Linear):
+                terms = zip(node.terms, masked, strict=True)
+                values.append(sum(F.linear(values[source], weight, layer.bias) for (source, layer), weight in terms))
+            else:
+                values.append(node.function(*(values[source] for source in node.sources), *node.extras))
+        if network.parameters_first:
+            return values[-1].unflatten(-1, (-1, network.features)).transpose(-1, -2)
+        return values[-1].unflatten(-1, (network.features, -1))
+
+    return parameters
+
+
+# Step by step ---------------------------------------------------------------------------------------------------------
+
+
+def _step_by_step(network: MaskedNetwork, plan: _Plan, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
+    units = [_Units(y.new_empty(len(order), len(y)), ends) for order, ends in zip(plan.orders, plan.ends, strict=True)]
+    nodes = [_ordered(node, plan, k, units) for k, node in enumerate(network.nodes, 1)]
+    context = units[0].ends[1]
+    if context:
+        units[0].values[:context] = network.context.t()
+    x, outputs = units[0].values[context:], units[-1]
+    parameters = outputs.values.view(network.features, -1, len(y))
+    width, y = parameters.shape[1], y.t()[plan.features]
+    for step in range(plan.steps):
+        first = step - step % _WINDOW
+        if step == first:
+            for node in nodes:
+                node.begin(first, min(first + _WINDOW, plan.steps))
+        for node in nodes:
+            node.complete(first, step)
+        rows = slice(outputs.ends[step] // width, outputs.ends[step + 1] // width)
+        x[rows] = inverse(y[rows].t(), parameters[rows].permute(2, 0, 1), plan.features[rows]).t()
+    rank = plan.features.argsort()
+    return x[rank].t().contiguous(), parameters[rank].permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The activations of a node, ``(units, B)`` in the order of degrees, and how many have degrees below 0, 1, ..."""
+
+    values: Tensor
+    ends: list[int]
+
+    def of(self, first: int, last: int) -> slice:
+        """Those with degrees from first to below last."""
+        return slice(self.ends[first], self.ends[last])
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A :class:`Linear` node: its units, and its weights and biases in the order of degrees."""
+
+    units: _Units
+    terms: list[tuple[_Units, Tensor]]
+    bias: Tensor
+
+    def begin(self, first: int, last: int) -> None:
+        """For all units of a window, take in what lies before it."""
+        rows = self.units.of(first, last)
+        self.units.values[rows] = self.bias[rows]
+        self._add(rows, 0, first)
+
+    def complete(self, first: int, step: int) -> None:
+        """For the units of a step, take in what the window has found."""
+        self._add(self.units.of(step, step + 1), first, step + 1)
+
+    def _add(self, rows: slice, since: int, until: int) -> None:
+        if rows.start == rows.stop:
+            return
+        values = self.units.values[rows]
+        for source, weight in self.terms:
+            seen = source.of(since, until)
+            if seen.start < seen.stop:
+                values.addmm_(weight[rows, seen], source.values[seen])
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A :class:`Map` node: its units, where its sources have theirs, and what stands beside them."""
+
+    units: _Units
+    function: Callable[..., Tensor]
+    sources: list[tuple[Tensor, Tensor | None]]
+    extras: list[Tensor]
+
+    def begin(self, first: int, last: int) -> None:
+        """Nothing can be done before the sources are complete."""
+
+    def complete(self, first: int, step: int) -> None:
+        """The units of a step."""
+        rows = self.units.of(step, step + 1)
+        if rows.start == rows.stop:
+            return
+        sources = (values[rows if pick is None else pick[rows]] for values, pick in self.sources)
+        self.units.values[rows] = self.function(*sources, *(extra[rows] for extra in self.extras))
+
+
+def _ordered(node: Linear | Map, plan: _Plan, k: int, units: list[_Units]) -> _Sum | _Mapped:
+    order = plan.orders[k]
+    if isinstance(node, Map):
+        sources = [(units[source].values, pick) for source, pick in zip(node.sources, plan.picks[k - 1], strict=True)]
+        extras = [extra.expand(1, -1) if extra.dim() == 1 else extra for extra in node.extras]
+        return _Mapped(units[k], node.function, sources, [extra.t()[order] for extra in extras])
+    terms, bias = [], units[k].values.new_zeros(len(order), 1)
+    for source, layer in node.terms:
+        weight = layer.weight * layer.mask
+        terms.append((units[source], weight[order][:, plan.orders[source]]))
+        if layer.bias is not None:
+            bias += layer.bias[order, None]
+    return _Sum(units[k], terms, bias)

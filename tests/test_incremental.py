@@ -1,0 +1,236 @@
+"""The incremental inverse, of masked networks of any form against as many passes as there are features, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tarflow_kernels import MaskedNetwork, fixed_point_inverse, incremental, incremental_inverse
+
+MANY = incremental._FEW_ROWS + 1
+
+
+def masked_linear(mask):
+    """A linear layer with a mask, as the libraries have them; of larger weights, so that all features matter."""
+    layer = nn.Linear(*reversed(mask.shape), dtype=torch.float64)
+    layer.mask = mask
+    nn.init.normal_(layer.weight, std=2 / mask.shape[1] ** 0.5)
+    return layer
+
+
+def chain(order, width, depth, parameters, *, residual=False, skip=False, context=None, **options):
+    """A MADE whose features come in an order, equal numbers being independent, as a network and as a function."""
+    features, generations = len(order), int(order.max()) + 1
+    known = 0 if context is None else context.shape[1]
+    inputs = torch.cat(
+        [torch.full((known,), -1), order] if options.get("context_first") else [order, torch.full((known,), -1)]
+    )
+    hidden = torch.arange(width) % max(generations - 1, 1)
+    wanted = order.repeat(parameters) if options.get("parameters_first") else order.repeat_interleave(parameters)
+    layers = [masked_linear(hidden[:, None] >= (hidden if k else inputs)) for k in range(depth)]
+    last, direct = masked_linear(wanted[:, None] > hidden), masked_linear(wanted[:, None] > inputs)
+    network = MaskedNetwork(features, context, **options)
+    h = 0
+    for k, layer in enumerate(layers):
+        before, h = h, network.map(torch.tanh, network.linear((h, layer)))
+        if residual and k:
+            h = network.map(torch.add, before, h)
+    network.linear((h, last), *([(0, direct)] if skip else []))
+
+    def whole(x):
+        x = x if context is None else torch.cat([context, x] if options.get("context_first") else [x, context], 1)
+        h = x
+        for k, layer in enumerate(layers):
+            before, h = h, torch.tanh(F.linear(h, layer.weight * layer.mask, layer.bias))
+            if residual and k:
+                h = before + h
+        out = F.linear(h, last.weight * last.mask, last.bias)
+        if skip:
+            out = out + F.linear(x, direct.weight * direct.mask, direct.bias)
+        if options.get("parameters_first"):
+            return out.unflatten(1, (parameters, features)).transpose(1, 2)
+        return out.unflatten(1, (features, parameters))
+
+    return network, whole
+
+
+def inverse(y, parameters, features):
+    """Of ``y = x exp(tanh(b)) + a``."""
+    return (y - parameters[..., 0]) * torch.exp(-torch.tanh(parameters[..., 1]))
+
+
+def by_passes(whole, y):
+    """What the libraries do."""
+    x = torch.zeros_like(y)
+    for _ in range(y.shape[1]):
+        x = inverse(y, whole(x), None)
+    return x
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that is allocated without being written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31), rows=st.sampled_from([0, 1, 3, MANY, MANY + 3]))
+def test_it_inverts_networks_of_any_order_depth_and_form(data, seed, rows):
+    torch.manual_seed(seed)
+    features = data.draw(st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 33]))
+    generations = data.draw(st.integers(1, features))
+    order = torch.randperm(features) * generations // features
+    context = torch.randn(rows, 3, dtype=torch.float64) if data.draw(st.booleans()) else None
+    network, whole = chain(
+        order,
+        width=data.draw(st.integers(1, 40)),
+        depth=data.draw(st.integers(1, 4)),
+        parameters=2,
+        residual=data.draw(st.booleans()),
+        skip=data.draw(st.booleans()),
+        context=context,
+        context_first=data.draw(st.booleans()),
+        parameters_first=data.draw(st.booleans()),
+    )
+    y = torch.randn(rows, features, dtype=torch.float64)
+    with torch.no_grad():
+        expected = by_passes(whole, y)
+        x, parameters = incremental_inverse(network, y, inverse)
+        torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(parameters, whole(x), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    features=st.integers(2, 20),
+    density=st.floats(0.05, 0.9),
+    rows=st.sampled_from([2, MANY]),
+)
+def test_the_order_of_a_graph_is_read_from_its_masks(seed, features, density, rows):
+    torch.manual_seed(seed)
+    shuffle = torch.randperm(features)
+    graph = (torch.rand(features, features) < density).tril(-1)[shuffle][:, shuffle]
+    layer = masked_linear(graph.repeat_interleave(2, 0))
+    network = MaskedNetwork(features)
+    network.linear((0, layer))
+
+    def whole(x):
+        return F.linear(x, layer.weight * layer.mask, layer.bias).unflatten(1, (features, 2))
+
+    y = torch.randn(rows, features, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(incremental_inverse(network, y, inverse)[0], by_passes(whole, y))
+
+
+def test_each_unit_is_evaluated_once():
+    """Its products are at most those of one pass, whatever the number of steps."""
+    network, whole = chain(torch.arange(32), width=96, depth=3, parameters=2)
+    y = torch.randn(MANY, 32, dtype=torch.float64)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as one_pass:
+            whole(y)
+        with FlopCounterMode(display=False) as ours:
+            incremental_inverse(network, y, inverse)
+    assert 0 < ours.get_total_flops() < one_pass.get_total_flops()
+
+
+def test_independent_features_are_found_in_one_step():
+    network, _ = chain(torch.tensor([0, 0, 0, 1, 1]), width=8, depth=2, parameters=2)
+    steps = []
+    incremental_inverse(
+        network,
+        torch.randn(MANY, 5, dtype=torch.float64),
+        lambda y, parameters, features: steps.append(features.tolist()) or inverse(y, parameters, features),
+    )
+    assert steps == [[0, 1, 2], [3, 4]]
+
+
+def test_a_network_that_does_not_come_to_rest_is_inverted_step_by_step():
+    """Few rows are tried by fixed-point iteration, which finds one feature per pass where each depends on the last."""
+    network, whole = chain(torch.arange(24), width=23, depth=1, parameters=2, skip=True)
+    passes = []
+    y = torch.randn(2, 24, dtype=torch.float64)
+    x, _ = incremental_inverse(
+        network, y, lambda y, parameters, features: passes.append(len(features)) or inverse(y, parameters, features)
+    )
+    assert passes == [24] * 6 + [1] * 24
+    with torch.no_grad():
+        torch.testing.assert_close(x, by_passes(whole, y))
+
+
+@pytest.mark.parametrize("rows", [2, MANY])
+def test_masks_that_change_are_read_again(rows):
+    layer = masked_linear(torch.tensor([[0, 0], [0, 0], [1, 0], [1, 0]]))
+    network = MaskedNetwork(2)
+    network.linear((0, layer))
+    y = torch.randn(rows, 2, dtype=torch.float64)
+
+    def agrees():
+        with torch.no_grad():
+            whole = lambda x: F.linear(x, layer.weight * layer.mask, layer.bias).unflatten(1, (2, 2))  # noqa: E731
+            return torch.allclose(incremental_inverse(network, y, inverse)[0], by_passes(whole, y))
+
+    assert agrees()
+    layer.mask.copy_(torch.tensor([[0, 1], [0, 1], [0, 0], [0, 0]]))
+    assert agrees()
+    layer.mask = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 0]])
+    assert agrees()
+
+
+def test_autocast_does_not_round_it():
+    network, whole = chain(torch.arange(6), width=16, depth=2, parameters=2)
+    y = torch.randn(MANY, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        x, _ = incremental_inverse(network, y, inverse)
+    with torch.no_grad():
+        torch.testing.assert_close(x, by_passes(whole, y))
+
+
+def test_a_fixed_point_is_known_by_nothing_changing():
+    calls = []
+    x, rests = fixed_point_inverse(lambda x: calls.append(x) or (x / 2).round(), torch.tensor([64.0]), 50)
+    assert (x.item(), rests, len(calls)) == (0.0, True, 8)
+    x, rests = fixed_point_inverse(lambda x: x + 1, torch.zeros(1), 5)
+    assert (x.item(), rests) == (5.0, False)
+
+
+def one_layer(mask):
+    """A network of one layer."""
+    network = MaskedNetwork(2)
+    network.linear((0, masked_linear(torch.tensor(mask))))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "y", "error", "message"),
+    [
+        ([[0, 0], [1, 0]], torch.zeros(3, 5), ValueError, r"y: expected shape \(B, 2\); got \(3, 5\)"),
+        (
+            [[0, 0], [1, 0]],
+            torch.zeros(3, 2).float(),
+            TypeError,
+            "y: expected the dtype .* torch.float64; got torch.float32",
+        ),
+        (
+            [[0, 1], [1, 0]],
+            torch.zeros(3, 2).double(),
+            ValueError,
+            "network: expected masks by which no feature depends",
+        ),
+        (
+            [[0, 0], [1, 0], [1, 0]],
+            torch.zeros(3, 2).double(),
+            ValueError,
+            "network: expected as many outputs .* got 3",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(network, y, error, message):
+    with pytest.raises(error, match=message):
+        incremental_inverse(one_layer(network), y, inverse)
