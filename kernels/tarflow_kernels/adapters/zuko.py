@@ -1,0 +1,247 @@
+"""zuko's flows (https://github.com/probabilists/zuko) on these kernels.
+
+Of the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
+inverse, with their log-dets, and masked autoregressive transforms of any univariate are inverted incrementally.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+import zuko
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform as ZukoMaskedAutoregressiveTransform
+from zuko.flows.coupling import GeneralCouplingTransform as ZukoGeneralCouplingTransform
+from zuko.flows.gaussianization import ElementWiseTransform as ZukoElementWiseTransform
+from zuko.transforms import DependentTransform, MonotonicAffineTransform
+from zuko.utils import broadcast, unpack
+
+from ..affine import affine_forward, affine_inverse
+from ..incremental import MaskedNetwork
+from ..mixture import mixture_logistic, mixture_logistic_inverse
+from ..scales import Scale, softclip
+from .common import affine_inverse_of, autoregressive_inverse, check_module, is_elementwise, replaced
+
+Lazy = TypeVar("Lazy", bound=nn.Module)
+
+
+def accelerate(flow: Lazy) -> Lazy:
+    """An equivalent of a zuko flow, or lazy transform, that shares its parameters and buffers.
+
+    Replaced are ``MaskedAutoregressiveTransform`` (MAF, NSF, NCSF, SOSPF, BPF, NAF, UNAF), ``GeneralCouplingTransform``
+    (NICE, RealNVP) and ``ElementWiseTransform``; subclasses of these stay as they are. The flow that was given stays as
+    it is, but for what is done to the shared parameters; moving one of the two to another device spoils the other.
+
+    Raises:
+        TypeError: ``flow`` is no module.
+
+    >>> flow = zuko.flows.MAF(5, context=2)
+    >>> fast, c, z = accelerate(flow), torch.randn(9, 2), torch.randn(9, 5)
+    >>> torch.allclose(fast(c).transform.inv(z), flow(c).transform.inv(z), atol=1e-5)
+    True
+    """
+    check_module(flow, "zuko")
+    return replaced(flow, lambda module: _REPLACEMENTS.get(type(module)))
+
+
+class MixtureTransform(Transform):
+    """A univariate for zuko: ``f(x) = logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k)))``, Flow++'s mixture of logistics.
+
+    It is the sigmoidal transform of neural autoregressive flows (arXiv 1804.00779) as well, here with an inverse::
+
+        zuko.flows.MAF(features, univariate=MixtureTransform, shapes=[(K,), (K,), (K,)])
+
+    Arguments:
+        logits, means, log_scales: ``(*, K)``; log-scales below -7 are taken to be -7.
+    """
+
+    domain = codomain = constraints.real
+    bijective = True
+    sign = +1
+
+    def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, **kwargs):
+        super().__init__(**kwargs)
+        self.parameters = logits, means, log_scales
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._elementwise(mixture_logistic_inverse, y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and log-derivative of each element."""
+        return self._elementwise(mixture_logistic, x)
+
+    def _elementwise(self, op: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Each element is a sample, so that log-dets are not summed.
+        x, *parameters = broadcast(x[..., None], *self.parameters, ignore=1)
+        value, ladj = op(x.flatten(), *(tensor.flatten(0, -2) for tensor in parameters))
+        return value.view(x.shape[:-1]), ladj.view(x.shape[:-1])
+
+
+class AffineTransform(Transform):
+    """zuko's ``MonotonicAffineTransform`` of a vector, with its log-det: ``f(x) = exp(a) x + b``."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, shift: Tensor, scale: Tensor, activation: Scale, **kwargs):
+        super().__init__(**kwargs)
+        self.shift, self.scale, self.activation = shift, scale, activation
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._vectors(affine_forward, y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and log-det."""
+        return self._vectors(affine_inverse, x)
+
+    def _vectors(self, op: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
+        tensors = torch.broadcast_tensors(x, self.shift, self.scale)
+        value, logdet = op(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors), scale=self.activation)
+        return value.view(tensors[0].shape), logdet.view(tensors[0].shape[:-1])
+
+
+class AutoregressiveTransform(zuko.transforms.AutoregressiveTransform):
+    """zuko's, with an incremental inverse."""
+
+    def __init__(self, lazy: "MaskedAutoregressiveTransform", c: Tensor | None):
+        super().__init__(partial(lazy.meta, c), lazy.passes)
+        self.lazy, self.c = lazy, c
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        c = self.c
+        if c is not None:
+            y, c = broadcast(y, c, ignore=1)
+        return self.lazy.inverse(y.reshape(-1, y.shape[-1]), None if c is None else c.reshape(-1, c.shape[-1])).view(
+            y.shape
+        )
+
+
+class MaskedAutoregressiveTransform(ZukoMaskedAutoregressiveTransform):
+    """zuko's, with affine maps by kernels and an incremental inverse."""
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return AutoregressiveTransform(self, c)
+
+    def meta(self, c: Tensor | None, x: Tensor) -> Transform:
+        return _row(self.univariate, unpack(self._conditioner(c, x), self.shapes))
+
+    def inverse(self, y: Tensor, c: Tensor | None) -> Tensor:
+        """Of vectors ``(B, D)`` with their contexts ``(B, C)``."""
+        x, _ = autoregressive_inverse(
+            y,
+            read(self.hyper, y.shape[-1], c),
+            partial(self._conditioner, c),
+            lambda x, phi: self.univariate(*unpack(phi, self.shapes))(x),
+            self._univariate_inverse,
+            [*self.parameters(), *([] if c is None else [c])],
+        )
+        return x
+
+    def _conditioner(self, c: Tensor | None, x: Tensor) -> Tensor:
+        if c is not None:
+            x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
+        return self.hyper(x).unflatten(-1, (-1, self.total))
+
+    def _univariate_inverse(self, y: Tensor, phi: Tensor, features: Tensor) -> Tensor:
+        activation = _affine_activation(self.univariate)
+        if activation is not None:
+            return affine_inverse_of(y, phi[..., 0], phi[..., 1], activation)
+        return _of(self.univariate, features)(*unpack(phi, self.shapes)).inv(y)
+
+
+class GeneralCouplingTransform(ZukoGeneralCouplingTransform):
+    """zuko's, with affine maps by kernels."""
+
+    def meta(self, c: Tensor | None, x: Tensor) -> Transform:
+        if c is not None:
+            x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
+        return _row(self.univariate, unpack(self.hyper(x).unflatten(-1, (-1, self.total)), self.shapes))
+
+
+class ElementWiseTransform(ZukoElementWiseTransform):
+    """zuko's, with affine maps by kernels."""
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        phi = self.phi if c is None else unpack(self.hyper(c).unflatten(-1, (-1, self.total)), self.shapes)
+        return _row(self.univariate, phi)
+
+
+# By what they replace, which is the last of their bases.
+_REPLACEMENTS = {
+    ours.__bases__[-1]: ours
+    for ours in (
+        MaskedAutoregressiveTransform,
+        GeneralCouplingTransform,
+        ElementWiseTransform,
+    )
+}
+
+
+def read(hyper: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
+    """A ``zuko.nn.MaskedMLP``, of which the context is the last part of the input; None if it is something else."""
+    network = MaskedNetwork(features, context)
+    if type(hyper) is not zuko.nn.MaskedMLP or not _read(network, hyper, 0):
+        return None
+    return network
+
+
+def _read(network: MaskedNetwork, layers: nn.Sequential, h: int) -> int | None:
+    """Add layers behind node h, and return the number of the last."""
+    like = next(layers.parameters())
+    for layer in layers:
+        if isinstance(layer, zuko.nn.MaskedLinear):
+            h = network.linear((h, layer))
+        elif isinstance(layer, zuko.nn.Residual):
+            inside = _read(network, layer, h)
+            h = inside and network.map(torch.add, h, inside)
+        else:
+            h = network.map(layer, h) if is_elementwise(layer, like) else None
+        if h is None:
+            return None
+    return h
+
+
+def _row(univariate: Callable[..., Transform], phi: list[Tensor]) -> Transform:
+    activation = _affine_activation(univariate)
+    return DependentTransform(univariate(*phi), 1) if activation is None else AffineTransform(*phi, activation)
+
+
+def _affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
+    """How an affine univariate makes its log-scale; None if it is another."""
+    if isinstance(univariate, partial):
+        known = (
+            univariate.func is MonotonicAffineTransform
+            and not univariate.args
+            and set(univariate.keywords) <= {"slope"}
+        )
+        return softclip(-math.log(univariate.keywords.get("slope", 1e-3))) if known else None
+    return softclip(-math.log(1e-3)) if univariate is MonotonicAffineTransform else None
+
+
+def _of(univariate: Callable[..., Transform], features: Tensor) -> Callable[..., Transform]:
+    """The univariate of some features: of networks that are a stack of one per feature, as in NAF, only theirs."""
+    if not isinstance(univariate, nn.Module):
+        return univariate
+    twin = copy.copy(univariate)
+    twin._modules = {name: _of(module, features) for name, module in univariate._modules.items()}
+    if isinstance(univariate, zuko.nn.Linear) and univariate.weight.dim() == 3:
+        twin._parameters = {
+            name: value if value is None else value[features] for name, value in univariate._parameters.items()
+        }
+    return twin
