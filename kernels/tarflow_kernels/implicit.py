@@ -42,7 +42,7 @@ class _Inverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         made, element, seen = ctx.made, ctx.element, ctx.seen
-        (diagonal,) = torch.autograd.grad(made.sum(), element, retain_graph=True)
+        (diagonal,) = torch.autograd.grad(made, element, torch.ones_like(made), retain_graph=True)
 
         def update(solution):
             (before,) = torch.autograd.grad(made, seen, solution, retain_graph=True)

@@ -12,22 +12,24 @@ layer, and each step then only what the window itself has found. Activations are
 writes is contiguous.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_same_device
 
 # Steps whose contributions to each other are added one by one.
 _WINDOW = 8
-# So few rows are tried by fixed-point iteration first: a step costs what its operators cost, not what they compute.
-_FEW_ROWS = 64
+# So few rows are first tried by fixed-point iteration: a pass then costs hardly more than a step, all of it overhead.
+_FEW_ROWS = 8
+_FEW_ROWS_ON_GPU = 4096
 
 Inverse = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -97,6 +99,7 @@ class MaskedNetwork:
 
         The function must not care which way units and rows lie: it is given ``(B, units)`` or ``(units, B)``.
         """
+        function = function.forward if isinstance(function, nn.Module) else function  # a step is all overhead
         return self._add(Map(function, sources, tuple(extras)))
 
     @property
@@ -133,8 +136,8 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
     """The x with ``y_i = f(x_i; parameters_i)``, where the network makes ``parameters_i`` from features before i.
 
     Exact up to rounding, whatever the order of the features or the depth of their graph: features that do not depend
-    on each other are found in one step. Up to 64 rows, and any number on a GPU, are first tried by fixed-point
-    iteration with the whole network, which is as exact where it comes to rest, and is given up where it does not soon.
+    on each other are found in one step. Up to 8 rows, or 4096 on a GPU, are first tried by fixed-point iteration with
+    the whole network, which is as exact where it comes to rest, and is given up where it does not soon.
 
     Args:
         network: what makes the parameters; its layers in the dtype of y and on its device.
@@ -153,7 +156,7 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
     _check(network, y)
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
         plan = _plan_of(network)
-        if not y.is_cpu or len(y) <= _FEW_ROWS:
+        if len(y) <= (_FEW_ROWS if y.is_cpu else _FEW_ROWS_ON_GPU):
             found = _at_rest(network, plan.steps, y, inverse)
             if found is not None:
                 return found
@@ -266,6 +269,10 @@ def _pick(order: Tensor, source: Tensor, device: torch.device) -> Tensor | None:
     return None if torch.equal(pick, torch.arange(len(pick))) else pick.to(device)
 
 
+def _masked(layer: MaskedLayer) -> Tensor:
+    return layer.weight * layer.mask.to(layer.weight.dtype)
+
+
 # All features at once, again and again --------------------------------------------------------------------------------
 
 
@@ -281,8 +288,7 @@ def _at_rest(network: MaskedNetwork, steps: int, y: Tensor, inverse: Inverse) ->
 def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
     """The parameters ``(B, D, P)`` as a function of x, of weights that are masked once."""
     weights = [
-        [layer.weight * layer.mask for _, layer in node.terms] if isinstance(node, Linear) else []
-        for node in network.nodes
+        [_masked(layer) for _, layer in node.terms] if isinstance(node, Linear) else [] for node in network.nodes
     ]
 
     def parameters(x: Tensor) -> Tensor:
@@ -305,98 +311,132 @@ def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
 
 
 def _step_by_step(network: MaskedNetwork, plan: _Plan, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
-    units = [_Units(y.new_empty(len(order), len(y)), ends) for order, ends in zip(plan.orders, plan.ends, strict=True)]
+    units = _allocate(network, plan, y)
     nodes = [_ordered(node, plan, k, units) for k, node in enumerate(network.nodes, 1)]
-    context = units[0].ends[1]
+    context = plan.ends[0][1]
     if context:
         units[0].values[:context] = network.context.t()
-    x, outputs = units[0].values[context:], units[-1]
-    parameters = outputs.values.view(network.features, -1, len(y))
-    width, y = parameters.shape[1], y.t()[plan.features]
-    for step in range(plan.steps):
-        first = step - step % _WINDOW
-        if step == first:
+    x, parameters = units[0].values[context:], units[-1].values.view(network.features, -1, len(y))
+    sizes = [size // parameters.shape[1] for size in _differences(plan.ends[-1])]
+    # What a step reads and writes are views, made beforehand and all at once.
+    steps = zip(
+        x.t().split(sizes, 1),
+        y.t()[plan.features].t().split(sizes, 1),
+        parameters.permute(2, 0, 1).split(sizes, 1),
+        plan.features.split(sizes),
+        strict=True,
+    )
+    for step, (found, wanted, made, features) in enumerate(steps):
+        if step % _WINDOW == 0:
             for node in nodes:
-                node.begin(first, min(first + _WINDOW, plan.steps))
+                node.begin(step, min(step + _WINDOW, plan.steps))
         for node in nodes:
-            node.complete(first, step)
-        rows = slice(outputs.ends[step] // width, outputs.ends[step + 1] // width)
-        x[rows] = inverse(y[rows].t(), parameters[rows].permute(2, 0, 1), plan.features[rows]).t()
+            node.complete(step)
+        found.copy_(inverse(wanted, made, features))
     rank = plan.features.argsort()
     return x[rank].t().contiguous(), parameters[rank].permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class _Units:
-    """The activations of a node, ``(units, B)`` in the order of degrees, and how many have degrees below 0, 1, ..."""
+def _allocate(network: MaskedNetwork, plan: _Plan, y: Tensor) -> list["_Units"]:
+    """Room for all activations. A map takes that of a sum which nothing else reads."""
+    readers = Counter(source for node in network.nodes for source in _sources(node))
+    units = [_Units(y.new_zeros(len(plan.orders[0]), len(y)), plan.ends[0])]
+    for k, node in enumerate(network.nodes, 1):
+        if isinstance(node, Linear):
+            values = y.new_empty(len(plan.orders[k]), len(y))  # a window begins by writing all of it
+        else:
+            sources = zip(node.sources, plan.picks[k - 1], strict=True)
+            own = [i for i, pick in sources if i and readers[i] == 1 and pick is None]
+            own = [i for i in own if isinstance(network.nodes[i - 1], Linear) and plan.ends[i] == plan.ends[k]]
+            values = units[own[0]].values if own else y.new_zeros(len(plan.orders[k]), len(y))
+        units.append(_Units(values, plan.ends[k]))
+    return units
 
-    values: Tensor
-    ends: list[int]
+
+class _Units:
+    """The activations of a node, ``(units, B)`` in the order of degrees, finite where they are not complete."""
+
+    def __init__(self, values: Tensor, ends: list[int]):
+        self.values, self.ends = values, ends
+        self.by_step = values[: ends[-1]].split(_differences(ends))
 
     def of(self, first: int, last: int) -> slice:
         """Those with degrees from first to below last."""
         return slice(self.ends[first], self.ends[last])
 
 
-@dataclass(frozen=True)
 class _Sum:
     """A :class:`Linear` node: its units, and its weights and biases in the order of degrees."""
 
-    units: _Units
-    terms: list[tuple[_Units, Tensor]]
-    bias: Tensor
+    def __init__(self, units: _Units, terms: list[tuple[_Units, Tensor]], bias: Tensor):
+        self.units, self.terms, self.bias = units, terms, bias
 
     def begin(self, first: int, last: int) -> None:
-        """For all units of a window, take in what lies before it."""
+        """For all units of a window, take in what lies before it; have at hand what is to come."""
         rows = self.units.of(first, last)
-        self.units.values[rows] = self.bias[rows]
-        self._add(rows, 0, first)
-
-    def complete(self, first: int, step: int) -> None:
-        """For the units of a step, take in what the window has found."""
-        self._add(self.units.of(step, step + 1), first, step + 1)
-
-    def _add(self, rows: slice, since: int, until: int) -> None:
-        if rows.start == rows.stop:
-            return
-        values = self.units.values[rows]
+        sizes = _differences(self.units.ends[first : last + 1])
+        values = self.units.values[rows].copy_(self.bias[rows])
+        self.first, self.window = first, []
         for source, weight in self.terms:
-            seen = source.of(since, until)
-            if seen.start < seen.stop:
-                values.addmm_(weight[rows, seen], source.values[seen])
+            before, within = source.of(0, first), source.of(first, last)
+            values.addmm_(weight[rows, before], source.values[before])
+            self.window.append((weight[rows, within].split(sizes), source.values[within]))
+
+    def complete(self, step: int) -> None:
+        """For the units of a step, take in what the window has found; the weights of all else in it are zero."""
+        values = self.units.by_step[step]
+        if len(values):
+            for weights, source in self.window:
+                values.addmm_(weights[step - self.first], source)
 
 
-@dataclass(frozen=True)
 class _Mapped:
-    """A :class:`Map` node: its units, where its sources have theirs, and what stands beside them."""
+    """A :class:`Map` node: its units, and what a step needs of its sources and of what stands beside them."""
 
-    units: _Units
-    function: Callable[..., Tensor]
-    sources: list[tuple[Tensor, Tensor | None]]
-    extras: list[Tensor]
+    def __init__(
+        self,
+        units: _Units,
+        function: Callable[..., Tensor],
+        sources: list[tuple[_Units, Tensor | None]],
+        extras: list[Tensor],
+    ):
+        self.units, self.function = units, function
+        sizes = _differences(units.ends)
+        self.parts = [_aligned(source, pick, sizes) for source, pick in sources]
+        self.parts += [extra.split(sizes).__getitem__ for extra in extras]
 
     def begin(self, first: int, last: int) -> None:
         """Nothing can be done before the sources are complete."""
 
-    def complete(self, first: int, step: int) -> None:
+    def complete(self, step: int) -> None:
         """The units of a step."""
-        rows = self.units.of(step, step + 1)
-        if rows.start == rows.stop:
-            return
-        sources = (values[rows if pick is None else pick[rows]] for values, pick in self.sources)
-        self.units.values[rows] = self.function(*sources, *(extra[rows] for extra in self.extras))
+        values = self.units.by_step[step]
+        if len(values):
+            values.copy_(self.function(*(part(step) for part in self.parts)))
+
+
+def _aligned(source: _Units, pick: Tensor | None, sizes: list[int]) -> Callable[[int], Tensor]:
+    """The units of a source that a step of another node is made of."""
+    if pick is None:
+        return source.by_step.__getitem__
+    picks = pick.split(sizes)
+    return lambda step: source.values[picks[step]]
 
 
 def _ordered(node: Linear | Map, plan: _Plan, k: int, units: list[_Units]) -> _Sum | _Mapped:
     order = plan.orders[k]
     if isinstance(node, Map):
-        sources = [(units[source].values, pick) for source, pick in zip(node.sources, plan.picks[k - 1], strict=True)]
+        sources = [(units[source], pick) for source, pick in zip(node.sources, plan.picks[k - 1], strict=True)]
         extras = [extra.expand(1, -1) if extra.dim() == 1 else extra for extra in node.extras]
         return _Mapped(units[k], node.function, sources, [extra.t()[order] for extra in extras])
     terms, bias = [], units[k].values.new_zeros(len(order), 1)
     for source, layer in node.terms:
-        weight = layer.weight * layer.mask
-        terms.append((units[source], weight[order][:, plan.orders[source]]))
+        weight = _masked(layer).index_select(0, order).index_select(1, plan.orders[source])
+        terms.append((units[source], weight))
         if layer.bias is not None:
             bias += layer.bias[order, None]
     return _Sum(units[k], terms, bias)
+
+
+def _differences(ends: list[int]) -> list[int]:
+    return [end - start for start, end in pairwise(ends)]

@@ -59,7 +59,11 @@ def accelerate(flow: Flow) -> Flow:
         case ConstantConditionalTransform():
             return ConstantConditionalTransform(accelerate(flow.transform))
         case nn.Module():
-            return _accelerated(flow)
+            flow = replaced(flow, _replacement)
+            for module in flow.modules():
+                if isinstance(module, _Cached):
+                    _reset(module)
+            return flow
         case _InverseTransform():
             return accelerate(flow.inv).inv
         case ComposeTransform():
@@ -69,15 +73,12 @@ def accelerate(flow: Flow) -> Flow:
     raise TypeError(f"flow: expected a transform of Pyro or a distribution of them; got {type(flow).__name__}")
 
 
-def _accelerated(flow: nn.Module) -> nn.Module:
-    flow = replaced(flow, _replacement)
-    for module in flow.modules():
-        if type(module) in _REPLACEMENTS.values() and isinstance(module, Transform):
-            # What was computed last is kept under other names, and not copied.
-            module._cached_x_y, module._cached_logdet = (None, None), None
-            for method in ("_call", "_inverse"):
-                vars(module).pop(method, None)  # a stable affine transform has them per instance
-    return flow
+def _reset(transform: Transform) -> Transform:
+    """What Pyro's classes keep per instance is not theirs: values that were computed last, methods where stable."""
+    transform._cached_x_y, transform._cached_logdet = (None, None), None
+    for method in ("_call", "_inverse"):
+        vars(transform).pop(method, None)
+    return transform
 
 
 class _Cached:
@@ -111,7 +112,7 @@ class _Autoregressive(_Cached):
             self._elementwise_inverse,
             [*arn.parameters(), *([] if context is None else [context])],
         )
-        return x.view(y.shape), parameters.unflatten(0, y.shape[:-1])
+        return x.view(y.shape), parameters.reshape(*y.shape, parameters.shape[-1])
 
 
 class AffineAutoregressive(_Autoregressive, library.AffineAutoregressive):
@@ -222,28 +223,28 @@ class ConditionalAffineAutoregressive(library.ConditionalAffineAutoregressive):
     """Pyro's, of a transform as above."""
 
     def condition(self, context: Tensor) -> Transform:
-        return _accelerated(super().condition(context))
+        return _conditioned(super().condition(context))
 
 
 class ConditionalSplineAutoregressive(library.ConditionalSplineAutoregressive):
     """Pyro's, of a transform as above."""
 
     def condition(self, context: Tensor) -> Transform:
-        return _accelerated(super().condition(context))
+        return _conditioned(super().condition(context))
 
 
 class ConditionalNeuralAutoregressive(library.ConditionalNeuralAutoregressive):
     """Pyro's, of a transform as above."""
 
     def condition(self, context: Tensor) -> Transform:
-        return _accelerated(super().condition(context))
+        return _conditioned(super().condition(context))
 
 
 class ConditionalAffineCoupling(library.ConditionalAffineCoupling):
     """Pyro's, of a transform as above."""
 
     def condition(self, context: Tensor) -> Transform:
-        return _accelerated(super().condition(context))
+        return _conditioned(super().condition(context))
 
 
 # By what they replace, which is the last of their bases.
@@ -287,6 +288,12 @@ def _replacement(module: nn.Module) -> type | None:
         served = isinstance(module.T, SigmoidTransform) and module.hidden_units <= MAX_COMPONENTS
         return NeuralAutoregressive if served else None
     return _REPLACEMENTS.get(type(module))
+
+
+def _conditioned(transform: Transform) -> Transform:
+    """A transform that was just made, changed where it stands."""
+    transform.__class__ = _replacement(transform) or type(transform)
+    return _reset(transform) if isinstance(transform, _Cached) else transform
 
 
 def _joined(made: Tensor | tuple[Tensor, ...], arn: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ inverse, with their log-dets, and masked autoregressive transforms of any univar
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from zuko.transforms import DependentTransform, MonotonicAffineTransform
 from zuko.utils import broadcast, unpack
 
 from ..affine import affine_forward, affine_inverse
-from ..incremental import MaskedNetwork
+from ..incremental import Inverse, MaskedNetwork
 from ..mixture import mixture_logistic, mixture_logistic_inverse
 from ..scales import Scale, softclip
 from .common import affine_inverse_of, autoregressive_inverse, check_module, is_elementwise, replaced
@@ -148,7 +148,7 @@ class MaskedAutoregressiveTransform(ZukoMaskedAutoregressiveTransform):
             read(self.hyper, y.shape[-1], c),
             partial(self._conditioner, c),
             lambda x, phi: self.univariate(*unpack(phi, self.shapes))(x),
-            self._univariate_inverse,
+            _inverse_of(self.univariate, self.shapes),
             [*self.parameters(), *([] if c is None else [c])],
         )
         return x
@@ -157,12 +157,6 @@ class MaskedAutoregressiveTransform(ZukoMaskedAutoregressiveTransform):
         if c is not None:
             x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
         return self.hyper(x).unflatten(-1, (-1, self.total))
-
-    def _univariate_inverse(self, y: Tensor, phi: Tensor, features: Tensor) -> Tensor:
-        activation = _affine_activation(self.univariate)
-        if activation is not None:
-            return affine_inverse_of(y, phi[..., 0], phi[..., 1], activation)
-        return _of(self.univariate, features)(*unpack(phi, self.shapes)).inv(y)
 
 
 class GeneralCouplingTransform(ZukoGeneralCouplingTransform):
@@ -232,6 +226,13 @@ def _affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
         )
         return softclip(-math.log(univariate.keywords.get("slope", 1e-3))) if known else None
     return softclip(-math.log(1e-3)) if univariate is MonotonicAffineTransform else None
+
+
+def _inverse_of(univariate: Callable[..., Transform], shapes: Sequence[torch.Size]) -> Inverse:
+    activation = _affine_activation(univariate)
+    if activation is not None:
+        return lambda y, phi, features: affine_inverse_of(y, phi[..., 0], phi[..., 1], activation)
+    return lambda y, phi, features: _of(univariate, features)(*unpack(phi, shapes)).inv(y)
 
 
 def _of(univariate: Callable[..., Transform], features: Tensor) -> Callable[..., Transform]:
