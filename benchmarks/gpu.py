@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --rows "guided sampling" --published path/to/ml-tarflow
     python benchmarks/gpu.py --device cpu --skip check,tune     # the same on a CPU, with its rows
 
-Nothing needs to be installed but torch, triton, numpy, safetensors and, for the checks, pytest. Results go to
-``benchmarks/results/<device>.json`` after every row, so that what is interrupted is not lost; what was not measured is
-there too, with the reason. A copy of the repository without its history names its commit in TARFLOW_COMMIT.
+Nothing needs to be installed but torch, triton, numpy, safetensors and, for the checks, pytest; flows of other
+libraries are measured where these are. Results go to ``benchmarks/results/<device>.json`` after every row, so that what
+is interrupted is not lost; what was not measured is there too, with the reason. A copy of the repository without its
+history names its commit in TARFLOW_COMMIT.
 """
 
 import argparse

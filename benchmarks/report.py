@@ -44,7 +44,7 @@ def main() -> None:
     for page in arguments.pages:
         page.write_text(splice(page.read_text(), tables))
     for device, result in results.items():
-        measured = measured_rows(result)
+        measured = [row for row in measured_rows(result) if not _is_other_flow(row)]
         bounded, sampled = ([row for row in measured if _is_sampling(row) == kind] for kind in (False, True))
         if bounded:
             plots.roofline(bounded, arguments.docs / f"roofline-{device}.png")
@@ -108,6 +108,21 @@ def contenders(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def other_flows(results: Results) -> str:
+    """The medians of other libraries' flows, as these run them and accelerated, and the ratios of the times."""
+    ratios = ("ratio to library", "to best other", "of the limit")
+    parts = []
+    for result in results.values():
+        rows = [row for row in result["rows"].values() if _is_other_flow(row)]
+        names = [name.replace(_library(row), "library") for row in rows for name in row.get("contenders", ())]
+        ways = list(dict.fromkeys(names))
+        notes = "".join(f"; {note}" for note in dict.fromkeys(row["note"] for row in rows))
+        head = (f"median in ms{notes}", "batch", *ways, *ratios)
+        table = _table(head, [_other_flow_cells(row, ways) for row in rows])
+        parts.append(f"{_where(rows or [*result['rows'].values()])}\n\n{table}{_reasons(rows)}")
+    return "\n\n".join(parts)
+
+
 def profiles(results: Results) -> str:
     """The most expensive kernels of a training step and of a decoding step."""
     parts = []
@@ -142,6 +157,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training": training,
     "sampling": sampling,
     "contenders": contenders,
+    "other-flows": other_flows,
     "profiles": profiles,
 }
 
@@ -220,6 +236,30 @@ def _sampling_cells(row: Record) -> list[list[str]]:
     return lines
 
 
+def _other_flow_cells(row: Record, ways: Iterable[str]) -> list[str]:
+    """The medians of the ways; how many times as long the library and the best other take; what part of the limit."""
+    library, own = _library(row), records.ours(row)
+    cells = [
+        f"{row['op']}, {row['model']}",
+        f"{row['shape']['B']}",
+        *(_median(row, way.replace("library", library)) for way in ways),
+    ]
+    if own is None:
+        return [*cells, *[MISSING] * 3]
+    result = row["contenders"][own]
+    taken, rival = row["contenders"][library].get("p50"), result.get("ratio_to_best_other")
+    return [
+        *cells,
+        f"{taken / result['p50']:.2f}" if taken else MISSING,
+        f"{rival:.2f}" if rival else MISSING,
+        f"{result['percent_of_limit']:.0f} % ({row['bound']})",
+    ]
+
+
+def _library(row: Record) -> str:
+    return row["model"].partition(" ")[0]
+
+
 def _passes(result: Record) -> str:
     """Of all blocks; a dash for what does not count them."""
     return f"{result['passes']} / {result['steps']}" if "passes" in result else "–"
@@ -275,11 +315,15 @@ def _shape(row: Record) -> str:
 
 
 def _is_model(row: Record) -> bool:
-    return row["op"] == "training step" or _is_sampling(row)
+    return row["op"] == "training step" or _is_sampling(row) or _is_other_flow(row)
 
 
 def _is_sampling(row: Record) -> bool:
     return row["op"] in ("guided sampling", "sampling without guidance")
+
+
+def _is_other_flow(row: Record) -> bool:
+    return row["op"] in ("inverse", "density")
 
 
 def _is_gpu(result: Record) -> bool:

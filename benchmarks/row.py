@@ -12,8 +12,8 @@ from torch import Tensor
 BACKENDS = ("triton", "torch")
 DECODERS = ("auto", "jacobi", "jacobi, window 64", "sequential")
 # What a user of the device gets: the first of these that runs there.
-USUAL = (*BACKENDS, "auto")
-OURS = (*BACKENDS, *DECODERS, "compiled torch", "compiled")
+USUAL = (*BACKENDS, "auto", "accelerated")
+OURS = (*BACKENDS, *DECODERS, "compiled torch", "compiled", "accelerated")
 
 # What a contender returns: tensors, or lists of tensors that are compared as one.
 Outputs = tuple[Tensor | list[Tensor], ...]

@@ -3,6 +3,7 @@
 import torch
 
 from ops import PUBLISHED, op_rows
+from other_flows import other_flow_rows
 from row import Row
 from sampling import sampling_rows
 from training import training_rows
@@ -13,14 +14,16 @@ def all_rows(device: torch.device) -> list[Row]:
     ops, (first, second, *sampling) = op_rows(device), sampling_rows(device)
     foremost = [row for row in ops if row.model.startswith("ImageNet64")]
     others = [row for row in ops if row not in foremost]
-    return [first, second, *foremost, *training_rows(device), *sampling, *others]
+    return [first, second, *foremost, *training_rows(device), *sampling, *others, *other_flow_rows(device)]
 
 
 def left_out(device: torch.device) -> dict[str, str]:
     """What a device does not measure, and why."""
     same = {"attention and decoding of AFHQ256 patch 8": "the shapes are those of ImageNet64 patch 2"}
     if device.type == "cuda":
-        return same
+        return same | {
+            "zuko's NSF, normflows and Pyro, inverted under torch.compile": "compiling all passes takes minutes"
+        }
     slow = "takes too long on a CPU"
     return {
         **{f"ops of {shape.name}": slow for shape in PUBLISHED[2:]},

@@ -38,12 +38,12 @@ class Target:
         return f"{self.show.format(value)}, {'reached' if reached else 'not reached'}"
 
 
-def _speedup(op: str, rivals: tuple[str, ...], **shape: int) -> Value:
+def _speedup(op: str, rivals: tuple[str, ...], model: str | None = None, **shape: int) -> Value:
     """How many times as long the best of the rivals takes."""
 
     def value(rows: Iterable[Record]) -> float | None:
         ratios = []
-        for row in _select(rows, op, shape):
+        for row in _select(rows, op, shape, model):
             times = [taken for rival in rivals if (taken := _time(row, rival))]
             if times:
                 ratios.append(min(times) / _time(row, records.ours(row)))
@@ -135,6 +135,20 @@ def _over_floor(rows: Iterable[Record]) -> float | None:
     )
 
 
+def _flow_targets(model: str, rivals: tuple[str, ...], bounds: dict[int, float]) -> list[Target]:
+    """That another library's flow is inverted so many times as fast as by the best of the rivals, by batch."""
+    return [
+        Target(
+            f"CPU, {model} inverse, batch {batch}, against {' and '.join(rivals)}",
+            bound,
+            _TIMES,
+            _speedup("inverse", rivals, model, B=batch),
+            devices=("CPU",),
+        )
+        for batch, bound in bounds.items()
+    ]
+
+
 _MIXTURE, _COMPILED = "mixture_logistic", ("compiled reference",)
 _FORWARD, _BACKWARD, _TIMES, _PERCENT = "causal_attention", "causal_attention backward", "{:.2f}x", "{:.0f} %"
 
@@ -178,6 +192,17 @@ TARGETS = (
     Target(f"{_LARGE}, 32 guided, auto against published (one block, times 8)", 20, _TIMES, _large_against_published),
     Target(f"{_LARGE}, 32 guided, auto", 2.5, "{:.2f} s", _latency, at_most=True),
     Target(f"{_LARGE}, 32 guided, sequential over its floor", 2.0, _TIMES, _over_floor, at_most=True),
+    *_flow_targets("zuko MAF", ("zuko", "fixed point"), {1: 1.0}),
+    *_flow_targets("zuko MAF", ("zuko",), {64: 6.0, 1024: 25.0, 4096: 35.0}),
+    *_flow_targets("nflows MAF", ("nflows",), {64: 6.0, 1024: 22.0, 4096: 28.0}),
+    *_flow_targets("zuko NSF", ("zuko",), {1024: 10.0}),
+    Target(
+        "CPU, zuko and nflows density, batch 4096, against the library",
+        1.1,
+        _TIMES,
+        _speedup("density", ("zuko", "nflows"), B=4096),
+        devices=("CPU",),
+    ),
 )
 
 

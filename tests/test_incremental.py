@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import DEVICE
 from tarflow_kernels import MaskedNetwork, fixed_point_inverse, incremental, incremental_inverse
 
-MANY = incremental._FEW_ROWS + 1
+MANY = (incremental._FEW_ROWS if DEVICE == "cpu" else incremental._FEW_ROWS_ON_GPU) + 1
 
 
 def masked_linear(mask):
@@ -71,11 +72,13 @@ def by_passes(whole, y):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def on_the_device_in_poisoned_memory():
     """Memory that is allocated without being written holds NaN."""
+    torch.set_default_device(DEVICE)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_default_device(None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,13 +199,19 @@ def test_masks_that_change_are_read_again(rows):
     assert agrees()
 
 
-def test_autocast_does_not_round_it():
+@pytest.mark.parametrize("rows", [2, MANY])
+@pytest.mark.parametrize(
+    "context", [torch.autocast(DEVICE, torch.bfloat16), torch.device("meta"), torch.inference_mode()]
+)
+def test_it_does_not_care_what_it_is_called_in(context, rows):
+    """Autocast would round it, and a default device or mode be taken for that of the tensors."""
     network, whole = chain(torch.arange(6), width=16, depth=2, parameters=2)
-    y = torch.randn(MANY, 6, dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    y = torch.randn(rows, 6, dtype=torch.float64)
+    with context:
         x, _ = incremental_inverse(network, y, inverse)
     with torch.no_grad():
         torch.testing.assert_close(x, by_passes(whole, y))
+        torch.testing.assert_close(incremental_inverse(network, y, inverse)[0], x)
 
 
 def test_a_fixed_point_is_known_by_nothing_changing():
@@ -221,29 +230,21 @@ def one_layer(mask):
 
 
 @pytest.mark.parametrize(
-    ("network", "y", "error", "message"),
+    ("mask", "y", "error", "message"),
     [
-        ([[0, 0], [1, 0]], torch.zeros(3, 5), ValueError, r"y: expected shape \(B, 2\); got \(3, 5\)"),
-        (
-            [[0, 0], [1, 0]],
-            torch.zeros(3, 2).float(),
-            TypeError,
-            "y: expected the dtype .* torch.float64; got torch.float32",
-        ),
-        (
-            [[0, 1], [1, 0]],
-            torch.zeros(3, 2).double(),
-            ValueError,
-            "network: expected masks by which no feature depends",
-        ),
-        (
-            [[0, 0], [1, 0], [1, 0]],
-            torch.zeros(3, 2).double(),
-            ValueError,
-            "network: expected as many outputs .* got 3",
-        ),
+        ([[0, 0], [1, 0]], (3, 5), ValueError, r"y: expected shape \(B, 2\); got \(3, 5\)"),
+        ([[0, 1], [1, 0]], (3, 2), ValueError, "network: expected masks by which no feature depends"),
+        ([[0, 0], [1, 0], [1, 0]], (3, 2), ValueError, "network: expected as many outputs .* got 3"),
     ],
 )
-def test_bad_arguments_are_named(network, y, error, message):
+def test_bad_arguments_are_named(mask, y, error, message):
     with pytest.raises(error, match=message):
-        incremental_inverse(one_layer(network), y, inverse)
+        incremental_inverse(one_layer(mask), torch.zeros(y, dtype=torch.float64), inverse)
+
+
+def test_other_dtypes_and_contexts_of_other_rows_are_named():
+    with pytest.raises(TypeError, match="y: expected the dtype of the network, torch.float64; got torch.float32"):
+        incremental_inverse(one_layer([[0, 0], [1, 0]]), torch.zeros(3, 2), inverse)
+    network, _ = chain(torch.arange(2), width=4, depth=1, parameters=2, context=torch.zeros(4, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="context: expected as many rows as y, 3; got 4"):
+        incremental_inverse(network, torch.zeros(3, 2, dtype=torch.float64), inverse)

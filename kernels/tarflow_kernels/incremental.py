@@ -150,7 +150,8 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
         Without gradients.
 
     Raises:
-        ValueError: y is not ``(B, D)``, lies on another device, or a feature depends on itself by way of the masks.
+        ValueError: y is not ``(B, D)`` or lies on another device; a context has other rows; the masks make a feature
+            depend on itself.
         TypeError: y and the weights differ in dtype.
     """
     _check(network, y)
@@ -185,6 +186,8 @@ def _check(network: MaskedNetwork, y: Tensor) -> None:
     if y.dtype != weight.dtype:
         raise TypeError(f"y: expected the dtype of the network, {weight.dtype}; got {y.dtype}")
     check_same_device(network=weight, y=y)
+    if network.context is not None and len(network.context) != len(y):
+        raise ValueError(f"context: expected as many rows as y, {len(y)}; got {len(network.context)}")
 
 
 # The plan -------------------------------------------------------------------------------------------------------------
@@ -200,7 +203,8 @@ def _plan_of(network: MaskedNetwork) -> _Plan:
     form = sources, tuple(mask._version for mask in masks), network.features, network.parameters_first
     known = _plans.get(layers[0])
     if known is None or known[0] != form or any(a is not b for a, b in zip(known[1], masks, strict=True)):
-        known = _plans[layers[0]] = form, masks, _plan(network)
+        with torch.device("cpu"):
+            known = _plans[layers[0]] = form, masks, _plan(network)
     return known[2]
 
 
@@ -346,9 +350,9 @@ def _allocate(network: MaskedNetwork, plan: _Plan, y: Tensor) -> list["_Units"]:
             values = y.new_empty(len(plan.orders[k]), len(y))  # a window begins by writing all of it
         else:
             sources = zip(node.sources, plan.picks[k - 1], strict=True)
-            own = [i for i, pick in sources if i and readers[i] == 1 and pick is None]
-            own = [i for i in own if isinstance(network.nodes[i - 1], Linear) and plan.ends[i] == plan.ends[k]]
-            values = units[own[0]].values if own else y.new_zeros(len(plan.orders[k]), len(y))
+            alike = (i for i, pick in sources if i and pick is None and plan.ends[i] == plan.ends[k])
+            own = next((i for i in alike if readers[i] == 1 and isinstance(network.nodes[i - 1], Linear)), None)
+            values = y.new_zeros(len(plan.orders[k]), len(y)) if own is None else units[own].values
         units.append(_Units(values, plan.ends[k]))
     return units
 
