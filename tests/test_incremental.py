@@ -137,7 +137,7 @@ class Products(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default, torch.ops.aten.mm.default):
+        if function._overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.mm):
             left, right = args[-2:]
             self.count += left.shape[0] * left.shape[1] * right.shape[1]
         return function(*args, **kwargs or {})
@@ -243,7 +243,7 @@ def test_bad_arguments_are_named(mask, y, error, message):
 
 
 def test_other_dtypes_and_contexts_of_other_rows_are_named():
-    with pytest.raises(TypeError, match="y: expected the dtype of the network, torch.float64; got torch.float32"):
+    with pytest.raises(TypeError, match=r"y: expected the dtype of the network, torch\.float64; got torch\.float32"):
         incremental_inverse(one_layer([[0, 0], [1, 0]]), torch.zeros(3, 2), inverse)
     network, _ = chain(torch.arange(2), width=4, depth=1, parameters=2, context=torch.zeros(4, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="context: expected as many rows as y, 3; got 4"):

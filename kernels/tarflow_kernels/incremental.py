@@ -99,7 +99,6 @@ class MaskedNetwork:
 
         The function must not care which way units and rows lie: it is given ``(B, units)`` or ``(units, B)``.
         """
-        function = function.forward if isinstance(function, nn.Module) else function  # a step is all overhead
         return self._add(Map(function, sources, tuple(extras)))
 
     @property
@@ -379,11 +378,11 @@ class _Sum:
         """For all units of a window, take in what lies before it; have at hand what is to come."""
         rows = self.units.of(first, last)
         sizes = _differences(self.units.ends[first : last + 1])
-        values = self.units.values[rows].copy_(self.bias[rows])
+        values, addend = self.units.values[rows], self.bias[rows]
         self.first, self.window = first, []
         for source, weight in self.terms:
             before, within = source.of(0, first), source.of(first, last)
-            values.addmm_(weight[rows, before], source.values[before])
+            addend = torch.addmm(addend, weight[rows, before], source.values[before], out=values)
             self.window.append((weight[rows, within].split(sizes), source.values[within]))
 
     def complete(self, step: int) -> None:
@@ -404,7 +403,11 @@ class _Mapped:
         sources: list[tuple[_Units, Tensor | None]],
         extras: list[Tensor],
     ):
-        self.units, self.function = units, function
+        # A step is all overhead: that of calling a module, or of writing elsewhere, adds up.
+        self.in_place = None
+        if [source.values is units.values for source, _ in sources] == [True] and not extras:
+            self.in_place = _IN_PLACE.get(function) or _IN_PLACE.get(type(function))
+        self.units, self.function = units, function.forward if isinstance(function, nn.Module) else function
         sizes = _differences(units.ends)
         self.parts = [_aligned(source, pick, sizes) for source, pick in sources]
         self.parts += [extra.split(sizes).__getitem__ for extra in extras]
@@ -415,8 +418,18 @@ class _Mapped:
     def complete(self, step: int) -> None:
         """The units of a step."""
         values = self.units.by_step[step]
-        if len(values):
-            values.copy_(self.function(*(part(step) for part in self.parts)))
+        if not len(values):
+            return
+        if self.in_place:
+            self.in_place(values)
+        else:
+            values.copy_(self.function(*[part(step) for part in self.parts]))
+
+
+_IN_PLACE = {
+    **dict.fromkeys((nn.ReLU, torch.relu, F.relu), torch.relu_),
+    **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh), torch.tanh_),
+}
 
 
 def _aligned(source: _Units, pick: Tensor | None, sizes: list[int]) -> Callable[[int], Tensor]:

@@ -67,7 +67,8 @@ class MaskedAffineAutoregressiveTransform(_Autoregressive, library.MaskedAffineA
         return affine_forward(inputs, shift, raw, scale=self._activation)
 
     def elementwise_inverse(self, y: Tensor, parameters: Tensor, features: Tensor) -> Tensor:
-        return affine_inverse_of(y, parameters[..., 1], parameters[..., 0], self._activation)
+        raw, shift = parameters.unbind(-1)
+        return affine_inverse_of(y, shift, raw, self._activation)
 
     @property
     def _activation(self) -> Scale:

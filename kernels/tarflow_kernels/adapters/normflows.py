@@ -76,7 +76,8 @@ class MaskedAffineAutoregressive(_Autoregressive, LibraryMaskedAffineAutoregress
         return affine_forward(inputs, shift, raw, scale=_AUTOREGRESSIVE)
 
     def elementwise_inverse(self, y: Tensor, parameters: Tensor, features: Tensor) -> Tensor:
-        return affine_inverse_of(y, parameters[..., 1], parameters[..., 0], _AUTOREGRESSIVE)
+        raw, shift = parameters.unbind(-1)
+        return affine_inverse_of(y, shift, raw, _AUTOREGRESSIVE)
 
 
 class MaskedPiecewiseRationalQuadraticAutoregressive(

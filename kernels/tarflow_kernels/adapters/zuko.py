@@ -231,7 +231,7 @@ def _affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
 def _inverse_of(univariate: Callable[..., Transform], shapes: Sequence[torch.Size]) -> Inverse:
     activation = _affine_activation(univariate)
     if activation is not None:
-        return lambda y, phi, features: affine_inverse_of(y, phi[..., 0], phi[..., 1], activation)
+        return lambda y, phi, features: affine_inverse_of(y, *phi.unbind(-1), activation)
     return lambda y, phi, features: _of(univariate, features)(*unpack(phi, shapes)).inv(y)
 
 
