@@ -106,9 +106,17 @@ class MaskedAutoregressive:
 
 def affine_inverse_of(y: Tensor, mu: Tensor, alpha: Tensor, scale: Scale) -> Tensor:
     """``(y - mu) / exp(a)``: on a GPU the kernel, on a CPU, where a step is all overhead, the bare formula."""
-    if y.is_cpu:
-        return (y - mu) / torch.exp(log_scale(alpha, scale))
-    return affine_forward(y, mu, alpha, scale=scale)[0]
+    if not y.is_cpu:
+        return affine_forward(y, mu, alpha, scale=scale)[0]
+    kind, first, second = scale
+    match kind:
+        case "softplus":
+            factor = F.softplus(alpha + first if first else alpha, threshold=40) + second
+        case "sigmoid":
+            factor = torch.sigmoid(alpha + first) + second
+        case _:
+            factor = torch.exp(log_scale(alpha, scale))
+    return (y - mu) / factor
 
 
 _ELEMENTWISE = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..affine import affine_forward, affine_inverse
 from ..incremental import MaskedNetwork
-from ..scales import Scale, sigmoid, softplus
+from ..scales import Scale, sigmoid
 from .common import (
     MaskedAutoregressive,
     affine_inverse_of,
@@ -72,7 +72,7 @@ class MaskedAffineAutoregressiveTransform(_Autoregressive, library.MaskedAffineA
 
     @property
     def _activation(self) -> Scale:
-        return softplus(0.0, self._epsilon)
+        return Scale("softplus", 0.0, self._epsilon)
 
 
 class MaskedPiecewiseLinearAutoregressiveTransform(
