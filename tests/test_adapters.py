@@ -533,6 +533,33 @@ def test_random_networks_are_inverted_as_the_library_does():
     close(results[1], results[0])
 
 
+@one_of_each
+def test_hooks_are_not_passed_by(case):
+    """Such as those of weight normalization, which make the weight of a layer when it is called."""
+    library, ours = made(case)
+    for module in (*library.modules(), *ours.modules()):
+        if hasattr(module, "mask"):
+            module.register_forward_hook(lambda module, args, out: 0.5 * out)
+    x, c = inputs(case, MANY)
+    with torch.no_grad():
+        close(case.library.inverse(ours, x, c)[0], case.library.inverse(library, x, c)[0])
+
+
+@one_of_each
+def test_low_precision_stays_low(case):
+    """As in the library: of the next layer's input, and of what comes back, to some of its roundings."""
+    exact, _ = made(case)
+    torch.set_default_dtype(torch.bfloat16)
+    library = copy.deepcopy(exact).bfloat16()
+    ours = case.library.accelerate(library)
+    x, _ = inputs(case, MANY)
+    with torch.no_grad():
+        for pair in _both_ways(case, ours, library, x.bfloat16(), None):
+            for value, expected in zip(*pair, strict=True):
+                assert value.dtype == expected.dtype == torch.bfloat16
+                close(value.double(), expected.double(), 0.3)
+
+
 def test_only_known_functions_pass_for_elementwise():
     like = torch.zeros(1)
     assert all(common.is_elementwise(f, like) for f in (torch.relu, torch.tanh, nn.GELU(), nn.PReLU(), lambda x: x * 3))

@@ -1,6 +1,7 @@
 """What the adapters share."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -8,13 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..affine import affine_forward
+from .. import affine, mixture
 from ..implicit import with_gradients
 from ..incremental import Inverse, MaskedNetwork, fixed_point_inverse, incremental_inverse
 from ..scales import Scale, log_scale
 from ..tensors import needs_gradients
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def _in_dtype_of_x(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An op whose results have the dtype of x, for the next layer, and not full precision."""
+
+    @functools.wraps(op)
+    def run(x: Tensor, *parameters: Tensor, **options) -> tuple[Tensor, Tensor]:
+        value, logdet = op(x, *parameters, **options)
+        return value.to(x.dtype), logdet.to(x.dtype)
+
+    return run
+
+
+affine_forward = _in_dtype_of_x(affine.affine_forward)
+affine_inverse = _in_dtype_of_x(affine.affine_inverse)
+mixture_logistic = _in_dtype_of_x(mixture.mixture_logistic)
+mixture_logistic_inverse = _in_dtype_of_x(mixture.mixture_logistic_inverse)
 
 
 def check_module(flow: object, library: str) -> None:
@@ -150,9 +168,11 @@ def _scale_and_shift(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, h, scale)
 
 
-def is_random(network: nn.Module) -> bool:
-    """Whether a network depends on its batch or on chance, so that it has no inverse."""
-    return any(
-        module.training and (isinstance(module, nn.BatchNorm1d) or (isinstance(module, nn.Dropout) and module.p > 0))
-        for module in network.modules()
+def is_plain(network: nn.Module) -> bool:
+    """Whether a network does what its layers say: no hooks, and nothing of its batch or of chance."""
+    modules = list(network.modules())
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    trained = [module for module in modules if module.training]
+    return not hooked and not any(
+        isinstance(module, nn.BatchNorm1d) or (isinstance(module, nn.Dropout) and module.p > 0) for module in trained
     )

@@ -12,16 +12,17 @@ from nflows.transforms.coupling import AffineCouplingTransform as LibraryAffineC
 from nflows.transforms.made import MADE, MaskedFeedforwardBlock
 from torch import Tensor, nn
 
-from ..affine import affine_forward, affine_inverse
 from ..incremental import MaskedNetwork
 from ..scales import Scale, sigmoid
 from .common import (
     MaskedAutoregressive,
+    affine_forward,
+    affine_inverse,
     affine_inverse_of,
     batch_norm,
     check_module,
     is_elementwise,
-    is_random,
+    is_plain,
     replaced,
 )
 
@@ -125,8 +126,8 @@ _REPLACEMENTS = {
 
 
 def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
-    """A ``MADE``; None if it is something else, or depends on chance."""
-    if type(made) is not MADE or is_random(made) or not is_elementwise(made.activation, made.initial_layer.weight):
+    """A ``MADE``; None if it is something else, or not plain."""
+    if type(made) is not MADE or not is_plain(made) or not is_elementwise(made.activation, made.initial_layer.weight):
         return None
     network = MaskedNetwork(features)
     h = network.linear((0, made.initial_layer))

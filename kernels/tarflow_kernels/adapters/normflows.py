@@ -19,16 +19,17 @@ from normflows.nets.made import MADE, MaskedFeedforwardBlock
 from normflows.utils.nn import PeriodicFeaturesElementwise
 from torch import Tensor, nn
 
-from ..affine import affine_forward, affine_inverse
 from ..incremental import MaskedNetwork
 from ..scales import EXP, sigmoid
 from .common import (
     MaskedAutoregressive,
+    affine_forward,
+    affine_inverse,
     affine_inverse_of,
     batch_norm,
     check_module,
     is_elementwise,
-    is_random,
+    is_plain,
     replaced,
 )
 
@@ -149,8 +150,8 @@ _REPLACEMENTS = {
 
 
 def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
-    """A ``MADE``; None if it is something else, or depends on chance."""
-    if type(made) is not MADE or is_random(made) or not _is_elementwise(made):
+    """A ``MADE``; None if it is something else, or not plain."""
+    if type(made) is not MADE or not is_plain(made) or not _is_elementwise(made):
         return None
     network = MaskedNetwork(features)
     h = 0

@@ -20,11 +20,20 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, SigmoidTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from ..affine import affine_forward, affine_inverse
 from ..incremental import MaskedNetwork
-from ..mixture import MAX_COMPONENTS, mixture_logistic, mixture_logistic_inverse
+from ..mixture import MAX_COMPONENTS
 from ..scales import Scale, clamp, sigmoid
-from .common import affine_inverse_of, autoregressive_inverse, is_elementwise, replaced
+from .common import (
+    affine_forward,
+    affine_inverse,
+    affine_inverse_of,
+    autoregressive_inverse,
+    is_elementwise,
+    is_plain,
+    mixture_logistic,
+    mixture_logistic_inverse,
+    replaced,
+)
 
 Flow = TypeVar("Flow")
 # Slopes below it are none; 1 / slope and its products stay finite.
@@ -264,8 +273,8 @@ _REPLACEMENTS = {
 
 
 def read(arn: nn.Module, context: Tensor | None = None) -> MaskedNetwork | None:
-    """An ``AutoRegressiveNN``, conditional or not; None if it is something else."""
-    if type(arn) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
+    """An ``AutoRegressiveNN``, conditional or not; None if it is something else, or not plain."""
+    if type(arn) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN) or not is_plain(arn):
         return None
     if not is_elementwise(arn.f, arn.layers[0].weight):
         return None

@@ -20,11 +20,20 @@ from zuko.flows.gaussianization import ElementWiseTransform as ZukoElementWiseTr
 from zuko.transforms import DependentTransform, MonotonicAffineTransform
 from zuko.utils import broadcast, unpack
 
-from ..affine import affine_forward, affine_inverse
 from ..incremental import Inverse, MaskedNetwork
-from ..mixture import mixture_logistic, mixture_logistic_inverse
 from ..scales import Scale, softclip
-from .common import affine_inverse_of, autoregressive_inverse, check_module, is_elementwise, replaced
+from .common import (
+    affine_forward,
+    affine_inverse,
+    affine_inverse_of,
+    autoregressive_inverse,
+    check_module,
+    is_elementwise,
+    is_plain,
+    mixture_logistic,
+    mixture_logistic_inverse,
+    replaced,
+)
 
 Lazy = TypeVar("Lazy", bound=nn.Module)
 
@@ -188,11 +197,10 @@ _REPLACEMENTS = {
 
 
 def read(hyper: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
-    """A ``zuko.nn.MaskedMLP``, of which the context is the last part of the input; None if it is something else."""
+    """A ``zuko.nn.MaskedMLP``, of which the context is the last part of the input; None if it is not plain."""
     network = MaskedNetwork(features, context)
-    if type(hyper) is not zuko.nn.MaskedMLP or not _read(network, hyper, 0):
-        return None
-    return network
+    readable = type(hyper) is zuko.nn.MaskedMLP and is_plain(hyper) and _read(network, hyper, 0)
+    return network if readable else None
 
 
 def _read(network: MaskedNetwork, layers: nn.Sequential, h: int) -> int | None:
