@@ -272,6 +272,12 @@ one_of_each = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
+def step_by_step(monkeypatch):
+    """No problem of more than a few rows is too small for it."""
+    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)
+
+
+@pytest.fixture(autouse=True)
 def double_precision():
     """Pyro's inverse of an affine transform works in the default precision alone."""
     torch.set_default_dtype(torch.float64)

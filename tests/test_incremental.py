@@ -72,8 +72,9 @@ def by_passes(whole, y):
 
 
 @pytest.fixture(autouse=True)
-def on_the_device_in_poisoned_memory():
-    """Memory that is allocated without being written holds NaN."""
+def on_the_device_in_poisoned_memory(monkeypatch):
+    """Memory that is allocated without being written holds NaN; no problem is too small to be solved step by step."""
+    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)
     torch.set_default_device(DEVICE)
     torch.use_deterministic_algorithms(True)
     yield
@@ -165,6 +166,20 @@ def test_independent_features_are_found_in_one_step():
         lambda y, parameters, features: steps.append(features.tolist()) or inverse(y, parameters, features),
     )
     assert steps == [[0, 1, 2], [3, 4]]
+
+
+def test_small_problems_are_solved_by_passes(monkeypatch):
+    """As many as there are steps, at rest or not, after which all is exact."""
+    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 8e6)
+    network, whole = chain(torch.tensor([2, 0, 1]), width=8, depth=2, parameters=2)
+    y, passes = torch.randn(MANY, 3, dtype=torch.float64), []
+    x, parameters = incremental_inverse(
+        network, y, lambda y, parameters, features: passes.append(len(features)) or inverse(y, parameters, features)
+    )
+    assert passes == [3, 3, 3]
+    with torch.no_grad():
+        torch.testing.assert_close(x, by_passes(whole, y))
+        torch.testing.assert_close(parameters, whole(x))
 
 
 def test_a_network_that_does_not_come_to_rest_is_inverted_step_by_step():

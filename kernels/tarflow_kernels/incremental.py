@@ -30,6 +30,8 @@ _WINDOW = 8
 # So few rows are first tried by fixed-point iteration: a pass then costs hardly more than a step, all of it overhead.
 _FEW_ROWS = 8
 _FEW_ROWS_ON_GPU = 4096
+# So few multiplications in as many passes as there are steps take less than the overhead of the steps.
+_FEW_PRODUCTS = 8e6
 
 Inverse = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -136,7 +138,8 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
 
     Exact up to rounding, whatever the order of the features or the depth of their graph: features that do not depend
     on each other are found in one step. Up to 8 rows, or 4096 on a GPU, are first tried by fixed-point iteration with
-    the whole network, which is as exact where it comes to rest, and is given up where it does not soon.
+    the whole network, which is as exact where it comes to rest, and is given up where it does not soon. So are problems
+    that are small in all.
 
     Args:
         network: what makes the parameters; its layers in the dtype of y and on its device.
@@ -156,11 +159,8 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
     _check(network, y)
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
         plan = _plan_of(network)
-        if len(y) <= (_FEW_ROWS if y.is_cpu else _FEW_ROWS_ON_GPU):
-            found = _at_rest(network, plan.steps, y, inverse)
-            if found is not None:
-                return found
-        return _step_by_step(network, plan, y, inverse)
+        found = _by_passes(network, y, inverse, _worthwhile_passes(network, plan.steps, y), plan.steps)
+        return _step_by_step(network, plan, y, inverse) if found is None else found
 
 
 def fixed_point_inverse(update: Callable[[Tensor], Tensor], start: Tensor, passes: int) -> tuple[Tensor, bool]:
@@ -279,13 +279,29 @@ def _masked(layer: MaskedLayer) -> Tensor:
 # All features at once, again and again --------------------------------------------------------------------------------
 
 
-def _at_rest(network: MaskedNetwork, steps: int, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor] | None:
-    """The fixed point, where it is reached in a quarter of the steps; or half of them, where launches cost most."""
-    parameters = _whole(network)
-    features = torch.arange(network.features, device=y.device)
-    passes = max(steps // (4 if y.is_cpu else 2), 2)
-    x, rests = fixed_point_inverse(lambda x: inverse(y, parameters(x), features), torch.zeros_like(y), passes)
-    return (x, parameters(x)) if rests else None
+def _worthwhile_passes(network: MaskedNetwork, steps: int, y: Tensor) -> int:
+    """With a quarter of the steps most flows come to rest; or half of them, on a GPU, where launches cost most."""
+    if steps * len(y) * sum(layer.weight.numel() for layer in network.layers) <= _FEW_PRODUCTS:
+        return steps
+    if y.is_cpu:
+        return steps // 4 if len(y) <= _FEW_ROWS else 0
+    return steps // 2 if len(y) <= _FEW_ROWS_ON_GPU else 0
+
+
+def _by_passes(
+    network: MaskedNetwork, y: Tensor, inverse: Inverse, passes: int, enough: int
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`fixed_point_inverse`; what has not come to rest is exact after enough passes, and else nothing."""
+    if not passes:
+        return None
+    parameters, features = _whole(network), torch.arange(network.features, device=y.device)
+    x = torch.zeros_like(y)
+    for _ in range(passes):
+        made = parameters(x)
+        previous, x = x, inverse(y, made, features)
+        if torch.equal(previous, x):
+            return x, made
+    return (x, made) if passes == enough else None  # no parameter depends on what the last pass found
 
 
 def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
