@@ -6,7 +6,8 @@ from .attention import causal_attention
 from .decode import KVCache, decode_attention
 from .dispatch import use_backend
 from .embed import embed_next
-from .incremental import MaskedNetwork, fixed_point_inverse, incremental_inverse
+from .incremental import fixed_point_inverse, incremental_inverse
+from .masked import MaskedNetwork
 from .mixture import mixture_logistic, mixture_logistic_inverse
 from .norm import residual_norm
 from .self_attention import CausalSelfAttention

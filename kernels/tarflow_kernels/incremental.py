@@ -2,10 +2,10 @@
 
 A masked network (MADE, arXiv 1502.03509) makes the parameters of feature i from the features before it, so that
 inverting an element-wise map ``y_i = f(x_i; parameters_i)`` takes one step per feature. The usual implementation runs
-the whole network in each. But a hidden unit is complete once the last feature that it sees is known, its *degree*.
-With units in the order of their degrees, a step evaluates those that it completes, from the activations of those
-before them, which lie side by side: each weight is used once, and the masks' zeros hardly ever. It is what a key-value
-cache is to a transformer.
+the whole network in each. But a hidden unit is complete once the last feature that it sees is known: that step is its
+*degree*. With units in the order of their degrees, a step evaluates those that it completes, from the activations of
+those before them, which lie side by side: each weight is used once, and a good part of the masks' zeros not at all. It
+is what a key-value cache is to a transformer.
 
 Like a blocked triangular solve, a window of steps first takes in all that lies before it by one large product per
 layer, and each step then only what the window itself has found. Activations are ``(units, B)``: what a step reads and
@@ -13,17 +13,15 @@ writes is contiguous.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count, pairwise
-from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_same_device
+from .masked import Linear, Map, MaskedNetwork, Plan, masked_weight, plan_of, sources_of
 
 # Steps whose contributions to each other are added one by one.
 _WINDOW = 8
@@ -34,103 +32,6 @@ _FEW_ROWS_ON_GPU = 4096
 _FEW_PRODUCTS = 8e6
 
 Inverse = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class MaskedLayer(Protocol):
-    """``x (weight * mask)^T + bias``, as the masked linear layers of zuko, nflows, normflows and Pyro hold them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    mask: Tensor
-
-
-class Linear(NamedTuple):
-    """The sum of masked linear layers, each of one earlier node."""
-
-    terms: tuple[tuple[int, MaskedLayer], ...]
-
-
-class Map(NamedTuple):
-    """A function of earlier nodes, unit by unit, and of tensors ``(units,)`` or ``(B, units)`` beside them."""
-
-    function: Callable[..., Tensor]
-    sources: tuple[int, ...]
-    extras: tuple[Tensor, ...]
-
-
-class MaskedNetwork:
-    """How a network makes the parameters of every feature: a list of nodes, which are vectors of units.
-
-    Node 0 is the input, ``features`` of them, with the ``context`` behind or before them where it is an input too. The
-    last node that is added is the output. Which unit sees which feature is read from the masks.
-
-    Args:
-        features: D.
-        context: ``(B, C)``, where the first layer takes it beside the features.
-        context_first: whether it lies before them.
-        parameters_first: whether unit ``p D + i`` of the output is parameter p of feature i, and not unit ``i P + p``.
-
-    >>> layer = torch.nn.Linear(2, 2)  # the shift of the second feature is seen by the first
-    >>> layer.mask = torch.tensor([[0, 0], [1, 0]])
-    >>> network = MaskedNetwork(2)
-    >>> _ = network.linear((0, layer))
-    >>> y = torch.randn(5, 2)
-    >>> x, shift = incremental_inverse(network, y, lambda y, parameters, features: y - parameters[..., 0])
-    >>> torch.allclose(x + torch.nn.functional.linear(x, layer.weight * layer.mask, layer.bias), y, atol=1e-6)
-    True
-    """
-
-    def __init__(
-        self,
-        features: int,
-        context: Tensor | None = None,
-        *,
-        context_first: bool = False,
-        parameters_first: bool = False,
-    ):
-        self.features, self.context = features, context
-        self.context_first, self.parameters_first = context_first, parameters_first
-        self.nodes: list[Linear | Map] = []
-
-    def linear(self, *terms: tuple[int, MaskedLayer]) -> int:
-        """Add the sum of masked linear layers, each of an earlier node, and return its number."""
-        return self._add(Linear(terms))
-
-    def map(self, function: Callable[..., Tensor], *sources: int, extras: Sequence[Tensor] = ()) -> int:
-        """Add ``function(*sources, *extras)``, unit by unit, and return its number.
-
-        The function must not care which way units and rows lie: it is given ``(B, units)`` or ``(units, B)``.
-        """
-        return self._add(Map(function, sources, tuple(extras)))
-
-    @property
-    def layers(self) -> list[MaskedLayer]:
-        """All masked layers."""
-        return [layer for node in self.nodes if isinstance(node, Linear) for _, layer in node.terms]
-
-    def _add(self, node: Linear | Map) -> int:
-        self.nodes.append(node)
-        return len(self.nodes)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """In which step and order units are evaluated; it depends on masks alone.
-
-    Attributes:
-        steps: how many.
-        features: the features in the order of their steps.
-        orders: the units of every node in the order of their degrees, without those that see the last step and are of
-            no use to any; of the input all, its context first.
-        ends: how many units of every node have degrees below 0, 1, ..., steps.
-        picks: of every map, for each of its sources, where its units lie there; None where in the same order.
-    """
-
-    steps: int
-    features: Tensor
-    orders: list[Tensor]
-    ends: list[list[int]]
-    picks: list[list[Tensor | None]]
 
 
 def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
@@ -158,7 +59,7 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
     """
     _check(network, y)
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-        plan = _plan_of(network)
+        plan = plan_of(network)
         found = _by_passes(network, y, inverse, _worthwhile_passes(network, plan.steps, y), plan.steps)
         return _step_by_step(network, plan, y, inverse) if found is None else found
 
@@ -187,93 +88,6 @@ def _check(network: MaskedNetwork, y: Tensor) -> None:
     check_same_device(network=weight, y=y)
     if network.context is not None and len(network.context) != len(y):
         raise ValueError(f"context: expected as many rows as y, {len(y)}; got {len(network.context)}")
-
-
-# The plan -------------------------------------------------------------------------------------------------------------
-
-_plans: WeakKeyDictionary[MaskedLayer, tuple[tuple, list[Tensor], _Plan]] = WeakKeyDictionary()
-
-
-def _plan_of(network: MaskedNetwork) -> _Plan:
-    """Made once, and anew where the masks are others or have changed."""
-    layers = network.layers
-    masks = [layer.mask for layer in layers]
-    sources = tuple(_sources(node) for node in network.nodes)
-    form = sources, tuple(mask._version for mask in masks), network.features, network.parameters_first
-    known = _plans.get(layers[0])
-    if known is None or known[0] != form or any(a is not b for a, b in zip(known[1], masks, strict=True)):
-        with torch.device("cpu"):
-            known = _plans[layers[0]] = form, masks, _plan(network)
-    return known[2]
-
-
-def _plan(network: MaskedNetwork) -> _Plan:
-    seen = _seen(network)
-    owners = _owners(network, len(seen[-1]))
-    step = _generations(torch.stack([seen[-1][owners == i].any(0) for i in range(network.features)]))
-    steps, features = int(step.max()) + 1, step.argsort(stable=True)
-    # A unit is complete before the step after the last that it sees.
-    degrees = [((step + 1) * units).amax(1) for units in seen]
-    orders = [degree.argsort(stable=True) for degree in degrees]
-    # Parameters are wanted when their feature is, and side by side.
-    degrees[-1], orders[-1] = step[owners], features.argsort()[owners].argsort(stable=True)
-    ends = [[0, *torch.bincount(degree, minlength=steps).cumsum(0)[:steps].tolist()] for degree in degrees]
-    device = network.layers[0].mask.device
-    kept = [orders[0], *(order[: end[-1]] for order, end in zip(orders[1:], ends[1:], strict=True))]
-    picks = [
-        [_pick(kept[k], orders[source], device) for source in node.sources] if isinstance(node, Map) else []
-        for k, node in enumerate(network.nodes, 1)
-    ]
-    return _Plan(steps, features.to(device), [order.to(device) for order in kept], ends, picks)
-
-
-def _sources(node: Linear | Map) -> tuple[int, ...]:
-    return tuple(source for source, _ in node.terms) if isinstance(node, Linear) else node.sources
-
-
-def _seen(network: MaskedNetwork) -> list[Tensor]:
-    """Of every node, which unit sees which feature, ``(units, D)``."""
-    known = 0 if network.context is None else network.context.shape[-1]
-    inputs = [torch.eye(network.features, dtype=torch.bool), torch.zeros(known, network.features, dtype=torch.bool)]
-    seen = [torch.cat(inputs[::-1] if network.context_first else inputs)]
-    for node in network.nodes:
-        if isinstance(node, Linear):
-            parts = [(layer.mask.cpu() != 0).float() @ seen[source].float() > 0 for source, layer in node.terms]
-        else:
-            parts = [seen[source] for source in node.sources]
-        seen.append(torch.stack(parts).any(0))
-    return seen
-
-
-def _owners(network: MaskedNetwork, outputs: int) -> Tensor:
-    """Of every unit of the output, the feature whose parameter it is."""
-    if outputs % network.features:
-        raise ValueError(f"network: expected as many outputs for each of {network.features} features; got {outputs}")
-    owners, parameters = torch.arange(network.features), outputs // network.features
-    return owners.repeat(parameters) if network.parameters_first else owners.repeat_interleave(parameters)
-
-
-def _generations(depends: Tensor) -> Tensor:
-    """The step of each feature: the first after those of all that it depends on."""
-    step, waiting = torch.full((len(depends),), -1), depends.sum(1)
-    for now in count():
-        ready = (waiting == 0) & (step < 0)
-        if not ready.any():
-            break
-        step[ready] = now
-        waiting -= depends[:, ready].sum(1)
-    if (step < 0).any():
-        raise ValueError("network: expected masks by which no feature depends on itself; got some that do")
-    return step
-
-
-def _pick(order: Tensor, source: Tensor, device: torch.device) -> Tensor | None:
-    pick = source.argsort()[order]
-    return None if torch.equal(pick, torch.arange(len(pick))) else pick.to(device)
-
-
-def _masked(layer: MaskedLayer) -> Tensor:
-    return layer.weight * layer.mask.to(layer.weight.dtype)
 
 
 # All features at once, again and again --------------------------------------------------------------------------------
@@ -307,7 +121,7 @@ def _by_passes(
 def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
     """The parameters ``(B, D, P)`` as a function of x, of weights that are masked once."""
     weights = [
-        [_masked(layer) for _, layer in node.terms] if isinstance(node, Linear) else [] for node in network.nodes
+        [masked_weight(layer) for _, layer in node.terms] if isinstance(node, Linear) else [] for node in network.nodes
     ]
 
     def parameters(x: Tensor) -> Tensor:
@@ -329,13 +143,12 @@ def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
 # Step by step ---------------------------------------------------------------------------------------------------------
 
 
-def _step_by_step(network: MaskedNetwork, plan: _Plan, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
+def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
     units = _allocate(network, plan, y)
     nodes = [_ordered(node, plan, k, units) for k, node in enumerate(network.nodes, 1)]
-    context = plan.ends[0][1]
-    if context:
-        units[0].values[:context] = network.context.t()
-    x, parameters = units[0].values[context:], units[-1].values.view(network.features, -1, len(y))
+    if network.known:
+        units[0].values[: network.known] = network.context.t()
+    x, parameters = units[0].values[network.known :], units[-1].values.view(network.features, -1, len(y))
     sizes = [size // parameters.shape[1] for size in _differences(plan.ends[-1])]
     # What a step reads and writes are views, made beforehand and all at once.
     steps = zip(
@@ -356,9 +169,9 @@ def _step_by_step(network: MaskedNetwork, plan: _Plan, y: Tensor, inverse: Inver
     return x[rank].t().contiguous(), parameters[rank].permute(2, 0, 1)
 
 
-def _allocate(network: MaskedNetwork, plan: _Plan, y: Tensor) -> list["_Units"]:
+def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
     """Room for all activations. A map takes that of a sum which nothing else reads."""
-    readers = Counter(source for node in network.nodes for source in _sources(node))
+    readers = Counter(source for node in network.nodes for source in sources_of(node))
     units = [_Units(y.new_zeros(len(plan.orders[0]), len(y)), plan.ends[0])]
     for k, node in enumerate(network.nodes, 1):
         if isinstance(node, Linear):
@@ -456,7 +269,7 @@ def _aligned(source: _Units, pick: Tensor | None, sizes: list[int]) -> Callable[
     return lambda step: source.values[picks[step]]
 
 
-def _ordered(node: Linear | Map, plan: _Plan, k: int, units: list[_Units]) -> _Sum | _Mapped:
+def _ordered(node: Linear | Map, plan: Plan, k: int, units: list[_Units]) -> _Sum | _Mapped:
     order = plan.orders[k]
     if isinstance(node, Map):
         sources = [(units[source], pick) for source, pick in zip(node.sources, plan.picks[k - 1], strict=True)]
@@ -464,7 +277,7 @@ def _ordered(node: Linear | Map, plan: _Plan, k: int, units: list[_Units]) -> _S
         return _Mapped(units[k], node.function, sources, [extra.t()[order] for extra in extras])
     terms, bias = [], units[k].values.new_zeros(len(order), 1)
     for source, layer in node.terms:
-        weight = _masked(layer).index_select(0, order).index_select(1, plan.orders[source])
+        weight = masked_weight(layer).index_select(0, order).index_select(1, plan.orders[source])
         terms.append((units[source], weight))
         if layer.bias is not None:
             bias += layer.bias[order, None]

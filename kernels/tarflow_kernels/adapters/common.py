@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import affine, mixture
 from ..implicit import with_gradients
-from ..incremental import Inverse, MaskedNetwork, fixed_point_inverse, incremental_inverse
+from ..incremental import Inverse, fixed_point_inverse, incremental_inverse
+from ..masked import MaskedNetwork
 from ..scales import Scale, log_scale
 from ..tensors import needs_gradients
 

@@ -12,7 +12,7 @@ from nflows.transforms.coupling import AffineCouplingTransform as LibraryAffineC
 from nflows.transforms.made import MADE, MaskedFeedforwardBlock
 from torch import Tensor, nn
 
-from ..incremental import MaskedNetwork
+from ..masked import MaskedNetwork
 from ..scales import Scale, sigmoid
 from .common import (
     MaskedAutoregressive,

@@ -19,7 +19,7 @@ from normflows.nets.made import MADE, MaskedFeedforwardBlock
 from normflows.utils.nn import PeriodicFeaturesElementwise
 from torch import Tensor, nn
 
-from ..incremental import MaskedNetwork
+from ..masked import MaskedNetwork
 from ..scales import EXP, sigmoid
 from .common import (
     MaskedAutoregressive,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, SigmoidTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from ..incremental import MaskedNetwork
+from ..masked import MaskedNetwork
 from ..mixture import MAX_COMPONENTS
 from ..scales import Scale, clamp, sigmoid
 from .common import (

@@ -20,7 +20,8 @@ from zuko.flows.gaussianization import ElementWiseTransform as ZukoElementWiseTr
 from zuko.transforms import DependentTransform, MonotonicAffineTransform
 from zuko.utils import broadcast, unpack
 
-from ..incremental import Inverse, MaskedNetwork
+from ..incremental import Inverse
+from ..masked import MaskedNetwork
 from ..scales import Scale, softclip
 from .common import (
     affine_forward,
