@@ -5,6 +5,7 @@ import torch
 from hypothesis import Phase, settings
 
 from helpers import BACKENDS, DEVICE, INTERPRETED
+from tarflow_kernels import incremental
 
 # The tensors here are tiny: a second thread costs more than it gives, the more so on a busy machine.
 torch.set_num_threads(1)
@@ -37,3 +38,17 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def step_by_step(monkeypatch):
+    """No problem of more than a few rows is too small to be inverted step by step."""
+    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)
+
+
+@pytest.fixture
+def double_precision():
+    """Pyro's inverse of an affine transform works in the default precision alone."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

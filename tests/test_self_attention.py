@@ -231,3 +231,13 @@ def test_the_log_det_of_the_zuko_example_is_that_of_its_jacobian(example):
     transform = flow().transform
     jacobian = torch.autograd.functional.jacobian(lambda x: transform(x[None])[0], x)
     assert_close(transform.log_abs_det_jacobian(x[None], None)[0], jacobian.slogdet()[1])
+
+
+def test_integers_and_flat_caches_are_named_and_autocast_takes_any_float():
+    layer, positions = CausalSelfAttention(8, 2), torch.zeros(1, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.zeros(1, 3, 8, dtype=torch.float16)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"x: expected a floating-point tensor; got torch\.int64"):
+            layer(torch.zeros(1, 3, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cache_k: expected shape"):
+        layer.decode(torch.zeros(1, 1, 8), torch.zeros(8), torch.zeros(8), positions)

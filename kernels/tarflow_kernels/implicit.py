@@ -23,8 +23,6 @@ def with_gradients(x: Tensor, y: Tensor, conditioner: Callable, forward: Callabl
         conditioner: ``x -> parameters``, any nest of tensors.
         forward: ``(x, parameters) -> y``, element by element.
     """
-    if not torch.is_grad_enabled():
-        return x
     element, seen = (x.detach().requires_grad_() for _ in range(2))
     made = forward(element, conditioner(seen))
     return _Inverse.apply(y - made, x, made, element, seen)
