@@ -93,10 +93,11 @@ def on_the_device_in_poisoned_memory(monkeypatch):
     seed=st.integers(0, 2**31),
     rows=st.sampled_from([0, 1, 3, MANY, MANY + 3]),
     few_products=st.sampled_from([0, 8e6]),
+    windows=st.sampled_from([(8, 32), (4, 16), (2, 4), (1, 1)]),
 )
-def test_it_inverts_networks_of_any_order_depth_and_form(data, seed, rows, few_products):
+def test_it_inverts_networks_of_any_order_depth_and_form(data, seed, rows, few_products, windows):
     torch.manual_seed(seed)
-    features = data.draw(st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 33]))
+    features = data.draw(st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 33, 41]))
     generations = data.draw(st.integers(1, features))
     order = torch.randperm(features) * generations // features
     context = torch.randn(rows, 3, dtype=torch.float64) if data.draw(st.booleans()) else None
@@ -112,7 +113,7 @@ def test_it_inverts_networks_of_any_order_depth_and_form(data, seed, rows, few_p
         parameters_first=data.draw(st.booleans()),
     )
     y, calls = torch.randn(rows, features, dtype=torch.float64), []
-    with torch.no_grad(), mock.patch.object(incremental, "_FEW_PRODUCTS", few_products):
+    with torch.no_grad(), mock.patch.multiple(incremental, _FEW_PRODUCTS=few_products, _WINDOWS=windows):
         x, parameters = incremental_inverse(network, y, lambda *args: calls.append(args[0].shape[1]) or inverse(*args))
         torch.testing.assert_close(x, by_passes(whole, y), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(parameters, whole(x), rtol=1e-10, atol=1e-10)

@@ -7,7 +7,7 @@ the whole network in each. But a hidden unit is complete once the last feature t
 those before them, which lie side by side: each weight is used once, and a good part of the masks' zeros not at all. It
 is what a key-value cache is to a transformer.
 
-Like a blocked triangular solve, a window of steps first takes in all that lies before it by one large product per
+As in a blocked triangular solve, a window of steps first takes in what lies before it by large products, one for each
 layer, and each step then only what the window itself has found. Activations are ``(units, B)``: what a step reads and
 writes is contiguous.
 """
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .checks import check_same_device
 from .masked import Linear, Map, MaskedNetwork, Plan, masked_weight, plan_of, sources_of
 
-# Steps whose contributions to each other are added one by one.
-_WINDOW = 8
+# Steps of a window and of a wide one: where there are many rows, products cost more than operators.
+_WINDOWS, _WINDOWS_OF_MANY_ROWS, _MANY_ROWS = (8, 32), (4, 16), 2048
 # So few rows are first tried by fixed-point iteration: a pass then costs hardly more than a step, all of it overhead.
 _FEW_ROWS = 8
 _FEW_ROWS_ON_GPU = 4096
@@ -146,6 +146,8 @@ def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
 def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
     units = _allocate(network, plan, y)
     nodes = [_ordered(node, plan, k, units) for k, node in enumerate(network.nodes, 1)]
+    sums = [node for node in nodes if isinstance(node, _Sum)]
+    narrow, wide = _WINDOWS if len(y) <= _MANY_ROWS else _WINDOWS_OF_MANY_ROWS
     if network.known:
         units[0].values[: network.known] = network.context.t()
     x, parameters = units[0].values[network.known :], units[-1].values.view(network.features, -1, len(y))
@@ -159,9 +161,12 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
         strict=True,
     )
     for step, (found, wanted, made, features) in enumerate(steps):
-        if step % _WINDOW == 0:
-            for node in nodes:
-                node.begin(step, min(step + _WINDOW, plan.steps))
+        if step % wide == 0:
+            for node in sums:
+                node.begin_wide(step, min(step + wide, plan.steps))
+        if step % narrow == 0:
+            for node in sums:
+                node.begin(step, min(step + narrow, plan.steps))
         for node in nodes:
             node.complete(step)
         found.copy_(inverse(wanted, made, features))
@@ -203,15 +208,22 @@ class _Sum:
     def __init__(self, units: _Units, terms: list[tuple[_Units, Tensor]], bias: Tensor):
         self.units, self.terms, self.bias = units, terms, bias
 
-    def begin(self, first: int, last: int) -> None:
-        """For all units of a window, take in what lies before it; have at hand what is to come."""
+    def begin_wide(self, first: int, last: int) -> None:
+        """For all units of a wide window, take in what lies before it."""
         rows = self.units.of(first, last)
-        sizes = _differences(self.units.ends[first : last + 1])
-        values, addend = self.units.values[rows], self.bias[rows]
+        values, addend, self.since = self.units.values[rows], self.bias[rows], first
+        for source, weight in self.terms:
+            before = source.of(0, first)
+            addend = torch.addmm(addend, weight[rows, before], source.values[before], out=values)
+
+    def begin(self, first: int, last: int) -> None:
+        """For all units of a window, take in what the wide one has found; have at hand what is to come."""
+        rows, sizes = self.units.of(first, last), _differences(self.units.ends[first : last + 1])
         self.first, self.window = first, []
         for source, weight in self.terms:
-            before, within = source.of(0, first), source.of(first, last)
-            addend = torch.addmm(addend, weight[rows, before], source.values[before], out=values)
+            before, within = source.of(self.since, first), source.of(first, last)
+            if self.since < first:
+                self.units.values[rows].addmm_(weight[rows, before], source.values[before])
             self.window.append((weight[rows, within].split(sizes), source.values[within]))
 
     def complete(self, step: int) -> None:
@@ -240,9 +252,6 @@ class _Mapped:
         sizes = _differences(units.ends)
         self.parts = [_aligned(source, pick, sizes) for source, pick in sources]
         self.parts += [extra.split(sizes).__getitem__ for extra in extras]
-
-    def begin(self, first: int, last: int) -> None:
-        """Nothing can be done before the sources are complete."""
 
     def complete(self, step: int) -> None:
         """The units of a step."""
