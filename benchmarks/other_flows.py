@@ -46,7 +46,7 @@ class Subject:
     """A flow of another library, and how to run it.
 
     Attributes:
-        library, name: whose flow, and which; the adapter is named after the library.
+        owner, name: whose flow, and which; the adapter is named after the library.
         make: a new one.
         inverse: ``(flow, z) -> (x,)``, as the library does it.
         updates: of each transform, in the order of the inverse: ``(x, y) -> x``, of which its inverse is the fixed
@@ -56,7 +56,7 @@ class Subject:
         compiles: whether the inverse, which a compiler writes out, can be compiled in a minute or two.
     """
 
-    library: str
+    owner: str
     name: str
     make: Callable[[], nn.Module]
     inverse: Call
@@ -73,7 +73,7 @@ class Subject:
 
     def accelerated(self, flow: nn.Module) -> nn.Module:
         """An equivalent of a flow, by our adapter."""
-        return importlib.import_module(f"tarflow_kernels.adapters.{self.library.lower()}").accelerate(flow)
+        return importlib.import_module(f"tarflow_kernels.adapters.{self.owner.lower()}").accelerate(flow)
 
 
 def _made(hidden: int, parameters: int) -> int:
@@ -109,7 +109,7 @@ def _zuko_updates(flow: nn.Module) -> list[Callable]:
 
 def _zuko(name: str, weights: int, **options) -> Subject:
     return Subject(
-        library="zuko",
+        owner="zuko",
         name=name,
         make=partial(_make_zuko, name),
         inverse=lambda flow, z: (flow().transform.inv(z),),
@@ -171,7 +171,7 @@ _ZUKO_MAF = _zuko("MAF", _made(hidden=2, parameters=2), compiles=True)
 _ZUKO_NSF = _zuko("NSF", _made(hidden=2, parameters=23))  # eight bins
 _ZUKO_REALNVP = _zuko("RealNVP", HIDDEN * (FEATURES // 2 + 2 * HIDDEN + FEATURES))
 _NFLOWS_MAF = Subject(
-    library="nflows",
+    owner="nflows",
     name="MAF",
     make=_make_nflows,
     inverse=lambda flow, z: flow.inverse(z)[:1],
@@ -181,7 +181,7 @@ _NFLOWS_MAF = Subject(
     compiles=True,
 )
 _NORMFLOWS_MAF = Subject(
-    library="normflows",
+    owner="normflows",
     name="MAF",
     make=_make_normflows,
     inverse=lambda flow, z: (flow.inverse(z),),
@@ -189,7 +189,7 @@ _NORMFLOWS_MAF = Subject(
     weights=TRANSFORMS * _made(hidden=4, parameters=2),  # two residual blocks of two
 )
 _PYRO_MAF = Subject(
-    library="Pyro",
+    owner="Pyro",
     name="MAF",
     make=_make_pyro,
     # It remembers the tensor that it saw last.
@@ -243,23 +243,23 @@ def _compiled(call: Call) -> Contender:
 def _inverse(subject: Subject, batch: int, on_gpu: bool) -> Row:
     """The slow direction."""
     contenders = {
-        subject.library: _contender(subject.inverse),
+        subject.owner: _contender(subject.inverse),
         "fixed point": _contender(subject.fixed_point),
         "accelerated": _contender(subject.inverse, subject.accelerated),
     }
     if on_gpu and subject.compiles:
-        contenders[f"compiled {subject.library}"] = _compiled(subject.inverse)
+        contenders[f"compiled {subject.owner}"] = _compiled(subject.inverse)
     return _row("inverse", subject, batch, on_gpu, contenders, subject.fixed_point)
 
 
 def _density(subject: Subject, batch: int, on_gpu: bool) -> Row:
     """One pass, in which nothing is ours but the affine maps and their log-dets."""
     contenders = {
-        subject.library: _contender(subject.forward),
+        subject.owner: _contender(subject.forward),
         "accelerated": _contender(subject.forward, subject.accelerated),
     }
     if on_gpu:
-        contenders[f"compiled {subject.library}"] = _compiled(subject.forward)
+        contenders[f"compiled {subject.owner}"] = _compiled(subject.forward)
     return _row("density", subject, batch, on_gpu, contenders, subject.forward)
 
 
@@ -275,7 +275,7 @@ def _row(op: str, subject: Subject, batch: int, on_gpu: bool, contenders: dict[s
 
     return Row(
         op=op,
-        model=f"{subject.library} {subject.name}",
+        model=f"{subject.owner} {subject.name}",
         shape={"B": batch, "D": FEATURES},
         dtype=torch.float32,
         bytes=4 * (subject.weights + 2 * batch * FEATURES),
@@ -283,7 +283,7 @@ def _row(op: str, subject: Subject, batch: int, on_gpu: bool, contenders: dict[s
         contenders=contenders,
         draw=draw,
         expect=expect,
-        plain=subject.library,
+        plain=subject.owner,
         flush=False,
         note="weights as initialized" if on_gpu else "weights as initialized; one thread",
     )

@@ -82,6 +82,7 @@ class Case:
     """A flow: its library, how it is made, and of what it is a map.
 
     Attributes:
+        peer: the library.
         context: whether it takes one, of C numbers.
         span: between which numbers its points lie, of one that does not map all of space.
         logdet: how far the library's log-det may be off.
@@ -89,7 +90,7 @@ class Case:
         inverts: whether the library can invert it.
     """
 
-    library: Library
+    peer: Library
     make: Callable[[], nn.Module]
     context: bool = False
     span: tuple[float, float] | None = None
@@ -316,7 +317,7 @@ def made(case, seed=0):
             if isinstance(module, nn.BatchNorm1d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
-    return flow, case.library.accelerate(flow)
+    return flow, case.peer.accelerate(flow)
 
 
 def inputs(case, *shape, seed=1):
@@ -333,7 +334,7 @@ def close(actual, expected, tolerance=1e-10):
 
 
 def both_ways(case, ours, library, x, c):
-    forward, inverse = case.library.forward, case.library.inverse
+    forward, inverse = case.peer.forward, case.peer.inverse
     expected = forward(library, x, c)
     yield forward(ours, x, c), expected
     if case.inverts:

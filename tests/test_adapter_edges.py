@@ -50,7 +50,7 @@ def test_flows_may_be_frozen(name, wanted):
     y, c = inputs(case, FEW)
     asked = (y if wanted == "y" else c).requires_grad_()
     mine, theirs = (
-        torch.autograd.grad(case.library.inverse(flow, y, c)[0].pow(3).sum(), asked) for flow in (ours, library)
+        torch.autograd.grad(case.peer.inverse(flow, y, c)[0].pow(3).sum(), asked) for flow in (ours, library)
     )
     close(mine[0], theirs[0])
 
@@ -59,7 +59,7 @@ def test_flows_may_be_frozen(name, wanted):
 def test_the_inverse_is_differentiable_once(case):
     _, ours = made(case)
     y = inputs(case, FEW)[0].requires_grad_()
-    x, _ = case.library.inverse(ours, y, None)
+    x, _ = case.peer.inverse(ours, y, None)
     (gradient,) = torch.autograd.grad(x.pow(3).sum(), y, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -75,10 +75,10 @@ def test_networks_of_other_classes_are_called(case):
             if network is not None:
                 kind = type(network)
                 network.__class__ = type("Halved", (kind,), {"forward": _halved(kind)})
-    ours = case.library.accelerate(library)
+    ours = case.peer.accelerate(library)
     y, c = inputs(case, MANY)
     with torch.no_grad():
-        close(case.library.inverse(ours, y, c)[0], case.library.inverse(library, y, c)[0])
+        close(case.peer.inverse(ours, y, c)[0], case.peer.inverse(library, y, c)[0])
 
 
 def _halved(kind):
@@ -93,11 +93,9 @@ def _halved(kind):
 def test_subclasses_of_transforms_stay(case):
     library = case.make()
     for module in library.modules():
-        if case.library.accelerate(module) is not module and type(case.library.accelerate(module)) is not type(module):
+        if case.peer.accelerate(module) is not module and type(case.peer.accelerate(module)) is not type(module):
             module.__class__ = type("Mine", (type(module),), {})
-    assert [type(module) for module in case.library.accelerate(library).modules()] == [
-        type(m) for m in library.modules()
-    ]
+    assert [type(module) for module in case.peer.accelerate(library).modules()] == [type(m) for m in library.modules()]
 
 
 def test_masks_that_are_loaded_are_read():
@@ -106,9 +104,9 @@ def test_masks_that_are_loaded_are_read():
     (_, ours), (other, _) = made(case, seed=0), made(case, seed=1)
     x, c = inputs(case, MANY)
     with torch.no_grad():
-        case.library.inverse(ours, x, c)
+        case.peer.inverse(ours, x, c)
         ours.load_state_dict(other.state_dict())
-        close(case.library.inverse(ours, x, c)[0], case.library.inverse(other, x, c)[0])
+        close(case.peer.inverse(ours, x, c)[0], case.peer.inverse(other, x, c)[0])
 
 
 @pytest.mark.parametrize("options", [{"dropout_probability": 0.5}, {"use_batch_norm": True}])
@@ -136,7 +134,7 @@ def test_hooks_are_not_passed_by(case, before):
             module.register_forward_hook(lambda module, args, out: 0.5 * out)
     x, c = inputs(case, MANY)
     with torch.no_grad():
-        close(case.library.inverse(ours, x, c)[0], case.library.inverse(library, x, c)[0])
+        close(case.peer.inverse(ours, x, c)[0], case.peer.inverse(library, x, c)[0])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +146,7 @@ def test_low_precision_stays_low(name):
     exact, _ = made(case)
     torch.set_default_dtype(torch.bfloat16)
     library = copy.deepcopy(exact).bfloat16()
-    ours = case.library.accelerate(library)
+    ours = case.peer.accelerate(library)
     x, _ = inputs(case, MANY)
     with torch.no_grad():
         for pair in both_ways(case, ours, library, x.bfloat16(), None):
@@ -200,7 +198,7 @@ def test_splines_may_write_to_their_parameters(name):
     for module in library.modules():
         if hasattr(module, "autoregressive_net"):
             module.autoregressive_net.hidden_features = 20
-    ours = case.library.accelerate(library)
+    ours = case.peer.accelerate(library)
     for rows in (1, FEW, MANY):
         x, c = inputs(case, rows)
         with torch.no_grad():

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("step_by_step", "double_precision")
 def test_the_inverse_undoes_the_map_and_its_logdet(case):
     _, flow = made(case)
     x, c = inputs(case, MANY)
-    y, logdet = case.library.forward(flow, x, c)
-    back, inverse_logdet = case.library.inverse(flow, y.detach(), c)
+    y, logdet = case.peer.forward(flow, x, c)
+    back, inverse_logdet = case.peer.inverse(flow, y.detach(), c)
     close(back, x, 1e-5)  # bisection is content with 1e-6
     close(inverse_logdet, -logdet, 1e-4)
     assert y.shape == x.shape
@@ -47,8 +47,8 @@ def test_the_inverse_undoes_the_map_and_its_logdet(case):
 def test_the_logdet_is_that_of_the_jacobian(case):
     _, flow = made(case)
     x, c = inputs(case, 1)
-    _, logdet = case.library.forward(flow, x, c)
-    jacobian = torch.autograd.functional.jacobian(lambda x: case.library.forward(flow, x, c)[0], x).view(D, D)
+    _, logdet = case.peer.forward(flow, x, c)
+    jacobian = torch.autograd.functional.jacobian(lambda x: case.peer.forward(flow, x, c)[0], x).view(D, D)
     close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], 1e-8)
 
 
@@ -70,7 +70,7 @@ def test_it_equals_the_library_in_single_precision(case, rows):
     exact, _ = made(case)
     torch.set_default_dtype(torch.float32)
     library = copy.deepcopy(exact).float()
-    ours = case.library.accelerate(library)
+    ours = case.peer.accelerate(library)
     x, c = inputs(case, rows)
     single = [None if tensor is None else tensor.float() for tensor in (x, c)]
     with torch.no_grad():
@@ -87,12 +87,12 @@ def test_it_equals_the_library_in_single_precision(case, rows):
 def test_gradients_in_every_input_equal_the_librarys(case):
     library, ours = made(case)
     x, c = inputs(case, FEW)
-    y = case.library.forward(library, x, c)[0].detach()
+    y = case.peer.forward(library, x, c)[0].detach()
     parameters = [*library.parameters()]
     assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
-    directions = [(case.library.forward, x)]
+    directions = [(case.peer.forward, x)]
     if case.inverts and case.gradients:
-        directions.append((case.library.inverse, y))
+        directions.append((case.peer.inverse, y))
     for run, given in directions:
         mine, theirs = (_gradients(run, flow, given, c, parameters) for flow in (ours, library))
         for gradient, expected in zip(mine, theirs, strict=True):
@@ -115,8 +115,8 @@ def test_gradients_of_the_inverse_are_those_of_differences(name):
     case = CASES[name]
     _, flow = made(case)
     x, c = inputs(case, 2)
-    y = case.library.forward(flow, x, c)[0].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: case.library.inverse(flow, y, c), y)
+    y = case.peer.forward(flow, x, c)[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: case.peer.inverse(flow, y, c), y)
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "zuko NAF", "zuko UNAF", "pyro neural"])
@@ -125,14 +125,14 @@ def test_gradients_of_the_inverse_in_its_parameters_are_those_of_differences(nam
     case = CASES[name]
     _, flow = made(case)
     x, c = inputs(case, 2)
-    y = case.library.forward(flow, x, c)[0].detach()
+    y = case.peer.forward(flow, x, c)[0].detach()
     parameters = [*flow.parameters()]
     directions = [torch.randn_like(parameter) for parameter in parameters]
 
     def objective(step):
         with torch.no_grad():
             torch._foreach_add_(parameters, directions, alpha=step)
-        value, logdet = case.library.inverse(flow, y, c)
+        value, logdet = case.peer.inverse(flow, y, c)
         return value.pow(3).sum() + logdet.sum()
 
     found = torch.autograd.grad(objective(0.0), parameters)
@@ -177,7 +177,7 @@ def test_contexts_broadcast_in_zuko_and_pyro(name):
     for x_shape, c_shape in [((4,), ()), ((2, 3), (3,))]:
         (x, _), (_, c) = inputs(case, *x_shape), inputs(case, *c_shape)
         with torch.no_grad():
-            for run in (case.library.forward, case.library.inverse):
+            for run in (case.peer.forward, case.peer.inverse):
                 for value, expected in zip(run(ours, x, c), run(library, x, c), strict=True):
                     close(value, expected)
 
@@ -191,7 +191,7 @@ def test_state_and_flow_are_left_as_they_are(case):
     assert types == [type(module) for module in library.modules()]
     assert type(ours).__module__.startswith(adapters.__name__) or type(ours) is type(library)
     assert isinstance(ours, type(library))
-    assert case.library is PYRO or repr(ours) == repr(library)
+    assert case.peer is PYRO or repr(ours) == repr(library)
 
 
 @one_of_each
@@ -200,15 +200,15 @@ def test_weights_may_be_trained_loaded_and_moved(case, rows):
     library, ours = made(case)
     twin = copy.deepcopy(ours).to(DEVICE, torch.float64)
     x, c = inputs(case, rows)
-    y = case.library.forward(library, x, c)[0].detach()
-    case.library.inverse(ours, y, c)[0].sum().backward()
+    y = case.peer.forward(library, x, c)[0].detach()
+    case.peer.inverse(ours, y, c)[0].sum().backward()
     torch.optim.SGD(ours.parameters(), lr=0.1).step()
-    close(case.library.inverse(ours, y, c)[0], case.library.inverse(library, y, c)[0])
+    close(case.peer.inverse(ours, y, c)[0], case.peer.inverse(library, y, c)[0])
     other, _ = made(case, seed=1)
     ours.load_state_dict(other.state_dict())
-    close(case.library.inverse(ours, y, c)[0], case.library.inverse(other, y, c)[0])
+    close(case.peer.inverse(ours, y, c)[0], case.peer.inverse(other, y, c)[0])
     twin.load_state_dict(other.state_dict())
-    close(case.library.inverse(twin, y, c)[0], case.library.inverse(other, y, c)[0])
+    close(case.peer.inverse(twin, y, c)[0], case.peer.inverse(other, y, c)[0])
 
 
 @one_of_each
@@ -217,14 +217,14 @@ def test_it_pickles(case):
     x, c = inputs(case, MANY)
     twin = pickle.loads(pickle.dumps(ours))
     assert type(twin) is type(ours)
-    close(case.library.inverse(twin, x, c)[0], case.library.inverse(ours, x, c)[0])
+    close(case.peer.inverse(twin, x, c)[0], case.peer.inverse(ours, x, c)[0])
 
 
 @one_of_each
 def test_it_compiles(case):
     library, ours = made(case)
     x, c = inputs(case, MANY)
-    for run in (case.library.forward, case.library.inverse):
+    for run in (case.peer.forward, case.peer.inverse):
         with torch.no_grad():
             compiled = torch.compile(lambda x, run=run: run(ours, x, c), backend="aot_eager")
             for value, expected in zip(compiled(x), run(library, x, c), strict=True):
