@@ -165,6 +165,13 @@ def batch_norm(network: MaskedNetwork, node: int, norm: nn.BatchNorm1d) -> int:
     return network.map(_scale_and_shift, node, extras=(scale, norm.bias - scale * norm.running_mean))
 
 
+def feedforward(network: MaskedNetwork, node: int, block: nn.Module) -> int:
+    """Add a ``MaskedFeedforwardBlock`` of nflows or normflows."""
+    if block.batch_norm:
+        node = batch_norm(network, node, block.batch_norm)
+    return network.map(block.activation, network.linear((node, block.linear)))
+
+
 def _scale_and_shift(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, h, scale)
 

@@ -28,6 +28,7 @@ from .common import (
     affine_inverse_of,
     batch_norm,
     check_module,
+    feedforward,
     is_elementwise,
     is_plain,
     replaced,
@@ -161,9 +162,10 @@ def read(made: nn.Module, features: int, context: Tensor | None = None) -> Maske
     if context is not None:
         h = network.map(torch.add, h, extras=[made.context_layer(context)])
     for block in made.blocks:
-        h = (_read_feedforward if isinstance(block, MaskedFeedforwardBlock) else _read_residual)(
-            network, block, h, context
-        )
+        if isinstance(block, MaskedFeedforwardBlock):
+            h = feedforward(network, h, block)
+        else:
+            h = _residual(network, h, block, context)
     network.linear((h, made.final_layer))
     return network
 
@@ -196,13 +198,7 @@ def _read_periodic(network: MaskedNetwork, periodic: PeriodicFeaturesElementwise
     return network.map(function, 0, extras=[of_all(*pair) for pair in values])
 
 
-def _read_feedforward(network: MaskedNetwork, block: nn.Module, h: int, context: Tensor | None) -> int:
-    if block.batch_norm:
-        h = batch_norm(network, h, block.batch_norm)
-    return network.map(block.activation, network.linear((h, block.linear)))
-
-
-def _read_residual(network: MaskedNetwork, block: nn.Module, h: int, context: Tensor | None) -> int:
+def _residual(network: MaskedNetwork, h: int, block: nn.Module, context: Tensor | None) -> int:
     inputs = h
     for k, layer in enumerate(block.linear_layers):
         if block.use_batch_norm:
