@@ -109,13 +109,15 @@ def _by_passes(
     if not passes:
         return None
     parameters, features = _whole(network), torch.arange(network.features, device=y.device)
-    x = torch.zeros_like(y)
-    for _ in range(passes):
+    made = None
+
+    def update(x: Tensor) -> Tensor:
+        nonlocal made
         made = parameters(x)
-        previous, x = x, inverse(y, made, features)
-        if torch.equal(previous, x):
-            return x, made
-    return (x, made) if passes == enough else None  # no parameter depends on what the last pass found
+        return inverse(y, made, features)
+
+    x, rests = fixed_point_inverse(update, torch.zeros_like(y), passes)
+    return (x, made) if rests or passes == enough else None  # no parameter depends on what the last pass found
 
 
 def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:

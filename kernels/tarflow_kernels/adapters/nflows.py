@@ -126,6 +126,7 @@ _REPLACEMENTS = {
 }
 
 
+@torch.no_grad()
 def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
     """A ``MADE``; None if it is something else, or not plain."""
     if type(made) is not MADE or not is_plain(made) or not is_elementwise(made.activation, made.initial_layer.weight):
