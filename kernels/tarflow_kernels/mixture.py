@@ -210,7 +210,8 @@ class _Map(torch.autograd.Function):
             logdet[rows] = parts.d.flatten(1).sum(1) if parts.d.dim() > 1 else parts.d
             if not inverse:
                 v[rows] = parts.v
-            saved += parts if save else ()
+            if save:
+                saved.extend(parts)
         if save:
             ctx.save_for_backward(given, logits, means, log_scales, *saved)
             ctx.blocks, ctx.min_log_scale, ctx.inverse = blocks, min_log_scale, inverse

@@ -107,6 +107,8 @@ def _mixture_inverse_kernel(
     row, index, inside, part, parts = tile(space, rows, ROWS, BLOCK)
     pointers = _pointers(Logits, Means, LogScales, space, row, index)
     v = load(V, space, row, index, inside, ACC)
+    # Found before the first loop: behind one, Triton 3.6 has forgotten the constants of a space.
+    places = Out.pointer + offsets(Out, space, row, index)
     x, low, high = _bracket(pointers, steps, inside, v, K, FLOOR, BLOCK_K)
     margin = 4 * EPS * tl.maximum(tl.abs(low), tl.abs(high))
     low -= margin
@@ -132,7 +134,7 @@ def _mixture_inverse_kernel(
         evaluations += left
         left = tl.where(going & (evaluations < MAX), left, 0)
     _, d, _ = _map(pointers, steps, inside, x, K, FLOOR, BLOCK_K)
-    tl.store(Out.pointer + offsets(Out, space, row, index), x, mask=inside)
+    tl.store(places, x, mask=inside)
     tl.store(Logdet + row * parts + part, -tl.sum(tl.where(inside, d, 0.0), 1)[:, None], mask=row < rows)
 
 
@@ -167,6 +169,7 @@ def _mixture_backward_kernel(
     x = load(X, space, row, index, inside, ACC)
     g = load(GradOut, space, row, index, inside, ACC)
     h = tl.load(GradLogdet + row * stride_logdet, mask=row < rows, other=0.0).to(ACC)
+    places = GradX.pointer + offsets(GradX, space, row, index)
     v, d, sums = _map(pointers, steps, inside, x, K, FLOOR, BLOCK_K)
     grad_x = tl.zeros([ROWS, BLOCK], ACC)
     if INVERSE:
@@ -177,7 +180,7 @@ def _mixture_backward_kernel(
             )
             grad_x += tl.sum(((r - p) * above + (q - r) * below) * slope, 2)
         g = (grad_x * -h + g) * tl.exp(-d)
-        tl.store(GradX.pointer + offsets(GradX, space, row, index), g, mask=inside)
+        tl.store(places, g, mask=inside)
         g = -g
         h = -h
     decay = tl.exp(-tl.abs(v))
@@ -200,7 +203,7 @@ def _mixture_backward_kernel(
         tl.store(grad_pointers[2] + k * grad_steps[2], grad_raw, mask=exists)
         grad_x -= tl.sum(grad_mean, 2)
     if not INVERSE:
-        tl.store(GradX.pointer + offsets(GradX, space, row, index), grad_x, mask=inside)
+        tl.store(places, grad_x, mask=inside)
 
 
 @triton.jit

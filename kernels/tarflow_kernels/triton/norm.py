@@ -80,7 +80,7 @@ def residual_norm(
         weight,
         bias,
         out,
-        h.shape[-2::-1],
+        tuple(h.shape[-2::-1]),
         h.stride()[::-1],
         None if delta is None else delta.stride()[::-1],
         weight.stride(0),
