@@ -5,10 +5,10 @@ Source: TarFlow (arXiv 2412.06329).
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, reference
 from .checks import check_floating, check_same_shape
+from .derivatives import differentiated_again, gradients_of
 from .scales import EXP, Scale
 from .tensors import full_precision, in_full_precision, needs_gradients
 
@@ -29,7 +29,7 @@ def affine_forward(
     Returns:
         z of the shape of x, and the log-abs-det of the map in nats, summed per sample, ``(B,)``. Both are float32, or
         float64 where x is: the arithmetic never runs in a lower precision, which would break inversion. Differentiable
-        in all tensors; the gradients of a kernel on a GPU are not differentiable again.
+        in all tensors, any number of times.
 
     Raises:
         TypeError: an argument is not floating point, or ``scale`` not a ``Scale``.
@@ -165,19 +165,24 @@ def _sum_per_sample(alpha: Tensor) -> Tensor:
 
 
 class _AffineMap(torch.autograd.Function):
-    """The kernels of both directions; the gradients of both need alpha and the latent alone."""
+    """The kernels of both directions; their gradients need alpha and the latent alone, second ones the formula."""
 
     @staticmethod
     def forward(ctx, x, mu, alpha, shift, inverse, scale):
         out, logdet = _affine_map(x, mu, alpha, shift, inverse, *scale)
-        ctx.save_for_backward(x if inverse else out, alpha)
+        ctx.save_for_backward(x, mu, alpha, x if inverse else out)
         ctx.dtypes, ctx.options = (x.dtype, mu.dtype), (shift, inverse, *scale)
         return out, logdet
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_logdet):
-        grads = _affine_map_backward(grad_out, grad_logdet, *ctx.saved_tensors, *ctx.dtypes, *ctx.options)
+        *inputs, latent = ctx.saved_tensors
+        if differentiated_again():
+            shift, inverse, *scale = ctx.options
+            run = _reference_affine_inverse if inverse else _reference_affine_forward
+            grads = gradients_of(lambda *tensors: run(*tensors, shift, *scale), inputs, (grad_out, grad_logdet))
+        else:
+            grads = _affine_map_backward(grad_out, grad_logdet, latent, inputs[2], *ctx.dtypes, *ctx.options)
         return *grads, None, None, None
 
 

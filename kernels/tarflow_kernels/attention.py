@@ -8,10 +8,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, reference
 from .checks import check_attention, check_scale, check_temperature
+from .derivatives import differentiated_again, gradients_of
+from .tensors import in_full_precision
 
 
 def causal_attention(
@@ -26,7 +27,9 @@ def causal_attention(
         scale: a positive number, 1 / sqrt(D) by default.
 
     Returns:
-        ``(B, H, N, D)`` in the dtype of q. Differentiable in q, k, v and a tensor temperature.
+        ``(B, H, N, D)`` in the dtype of q. Differentiable in q, k, v and a tensor temperature. Gradients that are to
+        be differentiated again (``create_graph=True``) are those of the formula, with all of its logits in memory;
+        PyTorch's own attention, the torch backend, refuses that.
 
     Raises:
         TypeError: dtypes that are not floating point or not equal.
@@ -90,9 +93,10 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         q, k, v, out, lse, temperature = ctx.saved_tensors
+        if differentiated_again():
+            return *_formula_gradients(grad, q, k, v, temperature, ctx.scale), None
         grads = _backward_kernel(grad, q, k, v, out, lse, temperature, ctx.scale)
         dq, dk, dv = grads.permute(2, 0, 3, 1, 4).unbind()
         grad_temperature = None
@@ -102,6 +106,16 @@ class _Fused(torch.autograd.Function):
             along = (q.to(dtype) * dq.to(dtype)).sum((1, 2, 3))
             grad_temperature = -(along / temperature).to(temperature.dtype)
         return dq, dk, dv, grad_temperature, None
+
+
+def _formula_gradients(grad, q, k, v, temperature, scale):
+    """Gradients of q, k, v and temperature that can be differentiated again."""
+
+    def formula(q, k, v, temperature=None):
+        return _reference(*in_full_precision(q, k, v), temperature, scale).to(q.dtype)
+
+    grads = gradients_of(formula, (q, k, v) if temperature is None else (q, k, v, temperature), [grad])
+    return grads if len(grads) == 4 else (*grads, None)
 
 
 def empty_forward(q, k, v, temperature, scale):

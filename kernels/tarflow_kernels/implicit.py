@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .derivatives import undifferentiable
 from .incremental import fixed_point_inverse
 
 
@@ -15,7 +15,7 @@ def with_gradients(x: Tensor, y: Tensor, conditioner: Callable, forward: Callabl
     For a gradient g of x, that of y is the solution of ``J^T lambda = g``, where J = dy/dx is triangular in the order
     of the features: its diagonal is that of f, all else goes through the network. It is found by at most D passes
     backward, and fewer where nothing changes any more; what made the parameters gets ``-lambda dy/dparameters``.
-    Once differentiable.
+    Once differentiable: to differentiate them again is an error.
 
     Args:
         x: ``(B, D)``, the solution.
@@ -33,12 +33,18 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, residual, x, made, element, seen):
+        ctx.save_for_backward(residual)
         ctx.made, ctx.element, ctx.seen = made, element, seen
         return x.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        solution = _Inverse.solve(ctx, grad)
+        return undifferentiable(solution, grad, *ctx.saved_tensors), None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def solve(ctx, grad):
         made, element, seen = ctx.made, ctx.element, ctx.seen
         (diagonal,) = torch.autograd.grad(made, element, torch.ones_like(made), retain_graph=True)
 
@@ -47,4 +53,4 @@ class _Inverse(torch.autograd.Function):
             return (grad - before) / diagonal
 
         solution, _ = fixed_point_inverse(update, grad / diagonal, grad.shape[-1])
-        return solution, None, None, None, None
+        return solution

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, reference
 from .checks import check_floating, check_same_device, check_same_shape
+from .derivatives import differentiated_again, gradients_of
 from .tensors import full_precision, in_full_precision, needs_gradients
 
 MAX_COMPONENTS = 64
@@ -47,8 +47,9 @@ def mixture_logistic(
 
     Returns:
         v of the shape of x, and the log-abs-det of the map in nats, summed per sample, ``(B,)``. Both are float32, or
-        float64 where x is, and so is all arithmetic. Differentiable in all tensors, once. An element with a NaN among
-        its x and parameters is NaN, and so is the log-det of its sample; no other is.
+        float64 where x is, and so is all arithmetic. Differentiable in all tensors, twice; gradients that are to be
+        differentiated again (``create_graph=True``) are those of the formula. An element with a NaN among its x and
+        parameters is NaN, and so is the log-det of its sample; no other is.
 
     Raises:
         TypeError: an argument is not floating point, or ``min_log_scale`` not a number.
@@ -218,9 +219,11 @@ class _Map(torch.autograd.Function):
         return (x, -logdet) if inverse else (v, logdet)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_logdet):
         given, logits, means, log_scales, *saved = ctx.saved_tensors
+        if differentiated_again():
+            inputs = given, logits, means, log_scales
+            return *_formula_gradients(grad_out, grad_logdet, inputs, ctx.min_log_scale, ctx.inverse), None, None, None
         grads = [torch.empty_like(t) for t in (given, logits, means, log_scales)]
         grad_logdet = grad_logdet.view(-1, *[1] * (given.dim() - 1))
         for rows, parts in zip(ctx.blocks, zip(*[iter(saved)] * len(_Parts._fields), strict=True), strict=True):
@@ -235,6 +238,12 @@ class _Map(torch.autograd.Function):
             for grad, value in zip(grads[1:], others, strict=True):
                 grad[rows] = value.movedim(0, -1)
         return *grads, None, None, None
+
+
+def _formula_gradients(grad_out, grad_logdet, inputs, min_log_scale, inverse):
+    """Gradients of what was given and the parameters that can be differentiated again."""
+    run = _reference_inverse if inverse else _reference_forward
+    return gradients_of(lambda *tensors: run(*tensors, min_log_scale), inputs, (grad_out, grad_logdet))
 
 
 def _torch_forward(*args):
@@ -302,20 +311,24 @@ def _newton(v: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor
 
 
 class _FusedMap(torch.autograd.Function):
-    """Either direction, in kernels; the gradients of both need x and the parameters alone."""
+    """Either direction, in kernels; their gradients need x and the parameters alone, second ones what was given."""
 
     @staticmethod
     def forward(ctx, given, logits, means, log_scales, min_log_scale, inverse):
         theta = logits, means, log_scales
         out, logdet = _mixture_map(given, *theta, min_log_scale, inverse)
-        ctx.save_for_backward(out if inverse else given, *theta)
+        ctx.save_for_backward(given, *theta, out if inverse else given)
         ctx.options = given.dtype, min_log_scale, inverse
         return out, logdet
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_logdet):
-        return *_mixture_map_backward(grad_out, grad_logdet, *ctx.saved_tensors, *ctx.options), None, None
+        *inputs, x = ctx.saved_tensors
+        if differentiated_again():
+            grads = _formula_gradients(grad_out, grad_logdet, inputs, *ctx.options[1:])
+        else:
+            grads = _mixture_map_backward(grad_out, grad_logdet, x, *inputs[1:], *ctx.options)
+        return *grads, None, None
 
 
 def _triton_forward(*args):

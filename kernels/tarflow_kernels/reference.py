@@ -128,7 +128,10 @@ def mixture_logistic(
 def mixture_logistic_inverse(
     v: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, *, min_log_scale: float = -7.0
 ) -> tuple[Tensor, Tensor]:
-    """Bisection between the solutions of the components alone; gradients are those of a step of Newton's from there."""
+    """Bisection between the solutions of the components alone; derivatives are those of two of Newton's steps there.
+
+    The first step makes first derivatives right, the second those of second order; there are no others.
+    """
     theta = torch.log_softmax(logits, -1), means, log_scales.clamp(min=min_log_scale)
     with torch.no_grad():
         alone = means + torch.exp(theta[2]) * v[..., None]
@@ -139,8 +142,9 @@ def mixture_logistic_inverse(
             low, high = torch.where(too_low, x, low), torch.where(too_low, high, x)
         # Where the map is flat, the step would be endless, and x as good without.
         dx = torch.exp(-_mixture_logit(x, *theta)[1]).clamp(max=torch.finfo(x.dtype).max)
-    residual = v - _mixture_logit(x, *theta)[0]
-    x = x + dx * (residual - residual.detach())
+    for _ in range(2):
+        residual = v - _mixture_logit(x, *theta)[0]
+        x = x + dx * (residual - residual.detach())
     return x, -_sum_per_sample(_mixture_logit(x, *theta)[1])
 
 
