@@ -2,14 +2,18 @@
 
 import contextlib
 import math
+import threading
 from functools import partial
 
 import pytest
 import torch
 from torch import library
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from helpers import BACKENDS, DEVICE, INTERPRETED, draw
+from tarflow.decoding.graphs import Replayed
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,
@@ -23,6 +27,7 @@ from tarflow_kernels import (
     residual_norm,
     use_backend,
 )
+from tarflow_kernels.implicit import with_gradients
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -95,6 +100,41 @@ def test_gradients(op, shapes, backend):
         pytest.skip("no kernel differentiates guidance, and none takes float64 on a GPU")
     with use_backend(backend):
         assert torch.autograd.gradcheck(op, inputs_of(shapes), fast_mode=INTERPRETED)
+
+
+def second_derivatives(op, inputs):
+    """Those of a sum, whose gradients owe all that they are to the inputs: the gradients that come in are constants."""
+    outputs = op(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    first = torch.autograd.grad([t.sum() for t in outputs], inputs, create_graph=True, materialize_grads=True)
+    loss = sum((gradient * t).sin().sum() for gradient, t in zip(first, inputs, strict=True))
+    return first, torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "shapes"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+def test_second_derivatives_are_right_or_an_error(op, shapes, backend):
+    if backend == "triton" and ("guided" in name_of(op) or DEVICE != "cpu"):
+        pytest.skip("no kernel differentiates guidance, and none takes float64 on a GPU")
+    with use_backend("reference"):
+        expected = second_derivatives(op, inputs_of(shapes))
+    with use_backend(backend):
+        if backend == "torch" and op is attend:
+            with pytest.raises(RuntimeError, match=r"derivative for .*attention.* is not implemented"):
+                second_derivatives(op, inputs_of(shapes))
+        else:
+            assert_close(second_derivatives(op, inputs_of(shapes)), expected)
+            assert torch.autograd.gradgradcheck(op, inputs_of(shapes), fast_mode=True)
+
+
+def test_an_inverse_that_is_differentiable_once_says_so():
+    x, w = draw(0, 2, 3).requires_grad_(), draw(1, 3, 3).tril(-1).requires_grad_()
+    y = (x + torch.tanh(x) @ w.mT).detach().requires_grad_()
+    found = with_gradients(x.detach(), y, lambda x: torch.tanh(x) @ w.mT, torch.add)
+    gradients = torch.autograd.grad(found.sum(), (y, w), create_graph=True)
+    for t in (y, w):
+        with pytest.raises(NotImplementedError, match="once, not twice"):
+            torch.autograd.grad([gradient.sum() for gradient in gradients] + [w.sum() + y.sum()], t, retain_graph=True)
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
@@ -203,6 +243,84 @@ def test_a_backend_holds_until_its_block_ends_even_by_an_error(monkeypatch):
         affine_forward(x, x, x)
     affine_forward(x, x, x)
     assert ran == ["torch", "reference", "torch"]
+
+
+def test_a_backend_is_that_of_its_thread():
+    """Blocks that overlap in time neither see nor leave behind each other's choice."""
+    seen, entered, left = {}, threading.Barrier(2), threading.Barrier(2)
+
+    def work(name):
+        with use_backend(name):
+            entered.wait()
+            seen[name] = dispatch.chosen()
+            left.wait()
+        seen[name, "after"] = dispatch.chosen()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("reference", "torch")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"reference": "reference", "torch": "torch", ("reference", "after"): None, ("torch", "after"): None}
+    assert dispatch.chosen() is None
+
+
+def run_aside(function):
+    """What a function returns when another thread calls it."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_compiled_code_is_that_of_the_thread_that_runs_it():
+    def op(x):
+        return x + (1 if dispatch.chosen() is None else 2)
+
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    zero = torch.zeros((), device="cpu")
+    assert compiled(zero) == 1
+    with use_backend("reference"):
+        assert compiled(zero) == 2
+        assert run_aside(lambda: compiled(zero)) == 1
+    assert compiled(zero) == 1
+
+
+def test_a_backward_pass_on_another_thread_is_that_of_the_backend_that_ran(monkeypatch):
+    """Also where the forward pass is run again there."""
+    ran = []
+    for name, run in dispatch._implementations["mixture_logistic"].items():
+        monkeypatch.setitem(
+            dispatch._implementations["mixture_logistic"],
+            name,
+            lambda *args, name=name, run=run: ran.append(name) or run(*args),
+        )
+    inputs = inputs_of(MIXTURE)
+    options = {"use_reentrant": False, "context_fn": lambda: (use_backend("reference"), use_backend("reference"))}
+    loss = sum(t.sum() for t in checkpoint(mixture_logistic, *inputs, **options))
+    gradients = run_aside(lambda: torch.autograd.grad(loss, inputs))
+    assert ran == ["reference", "reference"]
+    assert_close(gradients, torch.autograd.grad(sum(t.sum() for t in mixture_logistic(*inputs)), inputs))
+
+
+@every_op
+def test_the_reference_is_never_captured(op, shapes, monkeypatch):
+    """It reads where rows stand, which no graph can: it is refused before it has broken the capture."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), torch.device("cuda"):
+        inputs = [torch.zeros(shape) for shape in shapes]
+        with use_backend("reference"), pytest.raises(NotImplementedError, match="no CUDA graph can hold it"):
+            op(*inputs)
+
+
+def test_a_decoder_does_not_capture_the_reference():
+    steps = []
+    with use_backend("reference"):
+        replayed = Replayed(lambda: steps.append("launched"), torch.device("cuda"))
+        for _ in range(5):
+            replayed()
+    assert steps == ["launched"] * 5
 
 
 X, INTEGERS, WIDE = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4)
@@ -326,5 +444,6 @@ def embed_with(**wrong):
     ],
 )
 def test_an_error_names_the_argument(call, error, argument):
-    with pytest.raises(error, match=rf"^{argument}: expected .*; got "):
+    # All on one device, whatever the default: what does not fit is what the call says, and nothing else.
+    with torch.device("cpu"), pytest.raises(error, match=rf"^{argument}: expected .*; got "):
         call()

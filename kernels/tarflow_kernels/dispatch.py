@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,35 +17,56 @@ _library = library.Library("tarflow", "DEF")
 _implementations: dict[str, dict[str, Callable]] = {}
 _serves: dict[str, Callable[..., bool]] = {}
 _opaque: set[str] = set()
-_forced: str | None = None
 _has_triton = importlib.util.find_spec("triton") is not None
+
+
+class _Choice(threading.local):
+    """The backend asked for in this thread. A ``ContextVar`` is what compilers cannot trace."""
+
+    def __init__(self):
+        self.backend: str | None = None
+
+
+_choice = _Choice()
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the ``with`` block on one backend, whatever the device.
+    """Run every op that this thread calls inside the ``with`` block on one backend, whatever the device.
 
     Args:
         name: ``"reference"`` (the formula, readable and slow), ``"torch"`` (stock PyTorch operators, any device) or
             ``"triton"`` (CUDA, ROCm and XPU devices, or the Triton interpreter).
 
-    The choice holds for the whole process, because autograd runs backward passes on threads of its own. Under
-    ``torch.compile`` it is fixed when the function is traced, and a change of it makes a new trace.
+    Other threads are left alone. A backward pass, which autograd may run on a thread of its own, is that of the backend
+    that ran forward, wherever it is called; only what ``torch.utils.checkpoint`` runs again there must be told, by its
+    ``context_fn=lambda: (use_backend(name), use_backend(name))``. Under ``torch.compile`` the choice is fixed when the
+    function is traced, and a change of it makes a new trace.
 
     Raises:
         ValueError: ``name`` is none of these.
         NotImplementedError: an op is called that cannot run on the backend: it has no implementation for it, or one
             that does not take such arguments; Triton is not installed, or the tensors are on a CPU and it does not
-            interpret (``TRITON_INTERPRET=1`` in the environment of the process).
+            interpret (``TRITON_INTERPRET=1`` in the environment of the process); the reference is asked for while a
+            CUDA graph is captured.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"name: expected one of {', '.join(BACKENDS)}; got {name!r}")
-    previous, _forced = _forced, name
+    previous, _choice.backend = _choice.backend, name
     try:
         yield
     finally:
-        _forced = previous
+        _choice.backend = previous
+
+
+def chosen() -> str | None:
+    """The backend that :func:`use_backend` has put in force in this thread, if any."""
+    return _choice.backend
+
+
+def can_be_captured() -> bool:
+    """Whether a CUDA graph can hold the ops that this thread calls: not the reference, which waits for the device."""
+    return chosen() != "reference"
 
 
 def register(
@@ -103,17 +125,19 @@ def call(name: str, *args):
     Only a compiler needs the registered op; in eager mode the implementation is called as it is, since going through
     the dispatcher costs some ten microseconds, a good part of a decoding step on a CPU.
     """
-    if torch.compiler.is_compiling() and (_forced is None or name in _opaque):
+    if torch.compiler.is_compiling() and (chosen() is None or name in _opaque):
         return getattr(torch.ops.tarflow, name).default(*args)
     return _run(name, *args)
 
 
 def _run(name: str, *args):
-    backend = _forced or _pick(name, args)
+    backend = chosen() or _pick(name, args)
     if backend not in _implementations[name]:
         raise NotImplementedError(f"{name} has no {backend} implementation; it has {', '.join(_implementations[name])}")
     if backend == "triton":
         _check_triton(name, args)
+    if backend == "reference" and args[0].is_cuda:
+        _check_capture(name)
     return _implementations[name][backend](*args)
 
 
@@ -122,6 +146,12 @@ def _pick(name: str, args: tuple) -> str:
         on_gpu = args[0].device.type in ("cuda", "xpu")  # ROCm calls itself cuda
         return "triton" if on_gpu and _serves[name](*args) else "torch"
     return "torch"
+
+
+def _check_capture(name: str) -> None:
+    """Refused while the capture is whole: PyTorch 2.11 leaves the stream and the allocator in one that has failed."""
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(f"{name}: the reference backend waits for the device, so no CUDA graph can hold it")
 
 
 def _check_triton(name: str, args: tuple) -> None:

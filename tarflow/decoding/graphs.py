@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from tarflow_kernels import dispatch
+
 
 class Replayed:
     """``run()``, which returns nothing and never waits for the device; on a CUDA device, replayed as a graph.
@@ -16,7 +18,7 @@ class Replayed:
 
     def __init__(self, run: Callable[[], None], device: torch.device):
         self.run = run
-        self.on_graph = device.type == "cuda"
+        self.on_graph = device.type == "cuda" and dispatch.can_be_captured()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
