@@ -1,16 +1,19 @@
 """A checkpoint of the paper's code becomes the same map, and a file that is something else becomes an error."""
 
+import functools
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+import published_cases as cases
 from helpers import draw
-from tarflow import TarFlow, TarFlowConfig
+from tarflow import Decoder, TarFlow, TarFlowConfig
 from tarflow.published import infer_config
 
 HEAD = 64  # always
@@ -122,6 +125,51 @@ def test_it_is_the_same_map(variant):
     assert bool(logdet.any()) == variant.get("nvp", True)
     assert_close(model.inverse(z.detach(), y), x)
     assert torch.equal(model.flow.prior_variance, state["var"])
+
+
+@functools.cache
+def record():
+    return {name: torch.from_numpy(array) for name, array in np.load(cases.RECORD).items()}
+
+
+@functools.cache
+def recorded(name):
+    """The model of that name, read as a published checkpoint, in double precision."""
+    arguments = cases.MODELS[name]
+    shapes = published_shapes(
+        side=arguments["img_size"] // arguments["patch_size"],
+        patch=arguments["patch_size"],
+        channels=arguments["channels"],
+        blocks=arguments["num_blocks"],
+        layers=arguments["layers_per_block"],
+        classes=arguments.get("num_classes", 0),
+        nvp=arguments.get("nvp", True),
+    )
+    return TarFlow.from_published(cases.weights(shapes)).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_latents_and_log_dets_are_those_that_the_published_code_computed(name):
+    model, known = recorded(name), record()
+    z, logdet = model(known["x"].double(), known["scored"] if model.config.num_classes else None)
+    assert_close(z.float(), known[f"{name}: z"], atol=1e-5, rtol=1e-5)
+    assert_close((logdet / model.config.num_dims).float(), known[f"{name}: logdet"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 4, 0.0)], ids=str)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in cases.MODELS for kind in cases.GUIDANCE[name]])
+def test_images_are_those_that_the_published_code_drew_under_guidance(name, kind, decoder):
+    model, known = recorded(name), record()
+    z = known["latents"].double() * model.flow.prior_variance.sqrt()
+    labels = known["drawn"] if model.config.num_classes else None
+    images = model.inverse(z, labels, cases.GUIDANCE[name][kind], decoder)
+    assert_close(images.float(), known[f"{name}: {kind}"], atol=1e-4, rtol=1e-5)
+
+
+def test_no_two_recorded_kinds_of_guidance_draw_the_same_images():
+    for name, kinds in cases.GUIDANCE.items():
+        for one, other in itertools.combinations(kinds, 2):
+            assert (record()[f"{name}: {one}"] - record()[f"{name}: {other}"]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
