@@ -87,8 +87,9 @@ class TokenFlow(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: z ``(B, N, D)`` and the log-det of the map in nats, ``(B,)``, both at least float32."""
         self._check(tokens, labels)
+        # Where a size may be symbolic it is shape[0]: torch.export makes a constant of what len() returns.
         z = tokens
-        logdet = tokens.new_zeros(len(tokens), dtype=torch.promote_types(tokens.dtype, torch.float32))
+        logdet = tokens.new_zeros(tokens.shape[0], dtype=torch.promote_types(tokens.dtype, torch.float32))
         for block in self.blocks:
             z, block_logdet = block(z, labels)
             logdet = logdet + block_logdet
@@ -164,7 +165,7 @@ class TokenFlow(nn.Module):
             raise ValueError(f"{name}: expected shape (B, {num_tokens}, {token_dim}); got {tuple(tokens.shape)}")
         if not tokens.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor; got {tokens.dtype}")
-        check_labels(labels, len(tokens), self.num_classes)
+        check_labels(labels, tokens.shape[0], self.num_classes)
 
 
 class Block(nn.Module):

@@ -25,6 +25,9 @@ MODELS = {
 }
 every_coupling = pytest.mark.parametrize("coupling", ["affine", "mixture"])
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+one_of_each_kind = pytest.mark.parametrize(
+    "config", [{}, {"num_classes": 3}, {"volume_preserving": True}, {"coupling": "mixture", "num_mixtures": 3}], ids=str
+)
 in_both_precisions = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["float64", "float32"]
 )
@@ -202,9 +205,7 @@ def test_autocast_rounds_the_layers_of_the_inverse_alone(coupling):
     assert_close(images, model.inverse(z))
 
 
-@pytest.mark.parametrize(
-    "config", [{}, {"num_classes": 3}, {"volume_preserving": True}, {"coupling": "mixture", "num_mixtures": 3}], ids=str
-)
+@one_of_each_kind
 def test_compiled_whole_it_is_the_same(config):
     model = tarflow(num_blocks=2, layers_per_block=1, **config)
     compiled = copy.deepcopy(model)
@@ -216,6 +217,18 @@ def test_compiled_whole_it_is_the_same(config):
         (z.square().sum() - logdet.sum()).backward()
         results.append([z, logdet, *(parameter.grad for parameter in run.parameters())])
     assert_close(*results)
+
+
+@one_of_each_kind
+def test_exported_it_takes_batches_of_any_size(config):
+    model = tarflow(num_blocks=2, layers_per_block=1, **config).requires_grad_(False)
+    x, labels = images_and_labels(model)
+    inputs = (x,) if labels is None else (x, labels)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, inputs, dynamic_shapes=({0: batch},) * len(inputs)).module()
+    for size in (1, 2, 5):
+        more = [tensor.repeat(2, *[1] * (tensor.dim() - 1))[:size] for tensor in inputs]
+        assert_close(exported(*more), model(*more))
 
 
 @pytest.mark.parametrize("parameters", ["alpha", "mu"])

@@ -436,6 +436,16 @@ def test_a_gain_never_falls_below_its_floor():
     torch.testing.assert_close(y[0], halves()[0] * 1e-10 + norm.bias[0], rtol=1e-5, atol=0)
 
 
+def test_exported_it_takes_batches_of_any_size():
+    model = redraw(FlowPP(TINY)).eval().requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    x = 0.5 * draw(1, 3, *TINY.image_shape)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 2, 5):
+        x = 0.5 * draw(2, size, *TINY.image_shape)
+        torch.testing.assert_close(exported(x), model(x))
+
+
 def test_an_image_returns_from_its_latent_in_float32():
     model = flowpp().float()
     pixels = pixels_of(TINY, batch=64)

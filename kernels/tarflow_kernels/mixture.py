@@ -182,7 +182,7 @@ def _gradients(
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Samples that are done together: as many as stay in a CPU's cache, elsewhere all of them."""
-    rows = len(logits)
+    rows = logits.shape[0]
     step = max(_BLOCK // max(logits[:1].numel(), 1), 1)
     if torch.compiler.is_compiling() or not logits.is_cpu or step >= rows:
         return iter([slice(None)])

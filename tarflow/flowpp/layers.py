@@ -76,13 +76,13 @@ class Norm(nn.Module):
         """``logdet = sum log g``."""
         gain = self.gain.clamp(min=self.SMALLEST)
         first, second = (x * g + b for x, g, b in zip(halves, gain, self.bias, strict=True))
-        return (first, second), gain.log().sum().expand(len(first))
+        return (first, second), gain.log().sum().expand(first.shape[0])
 
     def inverse(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
         """``x = (y - b) / g``."""
         gain = self.gain.clamp(min=self.SMALLEST)
         first, second = ((y - b) / g for y, g, b in zip(halves, gain, self.bias, strict=True))
-        return (first, second), -gain.log().sum().expand(len(first))
+        return (first, second), -gain.log().sum().expand(first.shape[0])
 
     def initialize(self, halves: Halves, context: Tensor | None = None) -> None:
         """Mean 0 and variance 1 over the batch, value by value."""
@@ -188,7 +188,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent, ``(B, C', H', W')``, and the log-det ``(B,)``."""
         self._check_context(x, context)
-        logdet = x.new_zeros(len(x))
+        logdet = x.new_zeros(x.shape[0])
         for kind, steps in zip(self.levels, self.steps, strict=True):
             if kind == "squeeze":
                 x = squeeze(x)
@@ -205,7 +205,7 @@ class Stack(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data, and the log-det of that, ``(B,)``."""
-        logdet = z.new_zeros(len(z))
+        logdet = z.new_zeros(z.shape[0])
         x = z
         for x, level_logdet in self.trajectory(z, context):  # noqa: B007
             logdet = logdet + level_logdet
@@ -215,7 +215,7 @@ class Stack(nn.Module):
         """What :meth:`inverse` passes through: the image after each level, and the log-det of the level."""
         self._check_context(z, context)
         for kind, steps in zip(reversed(self.levels), reversed(self.steps), strict=True):
-            logdet = z.new_zeros(len(z))
+            logdet = z.new_zeros(z.shape[0])
             if kind == "squeeze":
                 z = unsqueeze(z)
             else:
@@ -231,7 +231,7 @@ class Stack(nn.Module):
 
     def _check_context(self, x: Tensor, context: Tensor | None) -> None:
         _, height, width = self.shape
-        expected = (len(x), self.context_channels, height, width // 2) if self.context_channels else None
+        expected = (x.shape[0], self.context_channels, height, width // 2) if self.context_channels else None
         shape = None if context is None else tuple(context.shape)
         if shape != expected:
             raise ValueError(f"context: expected a tensor of shape {expected}, or None for None; got {shape}")
