@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import gc
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import draw, randomize
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
-from tarflow.decoding import DISTANCE, calibration
+from tarflow.decoding import DISTANCE, calibration, graphs
 from tarflow.decoding.calibration import Timing, choose
 from tarflow.decoding.graphs import Replayed
 from tarflow.decoding.jacobi import _Iterates as Iterates
@@ -51,6 +54,7 @@ MODELS = [
     if can_follow(options, guidance)
 ]
 every_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+every_decoder = pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi")], ids=str)
 every_coupling = pytest.mark.parametrize("options", [{}, MIXTURE], ids=["affine", "mixture"])
 
 
@@ -204,6 +208,46 @@ def test_batches_and_sequences_of_any_size(shape, options):
     assert max(passes) <= num_tokens - 1
 
 
+@every_decoder
+def test_what_it_took_is_freed_when_it_returns(monkeypatch, decoder):
+    """Caches are gigabytes on a GPU, and nobody knows when a garbage collection comes."""
+    steps, make = [], Step.__init__
+    monkeypatch.setattr(Step, "__init__", lambda step, *args: steps.append(weakref.ref(step)) or make(step, *args))
+    flow = token_flow()
+    z, labels = mixed_batch(flow)
+    gc.collect()
+    gc.disable()
+    try:
+        flow.inverse(z, labels, Guidance(1.0), decoder)
+        assert [step() for step in steps] == [None, None]
+    finally:
+        gc.enable()
+
+
+@every_coupling
+@every_decoder
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_leaves_the_settings_of_the_process_alone(monkeypatch, batch, decoder, options):
+    """They are those of other threads too: what two of them saved and restored in turn would stay as it was not."""
+    flow = token_flow(**options).float()
+    z, labels = latents_and_labels(flow, batch)
+    found, run = [], Step.transform
+    monkeypatch.setattr(Step, "transform", lambda step, h: found.append(torch.backends.mkldnn.enabled) or run(step, h))
+    flow.inverse(z.float(), labels, None, decoder)
+    assert found
+    assert all(found)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 9])
+@pytest.mark.parametrize("expansion", [1, 4])
+@pytest.mark.parametrize("channels", [5, 16])
+def test_few_rows_and_many_have_the_same_activations(channels, expansion, batch):
+    flow = randomize(TokenFlow(TOKENS, 2, channels, 1, 2, head_dim=channels, expansion=expansion))
+    z = draw(0, batch, TOKENS, 2, dtype=torch.float32)
+    tokens = flow.inverse(z, None, None, "sequential")
+    assert_close(tokens.double(), flow.double().inverse(z.double(), None, None, "sequential"), atol=1e-4, rtol=1e-4)
+
+
 # Termination ----------------------------------------------------------------------------------------------------------
 
 
@@ -336,9 +380,9 @@ class Launches(TorchDispatchMode):
 def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers, options, around):
     counts = []
 
-    def count(replayed):
+    def count(replayed, run):
         before = launches.count
-        replayed.run()
+        run()
         counts.append(launches.count - before)
 
     monkeypatch.setattr(Replayed, "__call__", count)
@@ -358,18 +402,38 @@ def test_a_graph_is_captured_once_the_device_is_warm(monkeypatch, calls):
             log.append("replayed")
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, **options):
         count = len(log)
         yield
         log[count:] = ["captured"]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(Replayed, "_run_aside", lambda self: self.run())
-    replayed = Replayed(lambda: log.append("launched"), torch.device("cuda"))
+    monkeypatch.setattr(graphs, "_aside", lambda device: None)
+    monkeypatch.setattr(Replayed, "_run_aside", lambda self, run: run())
+    replayed = Replayed(torch.device("cuda"))
     for _ in range(calls):
-        replayed()
+        replayed(lambda: log.append("launched"))
     assert log == (["launched"] * 2 + ["captured"] + ["replayed"] * calls)[: calls if calls < 3 else calls + 1]
+
+
+def test_a_thread_warms_up_and_captures_on_one_stream(monkeypatch):
+    """Every stream that a library sees costs a workspace."""
+    used = []
+    waited = SimpleNamespace(wait_stream=lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *device: SimpleNamespace(wait_stream=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: waited)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(used.append(stream)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, stream=None, **options: contextlib.nullcontext(used.append(stream))
+    )
+    for _ in range(3):
+        replayed = Replayed(torch.device("cuda", 7))
+        for _ in range(4):
+            replayed(lambda: None)
+    assert len(used) == 3 * 3
+    assert len({id(stream) for stream in used}) == 1
 
 
 # Precision ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
 from .graphs import Replayed
-from .step import Step, at, put, without_onednn
+from .step import Step, at, put
 
 # An iterate beyond this, or one that is not a number, starts over from its latent: it is no guess, and an infinity
 # would reach through a masked attention to the tokens before it. The squares of a layer norm still hold the bound.
@@ -55,7 +55,7 @@ def jacobi(
     # A pass over whole sequences takes far longer than looking at what it did.
     look = 4 if z.is_cuda and iterates.window < last else 1
     # The step has cast its weights itself.
-    with torch.autocast(z.device.type, enabled=False), without_onednn(iterates.step.hidden):
+    with torch.autocast(z.device.type, enabled=False):
         while iterates.remain(x):
             for _ in range(look):
                 iterates.advance()
@@ -84,7 +84,11 @@ class _Iterates:
         self.z = z
         self.x = z.clone()
         self.exact = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        self.advance = Replayed(self._advance, z.device)
+        self.replayed = Replayed(z.device)
+
+    def advance(self) -> None:
+        """One pass."""
+        self.replayed(self._advance)
 
     def remain(self, x: Tensor) -> bool:
         """Whether there are rows to go on with; when a quarter of them is finished they leave for x."""
@@ -100,10 +104,10 @@ class _Iterates:
     def _keep(self, rows: Tensor) -> None:
         self.step.keep(self.branches.rows_of(rows, len(self.home)))
         self.home, self.z, self.x, self.exact = (t[rows] for t in (self.home, self.z, self.x, self.exact))
-        self.advance = Replayed(self._advance, rows.device)
+        self.replayed = Replayed(rows.device)
 
     def _advance(self) -> None:
-        """One pass. At the end of a sequence the window stays whole and reaches back over tokens that are exact."""
+        """At the end of a sequence the window stays whole and reaches back over tokens that are exact."""
         start = self.exact.clamp(max=self.last - self.window)
         inputs = start[:, None] + self.step.offsets[: self.window]
         places = inputs + 1

@@ -16,7 +16,7 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .branches import Branches
 from .graphs import Replayed
-from .step import Step, at, put, without_onednn
+from .step import Step, at, put
 
 
 def sequential(
@@ -46,9 +46,10 @@ def sequential(
         put(places, x, token)
         h.copy_(step.embed(branches.repeat(token)))
 
-    replayed = Replayed(advance_mixture if isinstance(transformer.coupling, Mixture) else advance, z.device)
+    step_on = advance_mixture if isinstance(transformer.coupling, Mixture) else advance
+    replayed = Replayed(z.device)
     # The step has cast its weights itself.
-    with torch.autocast(z.device.type, enabled=False), without_onednn(step.hidden):
+    with torch.autocast(z.device.type, enabled=False):
         for _ in range(steps):
-            replayed()
+            replayed(step_on)
     return x, steps

@@ -1,8 +1,5 @@
 """One pass of a block's transformer over the next G tokens of every row, against a key-value cache made beforehand."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +9,8 @@ from tarflow_kernels import KVCache, decode_attention, residual_norm
 from ..coupling import Parameters
 from ..transformer import CausalTransformer, TransformerLayer
 from .branches import Branches
+
+_FEW_ROWS = 8
 
 
 class Step:
@@ -83,7 +82,7 @@ class Step:
     def transform(self, h: Tensor) -> Parameters:
         """The first activations, which it overwrites, to the parameters of the coupling."""
         rows, new, _ = h.shape
-        qkv, hidden, q, k, v = self._buffers(rows, new)
+        qkv, hidden, activation, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
         delta = None
         for layer, (cache_k, cache_v) in zip(self.layers, self.caches, strict=True):
@@ -93,7 +92,8 @@ class Step:
             delta = torch.addmm(layer.proj_bias, attended.transpose(1, 2).reshape(h.shape), layer.proj)
             y = residual_norm(h, delta, *layer.mlp_norm, dtype=qkv.dtype)
             torch.addmm(layer.up_bias, y, layer.up, out=hidden)
-            delta = torch.addmm(layer.down_bias, F.gelu(hidden), layer.down)
+            torch.ops.aten.gelu_(activation)
+            delta = torch.addmm(layer.down_bias, hidden, layer.down)
         return self.split(torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new)))
 
     def keep(self, rows: Tensor) -> None:
@@ -106,12 +106,21 @@ class Step:
             self.temperature = self.temperature[rows]
 
     def _buffers(self, rows: int, new: int) -> tuple[Tensor, ...]:
-        """Those of qkv and of the hidden layer for so many tokens, and q, k, v as attention takes them."""
+        """Those of qkv and of the hidden layer for so many tokens, and the views of them that operators take."""
         if self.shape != (rows, new):
             qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
             heads = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            self.shape, self.views = (rows, new), (qkv, hidden, *heads.unbind())
+            self.shape, self.views = (rows, new), (qkv, hidden, self._activation(hidden), *heads.unbind())
         return self.views
+
+    def _activation(self, hidden: Tensor) -> Tensor:
+        """The hidden layer as the GELU takes it: of few float32 rows on a CPU, a view that is not contiguous.
+
+        oneDNN takes longer to set itself up than such a GELU lasts, and leaves to PyTorch what is not contiguous. (It
+        can be turned off, but only for all threads of the process.)
+        """
+        few = hidden.is_cpu and hidden.dtype == torch.float32 and len(self.hidden) <= _FEW_ROWS
+        return hidden.view(2, -1).transpose(0, 1) if few and hidden.numel() % 2 == 0 else hidden
 
 
 class _Layer:
@@ -134,19 +143,6 @@ def at(places: Tensor, tokens: Tensor) -> Tensor:
 def put(places: Tensor, tokens: Tensor, new: Tensor) -> None:
     """Write ``new`` ``(B, G, D)`` to ``places`` ``(B, G)`` of the tokens ``(B, N, D)``."""
     tokens.scatter_(1, places[..., None].expand_as(new), new)
-
-
-@contextlib.contextmanager
-def without_onednn(hidden: Tensor) -> Iterator[None]:
-    """For a hidden layer of few float32 rows on a CPU: oneDNN takes longer to set its GELU up than to compute it."""
-    if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or len(hidden) > 8:
-        yield
-        return
-    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=enabled)
 
 
 def _prepare(linear: torch.nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
