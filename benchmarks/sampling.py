@@ -32,7 +32,7 @@ from models import (
 )
 from row import DECODERS, Contender, Outputs, Row
 from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
-from tarflow.decoding import DISTANCE, Decoded
+from tarflow.decoding import DISTANCE, TOLERANCE, Decoded
 from tarflow.decoding.calibration import calibrate
 from tarflow.patches import patchify
 
@@ -176,7 +176,7 @@ def _published(inputs: Inputs) -> Callable[[], Outputs]:
 # The chain of tokens amplifies rounding, now more in one contender, now in another.
 _CHANCE = 1e-5
 # Latents have a variance of one and images less: relative to them, what each latent may be off by is stricter.
-_parallel = partial(Contender, allowance=DISTANCE * Decoder.tolerance, facts=Decoding.facts)
+_parallel = partial(Contender, allowance=DISTANCE * TOLERANCE, facts=Decoding.facts)
 _CONTENDERS = {
     "auto": _parallel(_calibrated),
     "jacobi": _parallel(partial(Decoding, Decoder("jacobi"))),

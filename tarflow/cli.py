@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from . import datasets, evaluation
-from .decoding import NAMES, Decoded, Decoder, Report, calibration
+from .decoding import NAMES, TOLERANCE, Decoded, Decoder, Report, calibration
 from .files import replacing
 from .flowpp.model import FlowPP
 from .gallery import Gallery, spread
@@ -109,8 +109,8 @@ class Sample:
     """auto is the faster of the two for each block, where `tarflow calibrate` has timed them"""
     window: int | None = None
     """tokens of an image that the jacobi decoder updates at once; by default all of them"""
-    tolerance: float = Decoder.tolerance
-    """of the jacobi decoder: by how much each latent may differ from the one that was drawn"""
+    tolerance: float | None = None
+    """of the jacobi decoder: by how much each latent may differ from the one that was drawn; by default 0.01"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the transformers"""
     seed: int = 0
@@ -153,7 +153,7 @@ def run_sample(arguments: Sequence[str]) -> None:
 
 def _refuse_decoding(command: Sample) -> None:
     """ValueError for a flag that only a TarFlow has a use for."""
-    for name in ("labels", "guidance", "sigma", "decoder", "window"):
+    for name in ("labels", "guidance", "sigma", "decoder", "window", "tolerance"):
         given, default = getattr(command, name), getattr(Sample, name)
         if given != default:
             raise ValueError(f"{name}: expected {default!r} for a Flow++, which has no use for it; got {given!r}")
@@ -221,7 +221,7 @@ class Calibrate:
     """weight of guidance; by default that of the samples in training, or 2 for a model with classes"""
     temperature: float = 1.0
     """of the attention in the reference branch of guidance"""
-    tolerance: float = Decoder.tolerance
+    tolerance: float = TOLERANCE
     """of the jacobi decoder"""
     batches: tuple[int, ...] = calibration.BATCHES
     """how many images at a time"""

@@ -137,7 +137,7 @@ class TokenFlow(nn.Module):
     def _trajectory(self, tokens, labels, guidance, decoder, report):
         rows = len(tokens) * count_branches(guidance)
         for t, block in reversed(list(enumerate(self.blocks))):
-            chosen = choose(self.calibration, decoder, t, rows, tokens.device)
+            chosen = choose(self.calibration, decoder, t, rows, block.transformer.proj_in.weight)
             with torch.inference_mode():
                 decoded, passes = block.inverse(tokens, labels, guidance, chosen)
             report(Decoded(t, chosen, len(tokens), passes, steps=tokens.shape[1] - 1))

@@ -138,9 +138,12 @@ class TarFlow(ImageFlow):
         z: Tensor,
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
-        decoder: str | Decoder = "sequential",
+        decoder: str | Decoder = "auto",
     ) -> Tensor:
-        """Latent ``(B, N, D)`` to image ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable."""
+        """Latent ``(B, N, D)`` to image ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable.
+
+        A calibrated model may decode in parallel, to a tolerance: ``"sequential"`` is exact. See :meth:`sample`.
+        """
         return self._to_images(self.flow.inverse(z, labels, guidance, decoder))
 
     def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
@@ -208,10 +211,9 @@ class TarFlow(ImageFlow):
         return (images, torch.cat(trajectories, dim=1)) if return_trajectory else images
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``config.json`` and ``model.safetensors``, and the calibration of the decoders if there is one."""
+        """Write ``config.json`` and ``model.safetensors``, and the calibration of the decoders, or remove another's."""
         super().save_pretrained(folder)
-        if self.flow.calibration:
-            calibration.save(Path(folder), self.flow.calibration)
+        calibration.replace(Path(folder), self.flow.calibration)
 
     def _load_beside(self, folder: Path) -> None:
         self.flow.calibration = calibration.load(folder)

@@ -1,8 +1,10 @@
 """Jacobi decoding is sequential decoding to a tolerance, for any guidance, window and batch; auto is one of the two."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
+import json
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +14,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import draw, randomize
+from helpers import draw, randomize, tarflow
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
-from tarflow.decoding import DISTANCE, calibration, graphs
+from tarflow.decoding import DISTANCE, TOLERANCE, calibration, graphs
 from tarflow.decoding.calibration import Timing, choose
 from tarflow.decoding.graphs import Replayed
 from tarflow.decoding.jacobi import _Iterates as Iterates
@@ -449,7 +451,7 @@ def test_under_autocast_it_agrees_with_the_sequential_decoder_as_far_as_bfloat16
         tokens, passes = decode(flow, z, labels, guidance, Decoder("jacobi"))
     assert tokens.dtype == torch.float32
     rounding = (low - exact).square().mean().sqrt()
-    assert (tokens - exact).square().mean().sqrt() <= 2 * rounding + Decoder.tolerance
+    assert (tokens - exact).square().mean().sqrt() <= 2 * rounding + TOLERANCE
     assert sum(passes) <= 4 * 195 / 8, "the rounding of bfloat16 is not iterated upon"
 
 
@@ -471,8 +473,11 @@ def test_latents_and_weights_of_any_precision(latents, weights, decoder, options
 # The choice between them ----------------------------------------------------------------------------------------------
 
 
+HERE = torch.zeros(1, dtype=torch.float64)  # a weight of the models above
+
+
 def timing(rows, block, decoder, seconds, window=None, **place):
-    here = dict(zip(("device", "dtype"), calibration._name(torch.device("cpu")), strict=True)) | place
+    here = dict(zip(("device", "dtype"), calibration._place(HERE), strict=True)) | place
     return Timing(**here, rows=rows, block=block, decoder=decoder, window=window, passes=1, seconds=seconds)
 
 
@@ -501,12 +506,25 @@ TIMINGS = [
     ],
 )
 def test_auto_is_the_fastest_where_it_was_timed(block, rows, expected):
-    assert choose(TIMINGS, Decoder("auto"), block, rows, torch.device("cpu")) == expected
+    assert choose(TIMINGS, Decoder("auto"), block, rows, HERE) == expected
 
 
 @pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 3, 0.5)], ids=str)
 def test_a_decoder_that_is_asked_for_is_taken(decoder):
-    assert choose(TIMINGS, decoder, 0, 2, torch.device("cpu")) is decoder
+    assert choose(TIMINGS, decoder, 0, 2, HERE) is decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_timings_hold_for_the_precision_of_the_weights_or_of_autocast(dtype):
+    flow = token_flow().to(dtype)
+    assert {t.dtype for t in calibration.calibrate(flow, batches=[1])} == {str(dtype).removeprefix("torch.")}
+    flow.calibration = [timing(4, t, "jacobi", 0.1, dtype="bfloat16") for t in (0, 1)]
+    z, labels = latents_and_labels(flow)
+    for context, low in ((contextlib.nullcontext(), dtype), (torch.autocast("cpu", torch.bfloat16), torch.bfloat16)):
+        reports = []
+        with context:
+            flow.inverse(z.float(), labels, None, "auto", reports.append)
+        assert {done.decoder.name for done in reports} == {"jacobi" if low == torch.bfloat16 else "sequential"}
 
 
 def test_auto_decodes_block_by_block_as_calibrated_and_within_the_tolerance():
@@ -552,10 +570,62 @@ def test_what_is_hopeless_on_a_small_batch_is_not_tried_on_a_larger_one(monkeypa
 
 def test_a_calibration_that_is_none_is_refused(tmp_path):
     assert calibration.load(tmp_path) == ()
-    for text in ("{", "[1]", '[{"device": "cpu"}]'):
+    for text in ("{", "{}", "1", "[1]", '[{"device": "cpu"}]', "[" * 10**5):
         (tmp_path / calibration.FILE).write_text(text)
         with pytest.raises(ValueError, match=r"calibration\.json: expected what `tarflow calibrate` writes; "):
             calibration.load(tmp_path)
+
+
+WRONG = [
+    (field.name, wrong)
+    for field in dataclasses.fields(Timing)
+    for wrong in (None, [], {}, True, -1, 0.5, float("nan"), float("inf"), "auto")
+    if (field.name, wrong) not in [("window", None), ("seconds", 0.5), ("device", "auto"), ("dtype", "auto")]
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG)
+def test_a_calibration_with_a_value_that_cannot_be_is_refused_by_its_name(tmp_path, name, wrong):
+    row = dataclasses.asdict(timing(2, 0, "jacobi", 0.4, window=16)) | {name: wrong}
+    (tmp_path / calibration.FILE).write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=rf"calibration\.json: .*; {name}: expected .*; got "):
+        calibration.load(tmp_path)
+
+
+def test_a_window_of_the_sequential_decoder_is_refused(tmp_path):
+    row = dataclasses.asdict(timing(2, 0, "sequential", 0.4)) | {"window": 4}
+    (tmp_path / calibration.FILE).write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r"calibration\.json: .*; window: expected none with the sequential decoder"):
+        calibration.load(tmp_path)
+
+
+def test_a_model_that_is_saved_over_another_leaves_no_timings_of_it(tmp_path):
+    models = [tarflow(seed, torch.float32) for seed in (0, 1)]
+    models[0].flow.calibration = TIMINGS
+    for model in models:
+        model.save_pretrained(tmp_path)
+        assert tuple(TarFlow.from_pretrained(tmp_path).flow.calibration) == tuple(model.flow.calibration)
+    models[0].flow.calibration = TIMINGS[:1]
+    calibration.save(tmp_path, TIMINGS[-1:])
+    models[0].save_pretrained(tmp_path)
+    assert calibration.load(tmp_path) == tuple(TIMINGS[:1])
+
+
+def test_a_model_is_inverted_and_drawn_from_by_the_same_decoder_unless_told_otherwise():
+    model = tarflow()
+    model.flow.calibration = [timing(4, t, "jacobi", 0.1) for t in range(3)]
+    z = model.flow.sample_prior(4, torch.Generator().manual_seed(0))
+    images = model.inverse(z)
+    assert torch.equal(images, model.sample(4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(images, model._to_images(model.flow.inverse(z)))
+    assert not torch.equal(images, model.inverse(z, decoder="sequential"))
+
+
+def test_the_tolerance_of_a_decoder_is_a_hundredth_or_as_told_and_that_of_the_sequential_one_is_zero():
+    assert [Decoder(name).tolerance for name in ("auto", "jacobi", "sequential")] == [1e-2, 1e-2, 0]
+    assert Decoder("jacobi", tolerance=0.5).tolerance == 0.5
+    for decoder in (Decoder("sequential"), Decoder("jacobi", 3, 0.5)):
+        assert dataclasses.replace(decoder) == decoder
 
 
 @pytest.mark.parametrize(
@@ -566,6 +636,7 @@ def test_a_calibration_that_is_none_is_refused(tmp_path):
         (("sequential", 4), "window: expected none with the sequential decoder, only with jacobi; got 4"),
         (("jacobi", None, -1e-3), "tolerance: expected a finite number >= 0; got -0.001"),
         (("jacobi", None, float("nan")), "tolerance: expected a finite number >= 0; got nan"),
+        (("sequential", None, 0.5), "tolerance: expected none with the sequential decoder; got 0.5"),
     ],
 )
 def test_decoders_that_do_not_exist(arguments, message):

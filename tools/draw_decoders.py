@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tarflow import Decoder, Guidance, TarFlow, pictures
+from tarflow.decoding import TOLERANCE
 
 ROOT = Path(__file__).parents[1]
 MAGNIFIED = 20
@@ -21,7 +22,7 @@ def main() -> None:
     exact, parallel = (draw(model, decoder) for decoder in (Decoder("sequential"), Decoder("jacobi")))
     difference = MAGNIFIED * (parallel - exact)
     largest = (parallel - exact).abs().max().item()
-    labels = ["sequential", f"jacobi, tolerance {Decoder.tolerance:g}", f"difference × {MAGNIFIED}"]
+    labels = ["sequential", f"jacobi, tolerance {TOLERANCE:g}", f"difference × {MAGNIFIED}"]
     title = f"Values in [−1, 1]; the largest difference is {largest:.3f}"
     pictures.sample_grid(torch.stack((exact, parallel, difference)), ROOT / "docs" / "decoders.png", title, labels)
 

@@ -48,6 +48,9 @@ from .sequential import sequential
 
 NAMES = ("auto", "sequential", "jacobi")
 
+TOLERANCE = 1e-2
+"""By how much a latent may differ from the one asked for, unless told otherwise; that of the prior is about one."""
+
 DISTANCE = 40
 """The largest distance of any value of a sample from the sequential decoder's, in multiples of the tolerance.
 
@@ -64,15 +67,17 @@ class Decoder:
         name: ``"sequential"``; ``"jacobi"``; or ``"auto"``, whichever of them a calibration of the model found faster
             for each block on this device, and sequential where there is none.
         window: of ``"jacobi"``: how many tokens of a row a pass updates; None is the whole sequence.
-        tolerance: by how much latents, each of them, may differ from those asked for; see :mod:`tarflow.decoding`.
+        tolerance: by how much latents, each of them, may differ from those asked for; see :mod:`tarflow.decoding`. The
+            sequential decoder has none, which is 0; of the others None is :data:`TOLERANCE`.
 
     Raises:
-        ValueError: an unknown name, a window that is not positive or not for this decoder, a negative tolerance.
+        ValueError: an unknown name, a window that is not positive, a negative tolerance, or one of these with a decoder
+            that has no use for it.
     """
 
     name: Literal["auto", "sequential", "jacobi"] = "auto"
     window: int | None = None
-    tolerance: float = 1e-2
+    tolerance: float | None = None
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -81,8 +86,12 @@ class Decoder:
             raise ValueError(f"window: expected none with the {self.name} decoder, only with jacobi; got {self.window}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window: expected at least 1; got {self.window}")
+        if self.tolerance is None:
+            object.__setattr__(self, "tolerance", 0.0 if self.name == "sequential" else TOLERANCE)
         if not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"tolerance: expected a finite number >= 0; got {self.tolerance}")
+        if self.tolerance and self.name == "sequential":
+            raise ValueError(f"tolerance: expected none with the sequential decoder; got {self.tolerance}")
 
     @classmethod
     def of(cls, decoder: "str | Decoder") -> "Decoder":

@@ -5,16 +5,18 @@ lookup: the same calibration gives the same samples, whatever else the machine i
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..files import replacing
 from ..guidance import Guidance
-from . import Decoder
+from . import TOLERANCE, Decoder
 from .branches import count_branches
 
 _SEQUENTIAL = Decoder("sequential")
@@ -30,7 +32,19 @@ _HOPELESS = 1.5
 
 @dataclass(frozen=True)
 class Timing:
-    """A block, decoded once: ``rows`` are samples times the branches of guidance."""
+    """A block, decoded once.
+
+    Attributes:
+        device, dtype: its name, and the precision of the layers.
+        rows: samples times the branches of guidance.
+        block: its index.
+        decoder, window: of a :class:`tarflow.Decoder`.
+        passes: of the transformer.
+        seconds: all of them together.
+
+    Raises:
+        ValueError: a value of another type, a number out of its range, a decoder that does not exist.
+    """
 
     device: str
     dtype: str
@@ -41,22 +55,40 @@ class Timing:
     passes: int
     seconds: float
 
+    def __post_init__(self):
+        for name in ("device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: expected a name; got {getattr(self, name)!r}")
+        window = 1 if self.window is None else self.window
+        counts = ("rows", self.rows, 1), ("block", self.block, 0), ("window", window, 1), ("passes", self.passes, 0)
+        for name, value, least in counts:
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}; got {value!r}")
+        if self.decoder not in ("sequential", "jacobi"):
+            raise ValueError(f"decoder: expected sequential or jacobi; got {self.decoder!r}")
+        Decoder(self.decoder, self.window)
+        if type(self.seconds) not in (int, float) or not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds: expected a finite number >= 0; got {self.seconds!r}")
 
-def choose(timings: Iterable[Timing], decoder: Decoder, block: int, rows: int, device: torch.device) -> Decoder:
+
+def choose(timings: Iterable[Timing], decoder: Decoder, block: int, rows: int, weight: Tensor) -> Decoder:
     """What ``auto`` stands for: the fastest decoder of a block, as timed on this device in this precision.
 
     What counts is the next larger number of rows that was timed, since parallel passes gain least on large batches;
     beyond all of them, or where nothing was timed, it is the sequential decoder. Others stand for themselves.
+
+    Args:
+        weight: any of the layers, whose device and dtype are meant, unless there is an autocast in force.
     """
     if decoder.name != "auto":
         return decoder
-    place = *_name(device), block
+    place = *_place(weight), block
     known = [t for t in timings if (t.device, t.dtype, t.block) == place and t.rows >= rows]
     if not known:
         return _SEQUENTIAL
     nearest = min(timing.rows for timing in known)
     best = min((timing for timing in known if timing.rows == nearest), key=_seconds_to_beat)
-    return Decoder(best.decoder, best.window, decoder.tolerance)
+    return _SEQUENTIAL if best.decoder == "sequential" else Decoder("jacobi", best.window, decoder.tolerance)
 
 
 def _seconds_to_beat(timing: Timing) -> float:
@@ -67,7 +99,7 @@ def _seconds_to_beat(timing: Timing) -> float:
 def calibrate(
     flow,
     guidance: Guidance | None = None,
-    tolerance: float = Decoder.tolerance,
+    tolerance: float = TOLERANCE,
     batches: Iterable[int] = BATCHES,
     report: Callable[[Timing], None] = lambda timing: None,
 ) -> list[Timing]:
@@ -95,7 +127,8 @@ def calibrate(
             seconds = {d: min(taken for _, _, taken in (runs[d] for runs in rounds)) for d in decoders}
             for decoder in decoders:
                 _, passes, _ = rounds[0][decoder]
-                timings.append(Timing(*_name(device), rows, t, decoder.name, decoder.window, passes, seconds[decoder]))
+                place = _place(block.transformer.proj_in.weight)
+                timings.append(Timing(*place, rows, t, decoder.name, decoder.window, passes, seconds[decoder]))
                 report(timings[-1])
             promising[t] = [d for d in promising[t] if seconds[d] <= _HOPELESS * seconds[_SEQUENTIAL]]
             tokens, _, _ = rounds[0][_SEQUENTIAL]
@@ -112,8 +145,11 @@ def load(folder: Path) -> tuple[Timing, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(Timing(**row) for row in json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list):
+            raise ValueError(f"a list; got {type(rows).__name__}")
+        return tuple(Timing(**row) for row in rows)
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected what `tarflow calibrate` writes; {error}") from error
 
 
@@ -121,16 +157,25 @@ def save(folder: Path, timings: Sequence[Timing]) -> None:
     """Store timings beside a checkpoint, in place of earlier ones of the same device and precision."""
     new = {(timing.device, timing.dtype) for timing in timings}
     kept = [timing for timing in load(folder) if (timing.device, timing.dtype) not in new]
+    replace(folder, (*kept, *timings))
+
+
+def replace(folder: Path, timings: Sequence[Timing]) -> None:
+    """Store timings beside a checkpoint in place of all that is there: with none of them, nothing stays."""
+    if not timings:
+        (folder / FILE).unlink(missing_ok=True)
+        return
     with replacing(folder / FILE) as path:
-        path.write_text(json.dumps([asdict(timing) for timing in (*kept, *timings)], indent=1) + "\n")
+        path.write_text(json.dumps([asdict(timing) for timing in timings], indent=1) + "\n")
 
 
-def _name(device: torch.device) -> tuple[str, str]:
-    """The device and the precision of the transformers that timings hold for."""
+def _place(weight: Tensor) -> tuple[str, str]:
+    """The device and the precision of the layers that timings hold for, as decoding would run them now."""
+    device = weight.device
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{device.type}, {torch.get_num_threads()} threads"
     autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else torch.get_default_dtype()
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     return name, str(dtype).removeprefix("torch.")
 
 
