@@ -19,7 +19,7 @@ from .files import replacing
 from .flowpp.model import FlowPP
 from .gallery import Gallery, spread
 from .guidance import Guidance
-from .image_flow import ImageFlow, read_config
+from .image_flow import ImageFlow, load_pretrained, read_config
 from .model import TarFlow
 from .pictures import to_pixels
 from .published import load as load_published
@@ -341,8 +341,8 @@ def _in_precision(command: Sample | Calibrate) -> torch.autocast:
 
 def _load(run: Path, device: str) -> tuple[ImageFlow, dict]:
     """The model, and what its config.json says beside its shape."""
-    model = ImageFlow.from_pretrained(run).to(pick_device(device)).eval()
-    return model, read_config(run) if run.exists() else {}
+    model, settings = load_pretrained(run)
+    return model.to(pick_device(device)), settings
 
 
 def _read_run(folder: Path) -> TrainConfig:

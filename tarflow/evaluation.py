@@ -94,7 +94,7 @@ def noisy_bits_per_dim(
     """
 
     def score(pixels: Tensor, labels: Tensor | None) -> Tensor:
-        x = add_gaussian_noise(pixels, sigma, generator)
+        x = add_gaussian_noise(pixels, sigma, generator).to(model.dtype)
         return to_bits_per_dim(model.log_prob(x, labels), model.config.num_dims)
 
     return Estimate.of(_map(model, score, pixels, labels, batch_size))
@@ -131,7 +131,7 @@ def accuracy(
 
     def score(pixels: Tensor, labels: Tensor) -> Tensor:
         x = add_gaussian_noise(pixels, sigma, generator) if sigma else model.dequantize(pixels, generator)[0]
-        return (class_log_posterior(model, x).argmax(1) == labels).float()
+        return (class_log_posterior(model, x.to(model.dtype)).argmax(1) == labels).float()
 
     return Estimate.of(_map(model, score, pixels, labels, batch_size))
 

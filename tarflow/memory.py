@@ -1,6 +1,7 @@
 """How much memory a model needs, from its shapes, and how many samples fit into what a device has."""
 
 import os
+import sys
 from typing import Protocol
 
 import torch
@@ -53,6 +54,16 @@ def _mixture_bytes(shapes: Shapes) -> int:
     return 4 * shapes.num_tokens * shapes.token_dim * 3 * shapes.num_mixtures
 
 
+def check(needed: int, device: torch.device, what: str) -> None:
+    """ValueError where something would take more memory than the device has at all."""
+    total = total_bytes(device)
+    if needed > total:
+        raise ValueError(
+            f"memory: expected {what} to take at most {total / 2**30:.1f} GiB, which is all that {device} has; "
+            f"got about {needed / 2**30:.1f} GiB"
+        )
+
+
 def chunk_size(bytes_per_sample: int, device: torch.device) -> int:
     """How many samples may be in flight if they are to take half of the memory that is free."""
     return max(1, free_bytes(device) // 2 // bytes_per_sample)
@@ -66,3 +77,13 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 4 * 2**30
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, free or not; for a system that does not tell, more than there is anywhere."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return sys.maxsize

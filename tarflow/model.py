@@ -1,6 +1,6 @@
 """TarFlow: the flow over the patches of an image, its configuration and its samples."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from .decoding import Decoder, Report, calibration
 from .denoising import tweedie
 from .flow import TokenFlow, check_labels
 from .flowpp.dequantizer import DequantizerConfig
+from .flowpp.layers import parse
 from .guidance import Guidance
 from .image_flow import ImageFlow
 from .patches import patchify, unpatchify
+from .sizes import check_fields, check_totals
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class TarFlowConfig:
     Gaussian, and no part of the model.
 
     Raises:
-        ValueError: a size that is not positive, an image that is not a whole number of patches, a width that is not a
-            whole number of heads, an unknown coupling, a mixture that is to preserve volumes.
+        ValueError: a size that is no positive integer or beyond :mod:`tarflow.sizes`, an image that is not a whole
+            number of patches, a width that is not a whole number of heads, an unknown coupling, a mixture that is to
+            preserve volumes.
     """
 
     image_size: int = 28
@@ -44,21 +47,25 @@ class TarFlowConfig:
     dequantizer: DequantizerConfig | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "num_classes" else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{field.name}: expected an integer >= {least}; got {value!r}")
+        check_fields(self)
+        check_totals("layers_per_block", self.num_layers, self.image_shape)
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}")
         if self.channels % self.head_dim:
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
         make_coupling(self.coupling, self.num_mixtures, self.volume_preserving)
+        if self.dequantizer is not None:
+            parse(self.dequantizer.stack, self.image_shape)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return self.in_channels, self.image_size, self.image_size
+
+    @property
+    def num_layers(self) -> int:
+        """Of all blocks; each has weights of its own."""
+        return self.num_blocks * self.layers_per_block
 
     @property
     def num_tokens(self) -> int:
@@ -214,6 +221,13 @@ class TarFlow(ImageFlow):
         """Write ``config.json`` and ``model.safetensors``, and the calibration of the decoders, or remove another's."""
         super().save_pretrained(folder)
         calibration.replace(Path(folder), self.flow.calibration)
+
+    def check_state(self, state: dict[str, Tensor], origin: str) -> None:
+        """See :meth:`ImageFlow.check_state`; the variance of the prior has to be positive."""
+        super().check_state(state, origin)
+        least = state["flow.prior_variance"].min()
+        if not least > 0:
+            raise ValueError(f"{origin}: expected positive numbers in flow.prior_variance; got {least:g}")
 
     def _load_beside(self, folder: Path) -> None:
         self.flow.calibration = calibration.load(folder)

@@ -2,8 +2,11 @@
 
 import math
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,18 +44,48 @@ def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> Tar
         state = source
     else:
         try:
+            _check_zip(source)
             state = torch.load(source, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise
         except Exception as error:  # what is no checkpoint fails in the unpickler in any way, KeyError to struct.error
             reason = str(error).partition("\n")[0]
             raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {reason}") from error
+    _check(state)
+    config = infer_config(state, in_channels)
+    weights = {_rename(name): _convert(name, t) for name, t in state.items() if _is_kept(name)}
+    if state is not source and sum(tensor.nbytes for tensor in weights.values()) > Path(source).stat().st_size:
+        raise ValueError(f"source: expected weights that are stored in full; {source} is smaller than they are")
+    return TarFlow.from_state(config, weights, "source")
+
+
+def _check_zip(path: Path | str) -> None:
+    """ValueError where a checkpoint has wrong checksums, at which torch.load does not look, or is compressed."""
+    if not zipfile.is_zipfile(path):  # from before PyTorch 1.6, or something else
+        return
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"expected stored records; got a compressed one, {record.filename}")
+        if record := archive.testzip():
+            raise ValueError(f"wrong checksum of {record}")
+
+
+def _check(state: Any) -> None:
+    """ValueError where a state dict does not have the tensors, of the dimensions, that tell the configuration."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"source: expected the state dict of a published TarFlow; got a {type(state).__name__}")
     for name in _TELLING:
-        if not isinstance(state, Mapping) or name not in state:
+        if name not in state:
             raise ValueError(f"source: expected the state dict of a published TarFlow; it has no {name}")
-    model = TarFlow(infer_config(state, in_channels))
-    model.load_checked({_rename(name): _convert(name, t) for name, t in state.items() if _is_kept(name)}, "source")
-    return model
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"source: expected names and tensors; got {short(name)} and a {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"source: expected dense weights; got {name} of {tensor.layout} on {tensor.device}")
+        dims = 2 if name in _TELLING or name.endswith("pos_embed") else 3 if name.endswith("class_embed") else None
+        if dims is not None and (tensor.dim() != dims or not tensor.numel()):
+            raise ValueError(f"source: expected {name} of {dims} dimensions; got shape {tuple(tensor.shape)}")
 
 
 def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowConfig:
@@ -65,22 +98,25 @@ def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowCo
         )
     side = math.isqrt(len(state["blocks.0.pos_embed"]))
     classes = state.get("blocks.0.class_embed")
-    return TarFlowConfig(
-        image_size=side * patch_size,
-        in_channels=in_channels,
-        patch_size=patch_size,
-        channels=channels,
-        num_blocks=_count(state, r"blocks\.(\d+)\."),
-        layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
-        num_classes=0 if classes is None else len(classes),
-        head_dim=HEAD_DIM,
-        expansion=len(state["blocks.0.attn_blocks.0.mlp.main.0.weight"]) // channels,
-        volume_preserving=len(state["blocks.0.proj_out.weight"]) == token_dim,
-    )
+    try:
+        return TarFlowConfig(
+            image_size=side * patch_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            channels=channels,
+            num_blocks=_count(state, r"blocks\.(\d+)\."),
+            layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
+            num_classes=0 if classes is None else len(classes),
+            head_dim=HEAD_DIM,
+            expansion=len(state["blocks.0.attn_blocks.0.mlp.main.0.weight"]) // channels,
+            volume_preserving=len(state["blocks.0.proj_out.weight"]) == token_dim,
+        )
+    except ValueError as error:
+        raise ValueError(f"source: expected the state dict of a published TarFlow; {error}") from error
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
 def _is_kept(name: str) -> bool:
@@ -99,6 +135,6 @@ def _convert(name: str, tensor: Tensor) -> Tensor:
     """Ours has positions in the order in which a block generates, and class embeddings without the token dimension."""
     if name.endswith("class_embed"):
         return tensor[:, 0]
-    if name.endswith("pos_embed") and int(name.split(".")[1]) % 2:
+    if re.match(r"blocks\.\d*[13579]\.pos_embed", name):
         return tensor.flip(0)
     return tensor

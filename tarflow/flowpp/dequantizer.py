@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..noise import log_normal, to_image
-from .layers import CouplingConfig, Stack, check_one_of, check_positive
-from .networks import ATTENTIONS, NUM_HEADS, Attention, ContextNetwork
+from ..sizes import check_totals
+from .layers import CouplingConfig, Stack, count_couplings
+from .networks import NUM_HEADS, Attention, ContextNetwork
 from .splits import split_stripes
 
 
@@ -46,8 +47,6 @@ class DequantizerConfig(CouplingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "context_filters", "context_blocks")
-        check_one_of("context_attention", self.context_attention, ATTENTIONS)
         if self.context_attention != "none" and self.context_filters % NUM_HEADS:
             raise ValueError(
                 f"context_filters: expected a multiple of the {NUM_HEADS} heads of attention; "
@@ -55,6 +54,7 @@ class DequantizerConfig(CouplingConfig):
             )
         if any(not word.startswith("stripe") for word in self.stack.split()):
             raise ValueError(f"stack: expected levels stripe<n> alone in a dequantizer; got {self.stack!r}")
+        check_totals("stack", self.blocks_per_coupling * count_couplings(self.stack, (1, 2, 2)))
 
 
 class Dequantizer(nn.Module):

@@ -6,7 +6,7 @@ log-det of the map that they ran, in nats, ``(B,)``. Only couplings look at the 
 Source: Flow++ (arXiv 1902.00275).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_kernels import affine_forward, affine_inverse, mixture_logistic, mixture_logistic_inverse, scales
-from tarflow_kernels.mixture import MAX_COMPONENTS
 
-from .networks import ATTENTIONS, NUM_HEADS, Attention, Conditioner
+from ..sizes import check_fields
+from .networks import NUM_HEADS, Attention, Conditioner
 from .splits import SPLITS, Halves, squeeze, unsqueeze
 
 _TANH = scales.tanh(1.0)
@@ -37,29 +37,11 @@ class CouplingConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_positive(self, "num_mixtures", "filters", "blocks_per_coupling")
-        if self.num_mixtures > MAX_COMPONENTS:
-            raise ValueError(f"num_mixtures: expected at most {MAX_COMPONENTS}; got {self.num_mixtures}")
-        check_one_of("coupling", self.coupling, ("mixture", "affine"))
-        check_one_of("attention", self.attention, ATTENTIONS)
+        check_fields(self)
         if self.filters % NUM_HEADS:
             raise ValueError(f"filters: expected a multiple of the {NUM_HEADS} heads of attention; got {self.filters}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1); got {self.dropout}")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """ValueError where a field is not a positive integer."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1; got {value!r}")
-
-
-def check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    """ValueError where a name is unknown."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
 
 
 class Norm(nn.Module):
@@ -267,3 +249,8 @@ def parse(stack: str, shape: tuple[int, int, int]) -> list[tuple[str, int, tuple
     if not levels:
         raise ValueError(f"stack: expected words such as 'stripe4 squeeze channel2'; got {stack!r}")
     return levels
+
+
+def count_couplings(stack: str, shape: tuple[int, int, int]) -> int:
+    """The steps of all levels; errors are those of :func:`parse`."""
+    return sum(number for _, number, _ in parse(stack, shape))

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import memory
 from ..image_flow import ImageFlow
 from ..noise import log_normal
+from ..sizes import check_totals
 from .dequantizer import DequantizerConfig
-from .layers import CouplingConfig, Stack, check_positive, parse
+from .layers import CouplingConfig, Stack, count_couplings, parse
 from .splits import squeeze, unsqueeze
 
 
@@ -35,7 +36,8 @@ class FlowPPConfig(CouplingConfig):
         dequantizer: of variational dequantization; None for uniform.
 
     Raises:
-        ValueError: a size that is not positive, an unknown name, a stack that the image does not fit.
+        ValueError: a size that is no positive integer or beyond :mod:`tarflow.sizes`, an unknown name, a stack that the
+            image does not fit.
     """
 
     image_size: int = 28
@@ -45,8 +47,7 @@ class FlowPPConfig(CouplingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "image_size", "in_channels")
-        parse(self.stack, self.image_shape)
+        check_totals("stack", self.num_layers, self.image_shape)
         if self.dequantizer is not None:
             parse(self.dequantizer.stack, self.image_shape)
 
@@ -139,7 +140,12 @@ class FlowPPConfig(CouplingConfig):
     @property
     def num_couplings(self) -> int:
         """In the stack, dequantizer apart."""
-        return sum(number for _, number, _ in parse(self.stack, self.image_shape))
+        return count_couplings(self.stack, self.image_shape)
+
+    @property
+    def num_layers(self) -> int:
+        """Gated blocks of all couplings, dequantizer apart; each has weights of its own."""
+        return self.num_couplings * self.blocks_per_coupling
 
     def activation_bytes(self, itemsize: int = 4) -> int:
         """Roughly what autograd keeps of one image: some 22 numbers per filter, block and pixel of a half."""

@@ -7,7 +7,7 @@ Source: Flow++ (arXiv 1902.00275).
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 Attention = Literal["softmax", "max", "none"]
 """Among pixels; "max", its ablation, takes the largest of query, key and value; "none" has no such layer."""
 
-ATTENTIONS = get_args(Attention)
 NUM_HEADS = 4
 
 

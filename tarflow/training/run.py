@@ -245,6 +245,7 @@ def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device
     shape, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     bfloat16 = uses_bfloat16(config.precision, device)
     total = memory.training_bytes(shape.activation_bytes(2 if bfloat16 else 4), parameters, config.batch_size)
+    memory.check(total, device, f"training at batch size {config.batch_size}")
     noise = f"Gaussian noise of sigma {config.sigma}" if config.noise == "gaussian" else f"{config.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"

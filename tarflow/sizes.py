@@ -1,0 +1,64 @@
+"""The sizes that a model may have: what no model has is refused by name, before anything is built."""
+
+import math
+from dataclasses import fields
+from numbers import Integral, Real
+from reprlib import repr as short
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from tarflow_kernels.mixture import MAX_COMPONENTS
+
+LARGEST = {
+    "image_size": 8192,
+    "in_channels": 65_536,
+    "patch_size": 8192,
+    "channels": 65_536,
+    "num_blocks": 1024,
+    "layers_per_block": 1024,
+    "num_classes": 1_000_000,
+    "head_dim": 65_536,
+    "expansion": 64,
+    "num_mixtures": MAX_COMPONENTS,
+    "filters": 16_384,
+    "blocks_per_coupling": 1024,
+    "context_filters": 16_384,
+    "context_blocks": 1024,
+}
+"""By name of a field, many times what the largest published models have."""
+
+MOST_LAYERS = 1024
+"""Of a model in all: so many take seconds to build."""
+
+MOST_VALUES = 2**28
+"""In an image."""
+
+
+def check_fields(config: object) -> None:
+    """Check the fields of a configuration by their annotations; integers of any kind become ints.
+
+    Raises:
+        ValueError: an integer that is none or not in [1, ``LARGEST``] (classes: [0, ...]), what is no bool, number or
+            string where one has to be, a name that is not among its choices.
+    """
+    kinds = get_type_hints(type(config))
+    for name in (field.name for field in fields(config)):
+        kind, value = kinds[name], getattr(config, name)
+        if kind is int:
+            least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{name}: expected an integer in [{least}, {most}]; got {short(value)}")
+            object.__setattr__(config, name, int(value))
+        elif kind is float and (not isinstance(value, Real) or isinstance(value, bool)):
+            raise ValueError(f"{name}: expected a number; got {short(value)}")
+        elif kind in (bool, str) and not isinstance(value, kind):
+            raise ValueError(f"{name}: expected {'True or False' if kind is bool else 'a string'}; got {short(value)}")
+        elif get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}; got {short(value)}")
+
+
+def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> None:
+    """ValueError, with the name of the field that asks for them, for more layers or values than any model has."""
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{name}: expected at most {MOST_LAYERS} layers in all; got {layers}")
+    if math.prod(image_shape) > MOST_VALUES:
+        raise ValueError(f"image_size: expected at most {MOST_VALUES} values in an image; got {image_shape}")
