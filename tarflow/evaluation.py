@@ -1,4 +1,7 @@
-"""Scores of a model: bounds on bits/dim, the density of noisy data, and classification by Bayes' rule."""
+"""Scores of a model: bounds on bits/dim, the density of noisy data, and classification by Bayes' rule.
+
+A model is scored without dropout, in whichever mode it is.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .image_flow import ImageFlow, log_mean_exp
+from .image_flow import ImageFlow, in_mode, log_mean_exp
 from .model import TarFlow
 from .noise import add_gaussian_noise
 from .noise import bits_per_dim as to_bits_per_dim
@@ -162,9 +165,9 @@ def evaluate(
 def _map(
     model: ImageFlow, score: Callable[..., Tensor], pixels: Tensor, labels: Tensor | None, batch_size: int
 ) -> Tensor:
-    """The scores of all images, batch by batch, in float32 on the device of the model."""
+    """The scores of all images, batch by batch, in float32 and without dropout, on the device of the model."""
     device = model.device
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), in_mode(model, training=False):
         return torch.cat([score(*batch).cpu() for batch in _batches(pixels, labels, batch_size, device)])
 
 

@@ -1,10 +1,11 @@
 """What TarFlow and Flow++ have in common: densities of images, probabilities of 8-bit pixels, and files."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from reprlib import repr as short
@@ -28,6 +29,9 @@ class ImageFlow(nn.Module):
     """A flow over images ``(B, C, H, W)``, float in [-1, 1].
 
     Subclasses bring ``config``, ``forward``, ``inverse``, ``log_prior`` and ``sample``.
+
+    Dropout is for training alone: in training mode, ``forward`` and :meth:`dequantize` have it, so that
+    ``inverse(forward(x))`` is not x there. All that scores or samples goes without, in whichever mode the model is.
 
     Attributes:
         dequantizer: of variational dequantization; None where noise is uniform (or Gaussian, for samples).
@@ -57,16 +61,20 @@ class ImageFlow(nn.Module):
     ) -> None:
         """Set the scales of all convolutions and norms by a batch of 8-bit images; those of transformers need no data.
 
-        Each layer does so when it first sees its inputs, which come through layers that have done so already.
+        Each layer does so when it first sees its inputs, which come through layers that have done so already, with the
+        dropout of training.
         """
-        initialize_from_data(self, lambda: self.discrete_log_prob(pixels, labels, generator=generator))
+        self._check_pixels(pixels)
+        with in_mode(self, training=True):
+            initialize_from_data(self, lambda: self(self.dequantize(pixels, generator)[0], labels))
 
     def update_prior(self, z: Tensor, rate: float | Tensor) -> None:
         """Adapt the prior to the latents of a batch, where it is one that adapts."""
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The log-density of images in [-1, 1], in nats, ``(B,)``."""
-        z, logdet = self(x, labels)
+        """The log-density of images in [-1, 1], in nats, ``(B,)``; without dropout."""
+        with in_mode(self, training=False):
+            z, logdet = self(x, labels)
         return self.log_prior(z) + logdet
 
     def dequantize(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -85,7 +93,8 @@ class ImageFlow(nn.Module):
         """A lower bound on the log-probability of 8-bit images, in nats, ``(B,)``.
 
         ``log mean_k p(pixels + u_k) / q(u_k | pixels)`` over K draws of noise, with p the density in units of pixels:
-        in expectation the evidence lower bound for K = 1, and rising to the exact log-probability with K.
+        in expectation the evidence lower bound for K = 1, and rising to the exact log-probability with K. There is no
+        dropout in it.
 
         Args:
             pixels: uint8 ``(B, C, H, W)``.
@@ -109,15 +118,14 @@ class ImageFlow(nn.Module):
         Its mean over the draws is the one-sample bound, with less variance than a single sample has. Arguments and
         errors are those of :meth:`discrete_log_prob`.
         """
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"pixels: expected uint8; got {pixels.dtype}")
-        self._check_shape(pixels, "pixels")
+        self._check_pixels(pixels)
         if draws < 1:
             raise ValueError(f"draws: expected at least 1; got {draws}")
         bounds = []
-        for _ in range(draws):
-            x, log_q = self.dequantize(pixels, generator)
-            bounds.append((self.log_prob(x, labels) - log_q).double())
+        with in_mode(self, training=False):
+            for _ in range(draws):
+                x, log_q = self.dequantize(pixels, generator)
+                bounds.append((self.log_prob(x, labels) - log_q).double())
         return torch.stack(bounds) - self.config.num_dims * math.log(128)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -205,6 +213,11 @@ class ImageFlow(nn.Module):
             if not tensor.isfinite().all():
                 raise ValueError(f"{origin}: expected finite weights; got nan or inf in {name}")
 
+    def _check_pixels(self, pixels: Tensor) -> None:
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels: expected uint8; got {pixels.dtype}")
+        self._check_shape(pixels, "pixels")
+
     def _check(self, x: Tensor, name: str) -> None:
         self._check_shape(x, name)
         if not x.is_floating_point():
@@ -216,6 +229,19 @@ class ImageFlow(nn.Module):
             raise ValueError(
                 f"{name}: expected images of shape (B, {', '.join(map(str, expected))}); got {tuple(images.shape)}"
             )
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within the block all modules are in training or in evaluation mode; after it, or an error, each is in its own."""
+    changed = [module for module in model.modules() if module.training != training]
+    for module in changed:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not training
 
 
 def log_mean_exp(bounds: Tensor) -> Tensor:

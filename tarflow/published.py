@@ -29,7 +29,7 @@ _RENAMED = (
 
 
 def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> TarFlow:
-    """A model from a published checkpoint, its configuration inferred from the shapes of the weights.
+    """A model from a published checkpoint, in evaluation mode; the shapes of the weights tell its configuration.
 
     Args:
         source: path of a ``.pth`` file, read without executing code from it, or the state dict of the published

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import draw
-from tarflow import Dequantizer, DequantizerConfig, FlowPP, FlowPPConfig, ImageFlow
+from tarflow import Dequantizer, DequantizerConfig, FlowPP, FlowPPConfig, ImageFlow, evaluation
 from tarflow.flowpp.layers import Coupling, CouplingConfig, Norm, Pointwise, Stack, parse
 from tarflow.flowpp.networks import (
     NUM_HEADS,
@@ -453,6 +453,103 @@ def test_an_image_returns_from_its_latent_in_float32():
         x, _ = model.dequantize(pixels, torch.Generator().manual_seed(0))
         z, _ = model(x)
         assert ((model.inverse(z) - x) * 128).abs().max() < 1e-3
+
+
+def with_dropout(**settings):
+    """A model of float32, in training mode, with dropout in every part."""
+    dequantizer = replace(TINY.dequantizer, dropout=0.2, attention="softmax", context_attention="softmax")
+    return flowpp(dropout=0.2, dequantizer=dequantizer, **settings).float().train()
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+# Every way to score and to sample; each returns a tensor.
+WITHOUT_DROPOUT = {
+    "log_prob": lambda model: model.log_prob(pixels_of(TINY) / 128 - 1),
+    "discrete_log_prob": lambda model: model.discrete_log_prob(pixels_of(TINY), draws=2, generator=seeded()),
+    "bounds": lambda model: model.bounds(pixels_of(TINY), draws=2, generator=seeded()),
+    "inverse": lambda model: model.inverse(draw(0, 2, 4, 2, 2, dtype=torch.float32)),
+    "sample": lambda model: model.sample(3, generator=seeded()),
+    "trajectory": lambda model: model.sample(3, generator=seeded(), return_trajectory=True)[1],
+    "bits_per_dim": lambda model: evaluation.bits_per_dim_of_images(model, pixels_of(TINY), generator=seeded())[1],
+    "noisy_bits_per_dim": lambda model: torch.tensor(
+        evaluation.noisy_bits_per_dim(model, pixels_of(TINY), sigma=0.01, generator=seeded()).mean
+    ),
+}
+
+
+@pytest.mark.parametrize("run", WITHOUT_DROPOUT.values(), ids=WITHOUT_DROPOUT)
+def test_scores_and_samples_are_without_dropout_and_leave_every_module_in_its_mode(run):
+    model = with_dropout()
+    model.flow.steps[0][0].eval()  # a part that its owner does not train
+    modes = [module.training for module in model.modules()]
+    results = [run(model), run(model)]
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(*results)
+    assert torch.equal(results[0], run(model.eval()))
+
+
+def test_an_error_leaves_every_module_in_its_mode():
+    model = with_dropout()
+    model.flow.steps[0][0].eval()
+    modes = [module.training for module in model.modules()]
+    for call in (
+        lambda: model.log_prob(torch.zeros(2, 1, 4, 5)),
+        lambda: model.bounds(pixels_of(TINY), labels=torch.zeros(3)),
+        lambda: evaluation.bits_per_dim(model, pixels_of(TINY), labels=torch.zeros(3)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_in_training_mode_forward_and_noise_have_dropout():
+    model, pixels = with_dropout(), pixels_of(TINY)
+    x = pixels / 128 - 1
+    for run in (lambda: model(x)[0], lambda: model.dequantize(pixels, seeded())[0]):
+        assert not torch.equal(run(), run())
+        model.eval()
+        assert torch.equal(run(), run())
+        model.train()
+
+
+def test_a_loaded_model_with_dropout_inverts_and_repeats_its_scores(tmp_path):
+    with_dropout().save_pretrained(tmp_path)
+    pixels = pixels_of(TINY, batch=64)
+    for kind in (FlowPP, ImageFlow):
+        model = kind.from_pretrained(tmp_path)
+        assert not any(module.training for module in model.modules())
+        with torch.no_grad():
+            x, _ = model.dequantize(pixels, seeded())
+            z, _ = model(x)
+            assert ((model.inverse(z) - x) * 128).abs().max() < 0.01
+            scores = [model.log_prob(x), model.log_prob(x)]
+        assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_initialization_has_the_dropout_of_training(training):
+    gains = []
+    for seed in (0, 1, 1):
+        model = with_dropout().train(training)
+        torch.manual_seed(seed)
+        model.initialize(pixels_of(TINY), generator=seeded())
+        assert {module.training for module in model.modules()} == {training}
+        gains.append(model.flow.steps[-1][-1][0].gain.detach())
+    assert not torch.equal(gains[0], gains[1])
+    assert torch.equal(gains[1], gains[2])
+
+
+def test_scoring_compiles_whole_in_either_mode():
+    model, x = with_dropout(stack="stripe1"), pixels_of(TINY) / 128 - 1
+    expected = model.log_prob(x)
+    for training in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(model.train(training).log_prob, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-3)
+        assert {module.training for module in model.modules()} == {training}
 
 
 def test_samples_are_the_inverse_of_normal_latents_whatever_the_chunks():

@@ -209,6 +209,7 @@ def test_a_pth_file_is_read(tmp_path):
     expected = TarFlow.from_published(state).state_dict()
     for source in (path, str(path)):
         assert_close(TarFlow.from_published(source).state_dict(), expected, atol=0, rtol=0)
+    assert not any(module.training for module in TarFlow.from_published(path).modules())
 
 
 def test_training_the_model_leaves_the_state_alone():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tarflow import FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
+from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
 from tarflow.datasets import Images
 from tarflow.noise import bits_per_dim
 from tarflow.training.config import TrainConfig
@@ -112,6 +112,22 @@ def test_a_trainer_goes_on_from_its_state(settings):
     assert_close(measures[1], measures[0], **EXACTLY)
     for part in ("model", "average", "optimizer"):
         assert_close(getattr(resumed, part).state_dict(), getattr(whole, part).state_dict(), **EXACTLY)
+
+
+def test_dropout_is_in_what_is_trained_and_not_in_the_average():
+    dropout = {"dropout": 0.5, "dequantizer": DequantizerConfig(filters=8, dropout=0.5)}
+    trainer, batches = build(**FLOWPP | dropout)
+    for batch in batches:
+        trainer.train_step(*batch)
+    assert all(module.training for module in trainer.model.modules())
+    assert not any(module.training for module in trainer.average.modules())
+    with torch.no_grad():
+        trained, averaged = (
+            [model.dequantizer(batches[0][0], torch.ones(16, 1, 14, 14))[0] for _ in range(2)]
+            for model in (trainer.model, trainer.average)
+        )
+    assert not torch.equal(*trained)
+    assert torch.equal(*averaged)
 
 
 @pytest.mark.parametrize(

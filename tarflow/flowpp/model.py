@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
-from ..image_flow import ImageFlow
+from ..image_flow import ImageFlow, in_mode
 from ..noise import log_normal
 from ..sizes import check_totals
 from .dequantizer import DequantizerConfig
@@ -170,6 +170,8 @@ class FlowPP(ImageFlow):
     The scales of convolutions and norms come from data: see :meth:`ImageFlow.initialize`, which training begins with.
     Without it a model is a flow like any other, but a bad start.
 
+    In training mode :meth:`forward` has dropout, which no latent tells of: its inverse is that of evaluation mode.
+
     >>> model = FlowPP(FlowPPConfig(image_size=8, filters=8, blocks_per_coupling=1, num_mixtures=4, stack="stripe2"))
     >>> x = torch.rand(3, 1, 8, 8) * 2 - 1
     >>> z, logdet = model(x)
@@ -201,11 +203,12 @@ class FlowPP(ImageFlow):
         return z, logdet - (log_p + log_q).sum((1, 2, 3)) + constant
 
     def inverse(self, z: Tensor, labels: None = None) -> Tensor:
-        """Latent to image ``(B, C, H, W)``, within [-1.11, 1.11]: the inverse of :meth:`forward`."""
+        """Latent to image ``(B, C, H, W)``, within [-1.11, 1.11]: the inverse of :meth:`forward` without dropout."""
         check_no_labels(labels)
         if z.shape[1:] != self.config.latent_shape:
             raise ValueError(f"z: expected shape (B, *{self.config.latent_shape}); got {tuple(z.shape)}")
-        y, _ = self.flow.inverse(z)
+        with in_mode(self, training=False):
+            y, _ = self.flow.inverse(z)
         return self._squash(y)
 
     def log_prior(self, z: Tensor) -> Tensor:
@@ -244,7 +247,8 @@ class FlowPP(ImageFlow):
         eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device, dtype=self.dtype)
         if chunk_size is None:
             chunk_size = memory.chunk_size(self.config.activation_bytes() // self.config.num_couplings, eps.device)
-        chunks = [self._decode(chunk) for chunk in eps.split(chunk_size)]
+        with in_mode(self, training=False):
+            chunks = [self._decode(chunk) for chunk in eps.split(chunk_size)]
         images = torch.cat([self._squash(frames[-1]) for frames in chunks])
         if not return_trajectory:
             return images

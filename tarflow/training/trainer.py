@@ -38,7 +38,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build(config, dataset).to(device)
         self._initialize(dataset)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         # Only the fused implementation can skip an update on the device, without the host looking at the loss.
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
