@@ -22,6 +22,9 @@ from .schedule import learning_rate
 # That set the scales of Flow++'s layers.
 INITIAL_IMAGES = 128
 
+# What a step returns.
+MEASURES = ("loss", "bits_per_dim", "grad_norm", "bad_steps", "bad_in_a_row")
+
 
 class Trainer:
     """The state of training and one method, :meth:`train_step`, that advances it.
@@ -125,10 +128,27 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; ValueError where the weights are those of another configuration."""
-        self.model.load_checked(state["model"], "checkpoint")
-        self.average.load_checked(state["average"], "checkpoint")
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from there. The settings of the optimizer stay those of the configuration.
+
+        Raises:
+            ValueError: anything is missing, or is not a finite number or tensor of the shape and dtype that it has
+                here, as where the weights are those of another configuration. Then nothing has been loaded.
+        """
+        try:
+            given, begun = state["optimizer"]["state"].keys(), state["step"] != 0
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("state: expected a step, and an optimizer with a state, among other parts") from error
+        expected, count = self.state_dict(), torch.zeros(())
+        # A parameter that has had no gradient yet has no moments.
+        expected["optimizer"]["state"] = {
+            i: {"step": count, "exp_avg": parameter, "exp_avg_sq": parameter}
+            for i, parameter in enumerate(self.model.parameters())
+            if i in given or (begun and not given)
+        }
+        _check_like(state, expected, "state")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         self.step = state["step"]
         self.bad_steps.copy_(state["bad_steps"])
         self.bad_in_a_row.copy_(state["bad_in_a_row"])
@@ -183,3 +203,28 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     # A PyTorch that cannot tell trains a CPU in float32.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and capabilities.get("amx_bf16", False)
+
+
+def _check_like(got: Any, expected: Any, name: str) -> None:
+    """ValueError where a part of a state has not the keys, shapes and dtypes of another, or is not finite."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        if differing := got.keys() ^ expected.keys():
+            key = min(differing, key=str)
+            raise ValueError(f"{name}: expected {f'a part {key}' if key in expected else f'no part {key}'}")
+        for key, part in expected.items():
+            _check_like(got[key], part, f"{name}.{key}")
+    elif isinstance(expected, Tensor) and isinstance(got, Tensor):
+        kinds = [f"{tensor.layout} {tensor.dtype} {list(tensor.shape)}" for tensor in (expected, got)]
+        if kinds[0] != kinds[1] or got.is_meta:
+            raise ValueError(f"{name}: expected {kinds[0]}; got {kinds[1]}{' without data' if got.is_meta else ''}")
+        if not got.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers; got nan or inf")
+        if name.endswith(_NOT_NEGATIVE) and got.min() < 0:
+            raise ValueError(f"{name}: expected no number below 0; got {got.min():g}")
+    elif type(got) is not type(expected) or (isinstance(got, int) and got < 0):
+        kind = "a whole number >= 0" if isinstance(expected, int) else f"a {type(expected).__name__}"
+        raise ValueError(f"{name}: expected {kind}; got {got if isinstance(got, int) else f'a {type(got).__name__}'}")
+
+
+# Counts, and the moments of squares.
+_NOT_NEGATIVE = (".step", ".exp_avg_sq", ".bad_steps", ".bad_in_a_row")
