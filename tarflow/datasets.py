@@ -1,15 +1,19 @@
 """Pixels in: the named datasets, folders of images and Hugging Face hubs, and the batches that training draws."""
 
 import gzip
+import hashlib
+import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,12 +123,13 @@ def load(
 
 def batches(
     dataset: Images | Folder, batch_size: int, seed: int, start: int = 0, num_workers: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Endless batches of (images, labels) from number `start` on, shuffled anew each epoch, no image twice in one.
 
     The order of epoch e depends on (seed, e) alone, so a run that resumes at step n passes start=n and sees what it
     would have seen. The len(dataset) % batch_size images left at the end of an epoch are dropped. A `Folder` is read
-    ahead by `num_workers` processes (default: one a core, at most 8). ValueError for an argument out of range.
+    ahead by `num_workers` processes (default: one a core, at most 8), which end when the generator is closed.
+    ValueError for an argument out of range; from a batch, ChildProcessError where such a process was killed.
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(f"batch_size: expected 1 to {len(dataset)}, the size of the dataset, got {batch_size}")
@@ -132,12 +137,42 @@ def batches(
         raise ValueError(f"seed, start: expected at least 0, got {seed} and {start}")
     indices = _batch_indices(len(dataset), batch_size, seed, start)
     if isinstance(dataset, Images):
-        return map(dataset.fetch, indices)
+        return (dataset.fetch(chosen) for chosen in indices)
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
     # No batch size: each item of this sampler is a batch. Its own generator: the global one is the caller's.
     options = {"batch_size": None, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
     options |= {"num_workers": workers, "worker_init_fn": _outlive_stop_signals}
-    return map(tuple, torch.utils.data.DataLoader(dataset, sampler=indices, **options))
+    return _stream(torch.utils.data.DataLoader(dataset, sampler=indices, **options))
+
+
+def _stream(loader: torch.utils.data.DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """What the loader reads; its processes end with this generator, which holds the only reference to them."""
+    with _no_child_signals():
+        read = iter(loader)
+    while True:
+        try:
+            images, labels = next(read)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise ChildProcessError("a process that reads images was killed, maybe for want of memory") from None
+        yield images, labels
+
+
+@contextmanager
+def _no_child_signals() -> Iterator[None]:
+    """Take back the handler that the loader sets: it would throw at whatever runs when a reader dies.
+
+    That may be half an update of the weights. Without it the death is found when the next batch is waited for.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _outlive_stop_signals(worker: int) -> None:
@@ -147,6 +182,27 @@ def _outlive_stop_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def fingerprint(dataset: Images | Folder) -> dict[str, Any]:
+    """Which data this is: `source`, the number of `images` and of `classes`, and a SHA-256 `digest`.
+
+    The digest is of the names of the classes, all labels, and the pixels of `Images` or the names (class/file) of a
+    `Folder`, wherever it lies, and the sizes of its files. To be cheap for any dataset it looks at no more than 256 MB
+    of pixels and the sizes of 10,000 files: beyond that, at every second, third, ... image alone.
+    """
+    sha = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    sha.update(dataset.labels.numpy())
+    if isinstance(dataset, Images):
+        sha.update(json.dumps(list(dataset.images.shape)).encode())
+        for part in dataset.images[:: -(-dataset.images.numel() // _HASHED_BYTES)].split(1024):
+            sha.update(part.contiguous().numpy())
+    else:
+        names = [f"{path.parent.name}/{path.name}" for path in dataset.paths]
+        sizes = [path.stat().st_size for path in dataset.paths[:: -(-len(dataset) // _HASHED_FILES)]]
+        sha.update(json.dumps([names, sizes]).encode())
+    counts = {"images": len(dataset), "classes": dataset.num_classes}
+    return {"source": dataset.source, **counts, "digest": sha.hexdigest()}
 
 
 def _batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
@@ -302,6 +358,7 @@ def _hold_out(size: int, split: str) -> np.ndarray:
 
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_HASHED_BYTES, _HASHED_FILES = 2**28, 10_000
 _READERS = {
     "fashion-mnist": _load_fashion_mnist,
     "mnist": partial(_load_idx, "MNIST", tuple("0123456789")),
