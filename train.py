@@ -2,8 +2,17 @@
 
 import sys
 
-from tarflow.cli import COMMANDS, main
+
+def run() -> int:
+    """The exit status of the command."""
+    try:
+        from tarflow.cli import COMMANDS, main  # which takes seconds
+    except KeyboardInterrupt:
+        print("tarflow: interrupted", file=sys.stderr)
+        return 130
+    arguments = sys.argv[1:]
+    return main(arguments if arguments and arguments[0] in COMMANDS else ["train", *arguments])
+
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    sys.exit(main(arguments if arguments and arguments[0] in COMMANDS else ["train", *arguments]))
+    sys.exit(run())

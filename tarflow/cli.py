@@ -24,7 +24,7 @@ from .model import TarFlow
 from .pictures import to_pixels
 from .published import load as load_published
 from .training.config import PRESETS, TrainConfig
-from .training.run import Diverged, pick_device, train, write_config
+from .training.run import Diverged, check_scored, pick_device, train, write_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tarflow {command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"tarflow {command}: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"tarflow {command}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -294,6 +294,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         command.data_dir or trained.get("data_dir"),
         command.image_size or trained.get("image_size"),
     )
+    chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
+    check_scored(info.get("data"), dataset, chosen)
     scores = evaluation.evaluate(
         model,
         *dataset.fetch(spread(len(dataset), command.num_images)),
@@ -359,12 +361,16 @@ def _read_run(folder: Path) -> TrainConfig:
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """``parent/name``, or the first of ``name-2``, ``name-3``, ... that is not taken."""
+    """``parent/name``, or the first of ``name-2``, ... that was not taken; made, so that no other run gets it too."""
     folder, number = parent / name, 1
-    while folder.exists():
-        number += 1
-        folder = parent / f"{name}-{number}"
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = parent / f"{name}-{number}"
+        else:
+            return folder
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

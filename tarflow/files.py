@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,3 +29,24 @@ def replacing(path: Path | str) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
         raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes that are no more left half-written beside the files of a folder."""
+    if os.name != "posix":  # elsewhere to ask for a process may end it
+        return
+    for path in folder.glob(".*.*"):
+        found = re.fullmatch(r"\..+\.(?:json|jsonl|png|pt|safetensors)\.(\d{1,9})", path.name)
+        if found and not _is_another(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_another(process: int) -> bool:
+    """Whether there is such a process, and it is not this one: in a container the same number comes again."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

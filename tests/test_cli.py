@@ -68,7 +68,7 @@ def is_picture(path):
 def test_a_run_leaves_its_folder(run):
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     pictures = {"samples.png", "trajectory.png", "curves.png"}
-    assert names == {"config.json", "model.safetensors", "metrics.jsonl", "checkpoints", *pictures}
+    assert names == {"config.json", "model.safetensors", "metrics.jsonl", "checkpoints", ".lock", *pictures}
     assert all(is_picture(run / name) for name in pictures)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000006.pt", "step-00000008.pt"]
     model = TarFlow.from_pretrained(run)

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: written beside and renamed, the last few kept, refused when damaged."""
 
-import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,17 @@ import torch
 from ..files import replacing
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write ``step-<step>.pt``, then delete all but the newest ``keep``."""
+def save(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write ``step-<step>.pt``."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
-    with replacing(path) as beside, beside.open("wb") as file:
+    with replacing(folder / f"step-{step:08d}.pt") as beside, beside.open("wb") as file:
         _dump(state, file)
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep``."""
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
-    return path
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
@@ -35,14 +37,19 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             if archive.testzip():
                 raise ValueError("wrong checksum")
         return torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what the unpickler throws at damaged data has no end
         before = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
         raise ValueError(f"resume: {paths[-1]} is truncated or corrupt; {before}") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    """All complete checkpoints, oldest first; copies under other names are not among them."""
+    return sorted((path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was written at."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def _dump(state: dict[str, Any], file) -> None:

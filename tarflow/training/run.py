@@ -5,13 +5,15 @@ A run folder holds ``config.json``, ``model.safetensors`` (the averaged weights)
 """
 
 import contextlib
+import errno
 import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +24,18 @@ from tqdm import tqdm
 
 from .. import datasets, evaluation, memory, pictures
 from ..datasets import Folder, Images
-from ..files import replacing
+from ..files import remove_abandoned, replacing
 from ..gallery import Gallery, spread
 from ..guidance import Guidance
 from ..image_flow import ImageFlow, read_config
 from . import checkpoints
 from .config import FIXED_ON_RESUME, TrainConfig
-from .trainer import Trainer, build, uses_bfloat16
+from .trainer import MEASURES, Trainer, build, uses_bfloat16
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 EVALUATED_IMAGES = 1000
 
@@ -40,35 +47,38 @@ class Diverged(RuntimeError):
 def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
     """Train, or go on training, in the folder ``out``; returns the averaged model.
 
-    On Ctrl-C or SIGTERM it finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+    On Ctrl-C or SIGTERM it finishes the step, writes a checkpoint and raises KeyboardInterrupt. Where a batch cannot be
+    read it writes a checkpoint first, too. A run without a checkpoint has learned nothing: its folder may be trained in
+    anew, and resumed under any settings.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is not given.
-        ValueError: a resumed run is of another configuration; a checkpoint or a dataset is damaged.
+        BlockingIOError: another process trains in ``out``.
+        ValueError: a resumed run is of another configuration or other data; a checkpoint or a dataset is damaged; a
+            step does not fit in memory.
         Diverged: too many steps in a row were not finite.
-        OSError: a file cannot be written; those that were there before are intact.
+        OSError: a file cannot be written; those that were there before are intact. A process that reads images died.
     """
-    train_set, test_set = (
-        datasets.load(config.dataset, split, config.data_dir, config.image_size) for split in ("train", "test")
-    )
-    device = pick_device(config.device)
-    print(describe(config, train_set, device), flush=True)
-    trainer = Trainer(config, train_set, device)
-    run = Run(out, trainer, train_set, test_set)
-    if resume:
-        run.resume()
-    batches = datasets.batches(train_set, config.batch_size, config.seed, start=trainer.step)
-    if not resume:
-        run.create()
-    print(f"run     {out}, steps {trainer.step} to {config.max_steps}", flush=True)
-    with stop_signals() as stopped, run.logging():
-        while trainer.step < config.max_steps and not stopped():
-            run.log(trainer.train_step(*next(batches)))
-            run.on_schedule()
-        if trainer.step < config.max_steps:
-            run.save()
-            raise KeyboardInterrupt(f"stopped at step {trainer.step}; go on with --resume {out}")
-        run.finish()
+    if config.data_dir is not None:  # so that the run finds it from wherever it is resumed or evaluated
+        config = replace(config, data_dir=config.data_dir.absolute())
+    with hold(out):
+        if not resume:
+            refuse_taken(out)
+        remove_abandoned(out)
+        remove_abandoned(out / "checkpoints")
+        train_set, test_set = (
+            datasets.load(config.dataset, split, config.data_dir, config.image_size) for split in ("train", "test")
+        )
+        device = pick_device(config.device)
+        print(describe(config, train_set, device), flush=True)
+        with memory_errors_named(config):
+            trainer = Trainer(config, train_set, device)
+            run = Run(out, trainer, train_set, test_set)
+            if resume:
+                run.resume()
+            batches = datasets.batches(train_set, config.batch_size, config.seed, trainer.step)
+            with contextlib.closing(batches):
+                run.train(batches)
     return trainer.average
 
 
@@ -80,6 +90,7 @@ class Run:
         self.trainer = trainer
         self.config = trainer.config
         self.train_set = train_set
+        self.data = {"train": datasets.fingerprint(train_set), "test": datasets.fingerprint(test_set)}
         self.test_pixels, test_labels = test_set.fetch(spread(len(test_set), EVALUATED_IMAGES))
         self.test_labels = test_labels if self.config.conditional else None
         self.measures: list[dict[str, Tensor]] = []
@@ -91,39 +102,96 @@ class Run:
             seed=self.config.seed,
         )
 
-    def create(self) -> None:
-        """Claim the folder; FileExistsError where it holds a run already."""
-        if (self.folder / "config.json").exists():
-            raise FileExistsError(f"out: {self.folder} already holds a run; choose another folder, or --resume it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_settings()
-
     def resume(self) -> None:
-        """Go on from the newest checkpoint, and forget what was logged after it."""
-        before = TrainConfig.read(read_config(self.folder)["train"])
+        """Take the state of the newest checkpoint, where there is one.
+
+        Raises:
+            ValueError: it is damaged, or of another configuration or other data; nothing has changed then.
+        """
+        state = checkpoints.load_latest(self.folder / "checkpoints")
+        if state is None:
+            if (self.folder / "model.safetensors").exists():
+                raise ValueError(f"resume: expected a checkpoint in {self.folder / 'checkpoints'}; got none")
+            return
+        settings = read_config(self.folder)
+        before = TrainConfig.read(settings["train"])
         for name in FIXED_ON_RESUME:
             if getattr(before, name) != getattr(self.config, name):
                 raise ValueError(
                     f"{name}: a checkpoint of another configuration; expected {getattr(before, name)!r} as in "
                     f"{self.folder}, got {getattr(self.config, name)!r}"
                 )
-        state = checkpoints.load_latest(self.folder / "checkpoints")
-        if state is not None:
+        for split, data in settings.get("data", {}).items():
+            if data["digest"] != self.data[split]["digest"]:
+                raise ValueError(
+                    f"data_dir: expected the {split} images that {self.folder} was begun with, {_named(data)}; "
+                    f"got {_named(self.data[split])}"
+                )
+        try:
+            measures = _unstack(state.pop("measures", {}) if isinstance(state, dict) else {})
             self.trainer.load_state_dict(state)
+        except ValueError as error:
+            path = checkpoints.checkpoints(self.folder / "checkpoints")[-1]
+            raise ValueError(f"resume: {path} is no checkpoint of this run; {error}") from error
+        self.measures = measures
+
+    def train(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """All steps that are left, and what is to be done between and after them."""
+        trainer, config = self.trainer, self.config
+        self._begin()
+        with stop_signals() as stopped, self.logging():
+            if trainer.step and trainer.step % config.evaluate_every == 0 and not self._is_last:
+                self.evaluate()
+            while not self._is_last and not stopped():
+                try:
+                    batch = next(batches)
+                except (ValueError, OSError):
+                    if trainer.step:
+                        self.save()
+                        print(f"saved   step {trainer.step}; go on with --resume {self.folder}", flush=True)
+                    raise
+                self.log(trainer.train_step(*batch))
+                self.on_schedule()
+            if not self._is_last:
+                self.save()
+                raise KeyboardInterrupt(f"stopped at step {trainer.step}; go on with --resume {self.folder}")
+            self.finish()
+
+    def _begin(self) -> None:
+        """Write the settings, and forget what was logged after the checkpoint that the run goes on from."""
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             rows = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [row for row in rows if self._is_kept(row)]
             with replacing(metrics) as path:
-                path.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.trainer.step))
+                path.write_text("".join(kept))
         self._write_settings()
+        print(f"run     {self.folder}, steps {self.trainer.step} to {self.config.max_steps}", flush=True)
+
+    def _is_kept(self, row: str) -> bool:
+        """Whether the run, had it not been interrupted, would have logged this by now.
+
+        Not so the evaluation at this very step, which is repeated; nor a row of the last step where it is the last no
+        more, whose measures the checkpoint holds.
+        """
+        try:
+            row = json.loads(row)
+            at, on = row["step"], self.trainer.step
+            return at < on or (at == on and "loss" in row and (on % self.config.log_every == 0 or self._is_last))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / 'metrics.jsonl'}: expected rows with a step; got {row!r:.60}") from error
+
+    @property
+    def _is_last(self) -> bool:
+        return self.trainer.step >= self.config.max_steps
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Keep the events and the progress bar open."""
         step = self.trainer.step
-        self.since = time.perf_counter()
+        self.since, self.since_step = time.perf_counter(), step
         with (
-            SummaryWriter(str(self.folder), purge_step=step + 1 if step else None) as self.writer,
+            SummaryWriter(str(self.folder), purge_step=step + 1) as self.writer,
             tqdm(
                 total=self.config.max_steps,
                 initial=step,
@@ -138,7 +206,8 @@ class Run:
         """Collect the measures of a step on the device; look at them only every ``log_every`` steps."""
         self.measures.append(measures)
         step, config = self.trainer.step, self.config
-        if step % config.log_every and step != config.max_steps:
+        due = step % config.log_every == 0
+        if not due and not self._is_last:
             return
         # One transfer for all of them.
         values = torch.stack([torch.stack(list(row.values())).float() for row in self.measures]).cpu()
@@ -146,32 +215,40 @@ class Run:
         last = dict(zip(measures, values[-1].int().tolist(), strict=True))
         row["bad_steps"], row["bad_in_a_row"] = last["bad_steps"], last["bad_in_a_row"]
         now = time.perf_counter()
-        row["images_per_second"] = len(self.measures) * config.batch_size / (now - self.since)
+        row["images_per_second"] = (step - self.since_step) * config.batch_size / (now - self.since)
         row["learning_rate"] = self.trainer.optimizer.param_groups[0]["lr"]
-        self.since, self.measures = now, []
+        self.since, self.since_step = now, step
+        if due:  # else a run that is made longer goes on with them
+            self.measures = []
         self._write_row(row)
         self.bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['bits_per_dim']:.3f} bits/dim, {row['images_per_second']:.0f} images/s",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
-        if last["bad_in_a_row"] >= config.max_bad_steps:
+        if (bad := last["bad_in_a_row"]) >= config.max_bad_steps:
+            saved = map(checkpoints.step_of, checkpoints.checkpoints(self.folder / "checkpoints"))
+            before = max((at for at in saved if at <= step - bad), default=None)
+            kept = "There is no checkpoint yet" if before is None else f"The checkpoint of step {before} is intact"
             raise Diverged(
-                f"training diverged: the last {last['bad_in_a_row']} steps had a loss or gradient that is not finite, "
-                f"and were skipped; try a learning rate below {config.learning_rate:g}. Checkpoints are intact"
+                f"training diverged: the last {bad} steps had a loss or gradient that is not finite, "
+                f"and were skipped; try a learning rate below {config.learning_rate:g}. {kept}"
             )
 
     def on_schedule(self) -> None:
-        """Evaluate, sample and save, each when its time has come; the last step is :meth:`finish`'s."""
+        """Evaluate, sample and save, each when its time has come; the last step is :meth:`finish`'s.
+
+        What follows a step that was not finite is not worth a checkpoint, and may end in :class:`Diverged`.
+        """
         step, config = self.trainer.step, self.config
-        if step == config.max_steps:
+        if self._is_last:
             return
         began = time.perf_counter()
         if step % config.evaluate_every == 0:
             self.evaluate()
         if step % config.sample_every == 0:
             self.sample()
-        if step % config.checkpoint_every == 0:
+        if step % config.checkpoint_every == 0 and not self.trainer.bad_in_a_row:
             self.save()
         self.since += time.perf_counter() - began
 
@@ -194,10 +271,16 @@ class Run:
         pictures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png", f"Training of {self.folder.name}")
 
     def save(self) -> None:
-        """A checkpoint, and the averaged weights."""
-        keep = self.config.keep_checkpoints
-        checkpoints.save(self.folder / "checkpoints", self.trainer.step, self.trainer.state_dict(), keep)
-        self.trainer.average.save_weights(self.folder / "model.safetensors")
+        """A checkpoint, and the averaged weights; then the oldest goes, but none from before steps that are not finite.
+
+        With it are the measures that are yet to be averaged into a row.
+        """
+        folder, trainer = self.folder / "checkpoints", self.trainer
+        measures = {name: torch.stack([row[name] for row in self.measures]) for name in self.measures[:1] and MEASURES}
+        checkpoints.save(folder, trainer.step, trainer.state_dict() | {"measures": measures})
+        trainer.average.save_weights(self.folder / "model.safetensors")
+        if not trainer.bad_in_a_row:
+            checkpoints.rotate(folder, self.config.keep_checkpoints)
 
     def finish(self) -> None:
         """Save first, since all else can be made again from that; then the pictures."""
@@ -227,6 +310,7 @@ class Run:
             sigma=self.config.noise_sigma,
             class_names=self.gallery.class_names,
             train=asdict(self.config),
+            data=self.data,
         )
 
     def _write_row(self, row: dict[str, float]) -> None:
@@ -236,6 +320,94 @@ class Run:
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, self.trainer.step)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes from training in it; if it stays empty it is removed.
+
+    The lock is on a file in it and ends with the process, however that ends. Where there are no such locks, none is
+    taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("a") as file:
+        try:
+            # Not flock, whose locks are inherited: a reader outlives a trainer that is killed by some seconds.
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(f"out: another process trains in {folder}; choose another folder") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [*folder.iterdir()] == [path]:
+                    path.unlink()
+                    folder.rmdir()
+
+
+def refuse_taken(folder: Path) -> None:
+    """FileExistsError where a folder holds a model, or a run with anything learned."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if checkpoints.checkpoints(folder / "checkpoints") or (
+        config.exists() and (weights.exists() or "train" not in read_config(folder))
+    ):
+        raise FileExistsError(f"out: {folder} already holds a run; choose another folder, or --resume it")
+
+
+@contextlib.contextmanager
+def memory_errors_named(config: TrainConfig) -> Iterator[None]:
+    """ValueError, one line, in place of what PyTorch says where memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"batch_size: expected steps that fit in memory; {config.batch_size} images of this model do not"
+        ) from error
+
+
+def check_scored(data: dict[str, Any] | None, dataset: Images | Folder, chosen: bool) -> None:
+    """Whether test images may be scored: those that belong to what a run was trained on, its ``data`` in config.json.
+
+    Others, where the user has ``chosen`` them, with a warning on stderr: they may be training images all the same, as
+    those of Fashion-MNIST's shipped subset are in the whole. What was trained on itself is always refused.
+
+    Raises:
+        ValueError: they may not.
+    """
+    if data is None:  # a run from before this was recorded, or no run
+        return
+    scored = datasets.fingerprint(dataset)
+    if scored["digest"] == data["train"]["digest"]:
+        raise ValueError(f"dataset: expected other images than the run was trained on; got {_named(scored)}")
+    if scored["digest"] == data["test"]["digest"]:
+        return
+    what = (
+        f"expected the test images of the data that the run was trained on, {_named(data['test'])}; "
+        f"got {_named(scored)}, some of which it may have been trained on"
+    )
+    if not chosen:
+        raise ValueError(f"data_dir: {what}")
+    print(f"warning: {what}", file=sys.stderr)
+
+
+def _named(data: dict[str, Any]) -> str:
+    """What tells data from other data, for a message."""
+    return f"{data['source']} ({data['images']:,} in {data['classes']} classes, digest {data['digest'][:8]})"
+
+
+def _unstack(measures: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Those of each step, as :meth:`Run.save` stacked them; ValueError where they are none."""
+    if not measures:
+        return []
+    sound = isinstance(measures, dict) and set(measures) == set(MEASURES)
+    if not sound or any(not isinstance(part, Tensor) or part.dim() != 1 for part in measures.values()):
+        raise ValueError(f"state.measures: expected a tensor (n,) for each of {', '.join(MEASURES)}")
+    return [dict(zip(MEASURES, step, strict=True)) for step in zip(*(measures[name] for name in MEASURES), strict=True)]
 
 
 def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device) -> str:
@@ -275,7 +447,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame) -> None:
         if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("interrupted at once")
         received.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
