@@ -17,6 +17,7 @@ from tarflow.datasets import Images, batches, load
 
 DEBIAN = datasets.DEBIAN_FASHION_MNIST
 SUBSET = Path(datasets.__file__).parent / "data" / "fashion_mnist_subset.npz"
+RESIZE = ["lanczos", "bicubic", "bilinear", "box"]
 IDX_NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
 
@@ -152,22 +153,90 @@ def test_cifar10_reads_the_binary_version(tmp_path):
     assert np.array_equal(torch.cat([train.labels, test.labels]), labels)
     assert (len(train), len(test), train.class_names[9], train.flip) == (10, 2, "truck", True)
     (tmp_path / "data_batch_3.bin").write_bytes(records[4:6].tobytes()[:-1])
-    with pytest.raises(ValueError, match=r"data_batch_3\.bin: expected records of 3073 bytes"):
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin: expected 1 to 10,000 records of 3073 bytes, got 6145"):
         load("cifar10", "train", tmp_path)
 
 
-def test_imagenet64_reads_the_published_batches(tmp_path):
-    images, labels = pixels(0, 11, 3, 64, 64), np.arange(990, 1001)
+def test_cifar10_is_read_from_gzipped_files(tmp_path):
+    records = pixels(0, 2, 3073) % 10
+    for name in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(records.tobytes()))
+    test = load("cifar10", "test", tmp_path)
+    assert np.array_equal(test.images.flatten(1), records[:, 1:])
+    assert np.array_equal(test.labels, records[:, 0])
+    (tmp_path / "test_batch.bin.gz").write_bytes(gzip.compress(bytes(10_001 * 3073)))
+    with pytest.raises(ValueError, match=r"test_batch\.bin\.gz: expected 1 to 10,000 records .*, got 10001 or more"):
+        load("cifar10", "test", tmp_path)
+
+
+def write_imagenet(folder, side, labels=range(990, 1001)):
+    """The eleven .npz files of the release of 2017, an image each; returns the images."""
+    images = pixels(0, 11, 3, side, side)
     names = [f"train_data_batch_{number}.npz" for number in range(1, 11)] + ["val_data.npz"]
     for name, image, label in zip(names, images, labels, strict=True):
-        np.savez(tmp_path / name, data=image.reshape(1, -1), labels=[label], mean=np.zeros(12288))
-    train, test = (load("imagenet64", split, tmp_path) for split in ("train", "test"))
+        np.savez(folder / name, data=image.reshape(1, -1), labels=[label], mean=np.zeros(3 * side**2))
+    return images
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_imagenet_of_2017_is_read_from_its_batches(tmp_path, side):
+    images = write_imagenet(tmp_path, side)
+    train, test = (load(f"imagenet{side}", split, tmp_path) for split in ("train", "test"))
     assert np.array_equal(torch.cat([train.images, test.images]), images)
-    assert np.array_equal(torch.cat([train.labels, test.labels]) + 1, labels)
+    assert torch.cat([train.labels, test.labels]).tolist() == [*range(989, 1000)]
     assert (len(train), train.num_classes, train.flip) == (10, 1000, True)
-    (tmp_path / "val_data.npz").write_bytes((tmp_path / "val_data.npz").read_bytes()[:5000])
+    assert f"ImageNet {side}x{side} as released in 2017 (arXiv 1707.08819), 10 train images" in train.source
+    (tmp_path / "val_data.npz").write_bytes((tmp_path / "val_data.npz").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"val_data\.npz: expected an \.npz file with labels"):
-        load("imagenet64", "test", tmp_path)
+        load(f"imagenet{side}", "test", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[1.5], [2.0], [[1]], ["cat"]], ids=str)
+def test_labels_of_imagenet_that_are_not_whole_numbers_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "val_data.npz", data=pixels(0, 1, 3 * 32 * 32), labels=labels)
+    with pytest.raises(ValueError, match=r"val_data\.npz: expected labels of integers \(n,\), got "):
+        load("imagenet32", "test", tmp_path)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("layout", ["folder", "n, side, side, 3", "n, 3, side, side"])
+def test_imagenet_of_2016_is_read_as_it_is_distributed(tmp_path, side, layout):
+    images = {"train": pixels(0, 4, side, side, 3), "valid": pixels(1, 2, side, side, 3)}
+    for split, values in images.items():
+        if layout == "folder":
+            (tmp_path / f"{split}_{side}x{side}").mkdir()
+            for number, image in enumerate(values):
+                Image.fromarray(image).save(tmp_path / f"{split}_{side}x{side}" / f"{number:07}.png")
+        else:
+            values = values.transpose(0, 3, 1, 2) if layout == "n, 3, side, side" else values
+            np.savez(tmp_path / f"{split}_{side}x{side}.npz", values)
+    for split, key, count in (("train", "train", 4), ("test", "valid", 2)):
+        dataset = load(f"imagenet{side}-2016", split, tmp_path)
+        drawn, labels = dataset.fetch(torch.arange(count))
+        assert np.array_equal(drawn.permute(0, 2, 3, 1), images[key])
+        assert (len(dataset), dataset.num_classes, labels.tolist()) == (count, 0, count * [-1])
+        assert (dataset.image_size, dataset.in_channels, dataset.flip) == (side, 3, True)
+        title = f"ImageNet {side}x{side} as released in 2016 (arXiv 1601.06759), {count} {split} images from {tmp_path}"
+        assert dataset.source == title
+
+
+def test_imagenet_of_2016_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data_dir: expected train_32x32/ or train_32x32\.npz in .* neither"):
+        load("imagenet32-2016", "train", tmp_path)
+    np.savez(tmp_path / "train_32x32.npz", pixels(0, 2, 64, 64, 3))
+    with pytest.raises(ValueError, match=r"train_32x32\.npz: expected arr_0 of uint8 \[n, 32, 32, 3\], got .*64, 64\]"):
+        load("imagenet32-2016", "train", tmp_path)
+    (tmp_path / "train_32x32").mkdir()
+    with pytest.raises(ValueError, match=r"data_dir: expected PNG files in .*train_32x32, got none"):
+        load("imagenet32-2016", "train", tmp_path)
+    Image.fromarray(pixels(0, 64, 64, 3)).save(tmp_path / "train_32x32" / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: expected 32 x 32 pixels, got 64 x 64"):
+        load("imagenet32-2016", "train", tmp_path).fetch(torch.tensor([0]))
+
+
+def test_data_without_classes_has_no_labels():
+    with pytest.raises(ValueError, match="labels: expected -1 to -1, got 0 to 0 from nowhere"):
+        Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), (), True, "nowhere")
 
 
 def test_folder_gives_the_centred_square_resized(tmp_path):
@@ -183,6 +252,96 @@ def test_folder_gives_the_centred_square_resized(tmp_path):
         assert np.array_equal(image.permute(1, 2, 0), resized.crop((5, 0, 15, 10)))
 
 
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from(RESIZE))
+@settings(max_examples=150, deadline=None)
+def test_resizing_is_that_of_the_shorter_side_and_a_centre_crop(tmp_path_factory, width, height, size, resize):
+    folder = tmp_path_factory.mktemp("folder")
+    write_pictures(folder / "train", ["a"], 1, size=(width, height))
+    write_pictures(folder / "val", ["a"], 1, size=(width, height))
+    dataset = load("folder", "train", folder, size, resize)
+    # As torchvision's Resize and CenterCrop, of which published TarFlow makes its data, say.
+    short = min(width, height)
+    whole = (int(size * width / short), int(size * height / short))
+    left, top = (round((side - size) / 2.0) for side in whole)
+    with Image.open(dataset.paths[0]) as image:
+        expected = image.resize(whole, Image.Resampling[resize.upper()]).crop((left, top, left + size, top + size))
+    assert np.array_equal(dataset.fetch(torch.tensor([0]))[0][0].permute(1, 2, 0), expected)
+    assert dataset.source.endswith(f", resized to {size} ({resize}) and centre-cropped")
+
+
+def test_filters_differ(tmp_path):
+    write_pictures(tmp_path / "train", ["a"], 1)
+    write_pictures(tmp_path / "val", ["a"], 1)
+    drawn = [load("folder", "train", tmp_path, 8, resize).fetch(torch.tensor([0]))[0] for resize in RESIZE]
+    assert len({image.numpy().tobytes() for image in drawn}) == 4
+
+
+def test_a_picture_too_long_to_resize_is_refused(tmp_path):
+    for split in ("train", "val"):
+        write_pictures(tmp_path / split, ["a"], 1, size=(1_000_000, 1))
+    with pytest.raises(ValueError, match=r"0\.png: .* at most 50,000,000 pixels when resized, got 84000000 x 84"):
+        load("folder", "train", tmp_path, 84).fetch(torch.tensor([0]))
+
+
+def read_one(folder, save, suffix=".png"):
+    """What a folder makes of one picture, in 3 x 8 x 8."""
+    for split in ("train", "val"):
+        (folder / split / "a").mkdir(parents=True, exist_ok=True)
+        save(folder / split / "a" / f"0{suffix}")
+    return load("folder", "train", folder, image_size=8).fetch(torch.tensor([0]))[0][0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_16_bit_grey_is_scaled_to_8_bits(tmp_path, suffix):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040 + 7
+    drawn = read_one(tmp_path, Image.fromarray(values).save, suffix)
+    assert np.array_equal(drawn, np.broadcast_to(np.rint(values / 257), (3, 8, 8)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pictures_whose_range_is_not_known_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"0\.tif: expected an image.* 8 or 16 bits a channel, got 32 "):
+        read_one(tmp_path, Image.fromarray(np.ones((8, 8), dtype)).save, ".tif")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_transparent_lies_on_white(tmp_path, mode):
+    picture, options = Image.new("L", (8, 8), 40), {}
+    if mode in ("RGBA", "LA"):
+        picture = picture.convert(mode)
+        picture.putalpha(Image.fromarray(np.repeat(np.uint8([[0, 255]]), 4, axis=1).repeat(8, axis=0)))
+    else:
+        picture.paste(200, (0, 0, 4, 8))
+        picture = picture.convert(mode)
+        options = {"transparency": {"P": picture.getpixel((0, 0)), "RGB": (200, 200, 200), "L": 200}[mode]}
+    drawn = read_one(tmp_path, lambda path: picture.save(path, **options))
+    assert drawn[:, :, :4].unique().tolist() == [255]
+    assert drawn[:, :, 4:].unique().tolist() == [40]
+
+
+def test_only_formats_that_the_suffixes_name_are_opened(tmp_path):
+    """Pillow hands an EPS to Ghostscript, whatever the file is called."""
+    with pytest.raises(ValueError, match=r"0\.png: expected an image, .*cannot identify"):
+        read_one(tmp_path, lambda path: Image.new("RGB", (8, 8)).save(path, "EPS"))
+
+
+def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path, recwarn):
+    large = Image.new("1", (10_000, 10_000))
+    with pytest.raises(ValueError, match=r"0\.png: expected an image.* at most 50,000,000 pixels, got 10000 x 10000"):
+        read_one(tmp_path, large.save)
+    assert not recwarn.list
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused_unread(tmp_path):
+    write_idx(tmp_path)
+    header = bytes((0, 0, 8, 3)) + np.array((100_000, 28, 28), ">u4").tobytes()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + bytes(78_400_000)))
+    np.savez_compressed(tmp_path / "val_data.npz", data=np.zeros((1, 70_000_000), np.uint8), labels=[1])
+    for name, split, file in (("mnist", "train", "train-images-idx3-ubyte.gz"), ("imagenet32", "test", "val_data.npz")):
+        with pytest.raises(ValueError, match=rf"{file}: expected at most 67,108,864 bytes in a compressed file of"):
+            load(name, split, tmp_path)
+
+
 def test_folder_makes_every_image_rgb(tmp_path):
     gray = pixels(0, 8, 8)
     (tmp_path / "a").mkdir()
@@ -193,12 +352,33 @@ def test_folder_makes_every_image_rgb(tmp_path):
     assert np.array_equal(images, np.broadcast_to(gray, (4, 3, 8, 8)))
 
 
-def test_folder_without_splits_holds_out_the_same_5_percent(tmp_path):
+def test_folder_without_splits_holds_out_the_same_images(tmp_path):
     write_pictures(tmp_path, ["a", "b"], 20, size=(4, 4))
     train, test = ([*load("folder", split, tmp_path, image_size=4).paths] for split in ("train", "test"))
-    assert len(test) == 2
+    assert 1 <= len(test) <= 4
     assert sorted(train + test) == sorted(tmp_path.glob("*/*.png"))
     assert test == [*load("folder", "test", tmp_path, image_size=4).paths]
+
+
+def test_images_that_are_added_change_no_other_images_split(tmp_path):
+    write_pictures(tmp_path / "data", ["a", "b"], 50, size=(4, 4))
+    before = {split: {*load("folder", split, tmp_path / "data", image_size=4).paths} for split in ("train", "test")}
+    for number in range(30):
+        write_pictures(tmp_path / "data", [f"c{number}"], 1, size=(4, 4))
+    after = {split: {*load("folder", split, tmp_path / "data", image_size=4).paths} for split in ("train", "test")}
+    assert before["train"] < after["train"]
+    assert before["test"] <= after["test"]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = load("folder", "test", tmp_path / "moved", image_size=4).paths
+    assert [path.name for path in moved] == [path.name for path in sorted(after["test"])]
+
+
+def test_one_image_in_twenty_is_held_out(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for number in range(4000):
+        (folder / f"{number}.png").touch()
+    assert len(load("folder", "test", tmp_path, image_size=4)) == pytest.approx(200, abs=45)
 
 
 def test_folder_names_what_is_wrong(tmp_path):
@@ -238,7 +418,11 @@ BAD_ARGUMENTS = [
     ({"split": "val"}, "split: expected 'train' or 'test', got 'val'"),
     ({"name": "cifar10"}, "data_dir: expected the folder that holds cifar10, got None"),
     ({"image_size": 32}, "image_size: expected None or 28 for fashion-mnist, got 32"),
-    ({"image_size": 0}, "image_size: expected at least 1, got 0"),
+    ({"image_size": 0}, "image_size: expected 1 to 7071, got 0"),
+    ({"image_size": 10**18}, "image_size: expected 1 to 7071, got 10+"),
+    ({"name": ""}, "name: expected one of fashion-mnist, .*; got ''"),
+    ({"name": "hub:"}, "name: expected one of fashion-mnist, .*; got 'hub:'"),
+    ({"resize": "nearest"}, "resize: expected one of lanczos, bicubic, bilinear, box; got 'nearest'"),
 ]
 
 
@@ -287,6 +471,17 @@ def test_a_folder_streams_what_fetch_reads(tmp_path, num_workers):
     for (images, labels), (_, chosen) in zip(islice(stream, 4), indices, strict=True):
         assert all(map(torch.equal, (images, labels), folder.fetch(chosen)))
     assert torch.equal(torch.get_rng_state(), state), "streaming drew from the caller's random numbers"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_one_line_whoever_reads_it(tmp_path, num_workers):
+    write_pictures(tmp_path / "train", ["a"], 4, size=(8, 8))
+    write_pictures(tmp_path / "val", ["a"], 1, size=(8, 8))
+    for path in (tmp_path / "train").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"^/.*\.png: expected an image, but reading it fails with .*$") as error:
+        next(batches(load("folder", "train", tmp_path, 8), 2, seed=0, num_workers=num_workers))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 11}, {"seed": -1}, {"start": -1}])
