@@ -21,7 +21,7 @@ from .gallery import Gallery, spread
 from .guidance import Guidance
 from .image_flow import ImageFlow, load_pretrained, read_config
 from .model import TarFlow
-from .pictures import to_pixels
+from .noise import Quantization, quantization, to_pixels
 from .published import load as load_published
 from .training.config import PRESETS, TrainConfig
 from .training.run import Diverged, check_scored, pick_device, train, write_config
@@ -103,6 +103,10 @@ class Sample:
     """whether the reference branch drops the label"""
     sigma: float | None = None
     """standard deviation of the noise to remove; by default that of training, 0 leaves it"""
+    quantization: Quantization | None = None
+    """to 8-bit pixels: round (default after Gaussian noise), floor (default after others) or truncate, as published"""
+    on_nan: Literal["fail", "redraw", "keep"] = "fail"
+    """what to do about samples that are not finite"""
     trajectory: Path | None = None
     """also draw the image after every block, into this file"""
     decoder: Literal[NAMES] = "auto"
@@ -137,7 +141,15 @@ def run_sample(arguments: Sequence[str]) -> None:
     if isinstance(model, FlowPP):
         _refuse_decoding(command)
     sigma = info.get("sigma", 0.0) if command.sigma is None else command.sigma
-    gallery = Gallery(info.get("class_names", ()), guidance if guidance.weight else None, sigma, decoder, command.seed)
+    gallery = Gallery(
+        info.get("class_names", ()),
+        guidance if guidance.weight else None,
+        sigma,
+        decoder,
+        command.seed,
+        command.quantization or quantization(info.get("sigma", 0.0)),
+        command.on_nan,
+    )
     with _in_precision(command), _Progress(command.num, getattr(model.config, "num_blocks", 1)) as progress:
         if command.out.suffix == ".png":
             name = command.run.resolve().name
@@ -203,8 +215,8 @@ def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, report: Re
     if model.config.num_classes:
         classes = torch.tensor(command.labels or range(model.config.num_classes))
         labels = classes.repeat(-(-command.num // len(classes)))[: command.num]
-    images = gallery.draw(model, command.num, labels, report=report)
-    arrays = {"images": to_pixels(images.permute(0, 2, 3, 1).cpu().numpy())}
+    (images,) = gallery.draw(model, command.num, labels, report=report)
+    arrays = {"images": to_pixels(images, gallery.quantization).permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()
     with replacing(command.out) as path, path.open("wb") as file:
@@ -276,6 +288,8 @@ class Evaluate:
     """by default that of training"""
     data_dir: Path | None = None
     image_size: int | None = None
+    resize: Literal[tuple(datasets.RESIZE)] | None = None
+    """filter that resizes the images of a folder; by default that of training"""
     seed: int = 0
     device: str = "auto"
 
@@ -289,13 +303,16 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     model, info = _load(command.run, command.device)
     trained = info.get("train", {})
     dataset = datasets.load(
-        command.dataset or trained.get("dataset", "fashion-mnist"),
+        trained.get("dataset", "fashion-mnist") if command.dataset is None else command.dataset,
         "test",
         command.data_dir or trained.get("data_dir"),
-        command.image_size or trained.get("image_size"),
+        trained.get("image_size") if command.image_size is None else command.image_size,
+        command.resize or trained.get("resize", "lanczos"),
     )
     chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
     check_scored(info.get("data"), dataset, chosen)
+    if model.config.num_classes and not dataset.num_classes:
+        raise ValueError(f"dataset: expected labels for a model that is conditional on them; got {dataset.source}")
     scores = evaluation.evaluate(
         model,
         *dataset.fetch(spread(len(dataset), command.num_images)),

@@ -3,15 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import pictures
 from .decoding import Decoder, Report
 from .flowpp.model import FlowPP
 from .guidance import Guidance
 from .model import TarFlow
+from .noise import Quantization
+
+REDRAWS = 10
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class Gallery:
         class_names: of a conditional model; classes beyond those named are numbered.
         guidance, denoise_sigma, decoder: as in :meth:`tarflow.TarFlow.sample`; a Flow++ has none of them.
         seed: of the latents, which are the same however often and after however much training they are drawn.
+        quantization: of the pixels, see :func:`tarflow.noise.to_pixels`.
+        on_nan: what to do about samples that are not finite: ``"fail"``, ``"redraw"`` from latents that the seed gives
+            next, up to ten times, or ``"keep"``, with a line that says how many.
     """
 
     class_names: Sequence[str] = ()
@@ -29,6 +37,8 @@ class Gallery:
     denoise_sigma: float = 0.0
     decoder: str | Decoder = "auto"
     seed: int = 0
+    quantization: Quantization = "floor"
+    on_nan: Literal["fail", "redraw", "keep"] = "fail"
 
     def samples(
         self,
@@ -44,9 +54,9 @@ class Gallery:
         rows = max(1, num // 8) if labels is None else len(labels)
         columns = max(1, num // rows)
         labels_of_all = None if labels is None else labels.repeat_interleave(columns)
-        images = self.draw(model, rows * columns, labels_of_all, report=report)
+        (images,) = self.draw(model, rows * columns, labels_of_all, report=report)
         grid = images.unflatten(0, (rows, columns)).cpu()
-        pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels))
+        pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels), self.quantization)
 
     def trajectory(self, model: TarFlow | FlowPP, path: Path, title: str, classes: Sequence[int] = ()) -> None:
         """Draw the image after every block, from the latent on the left to the sample on the right."""
@@ -55,7 +65,7 @@ class Gallery:
         columns = ["latent", *self._stations(model)]
         if self.denoise_sigma:
             frames, columns = torch.cat((frames, images[None])), [*columns, "denoised"]
-        pictures.trajectory(frames.cpu(), path, f"{title}{self.description}", columns)
+        pictures.trajectory(frames.cpu(), path, f"{title}{self.description}", columns, self.quantization)
 
     @property
     def description(self) -> str:
@@ -69,13 +79,38 @@ class Gallery:
             parts.append("denoised")
         return ", " + ", ".join(parts) if parts else ""
 
-    def draw(self, model: TarFlow | FlowPP, num: int, labels: Tensor | None, **options):
-        """What the model's ``sample`` returns under these settings; a Flow++ reports nothing."""
+    def draw(self, model: TarFlow | FlowPP, num: int, labels: Tensor | None, **options) -> tuple[Tensor, ...]:
+        """What the model's ``sample`` returns under these settings, as a tuple; a Flow++ reports nothing.
+
+        ValueError where samples are not finite, and are neither to be kept nor, ten times redrawn, any better.
+        """
         options["generator"] = torch.Generator(model.device).manual_seed(self.seed)
+        drawn = self._sample(model, num, labels, options)
+        bad = _not_finite(drawn[0])
+        if not len(bad):
+            return drawn
+        count = f"{len(bad)} of {num} samples are not finite"
+        if self.on_nan == "fail":
+            raise ValueError(f"{count}; --on-nan redraw draws others in their place, --on-nan keep keeps them")
+        tqdm.write(f"{count} and are {'drawn anew' if self.on_nan == 'redraw' else 'kept; nan is drawn black'}")
+        if self.on_nan == "keep":
+            return drawn
+        for _ in range(REDRAWS):
+            again = self._sample(model, len(bad), None if labels is None else labels[bad], options)
+            drawn[0][bad] = again[0]
+            for frames, others in zip(drawn[1:], again[1:], strict=True):
+                frames[:, bad] = others
+            bad = bad[_not_finite(again[0])]
+            if not len(bad):
+                return drawn
+        raise ValueError(f"{len(bad)} of {num} samples are not finite after being drawn anew {REDRAWS} times")
+
+    def _sample(self, model: TarFlow | FlowPP, num: int, labels: Tensor | None, options: dict) -> tuple[Tensor, ...]:
         if isinstance(model, FlowPP):
-            options.pop("report", None)
-            return model.sample(num, labels, **options)
-        return model.sample(num, labels, self.guidance, self.denoise_sigma, self.decoder, **options)
+            drawn = model.sample(num, labels, **{name: value for name, value in options.items() if name != "report"})
+        else:
+            drawn = model.sample(num, labels, self.guidance, self.denoise_sigma, self.decoder, **options)
+        return drawn if isinstance(drawn, tuple) else (drawn,)
 
     def _stations(self, model: TarFlow | FlowPP) -> list[str]:
         """What a sample passes after its latent."""
@@ -93,6 +128,11 @@ class Gallery:
         if labels is None:
             return None
         return [self.class_names[k] if k < len(self.class_names) else f"class {k}" for k in labels.tolist()]
+
+
+def _not_finite(images: Tensor) -> Tensor:
+    """Indices, on the CPU, of the images that hold a nan or an infinity."""
+    return (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].cpu()
 
 
 def spread(total: int, num: int) -> Tensor:

@@ -5,9 +5,13 @@ the probability of the 8-bit image, and bits/dim can be compared between models.
 whatever way a conditional flow has learned (:mod:`tarflow.flowpp.dequantizer`). *Gaussian* noise of a standard
 deviation sigma well beyond a bin makes better samples (they are denoised afterwards), but the density is that of noisy
 data: its bits/dim compare with nothing but themselves.
+
+The first two put a pixel p anywhere in a bin, and Gaussian noise lies around a point, so that samples become 8-bit
+pixels in different ways: :func:`to_pixels`.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +34,29 @@ def add_uniform_noise(pixels: Tensor, generator: torch.Generator | None = None) 
 def to_image(pixels: Tensor, u: Tensor) -> Tensor:
     """``(pixels + u) / 128 - 1``: 8-bit pixels and where in their bins [0, 1] they lie, to [-1, 1]."""
     return (pixels + u) / 128 - 1
+
+
+Quantization = Literal["round", "floor", "truncate"]
+
+
+def quantization(sigma: float) -> Quantization:
+    """What fits the samples of a model trained with Gaussian noise of sigma, or, where 0, with noise in bins."""
+    return "round" if sigma else "floor"
+
+
+def to_pixels(images: Tensor, quantization: Quantization) -> Tensor:
+    """The 8-bit pixels, uint8, of images in [-1, 1]; beyond it they are 0 or 255, and nan is 0.
+
+    ``"round"``: ``round((x + 1) 127.5)``, the nearest of the levels p/127.5 - 1 that Gaussian noise was added to.
+    ``"floor"``: ``floor((x + 1) 128)``, the bin [p, p + 1)/128 - 1 that uniform or variational noise has filled.
+    ``"truncate"``: ``floor((x + 1) 127.5)``, as published protocols do; half a level darker than ``"round"``.
+
+    >>> to_pixels(torch.tensor([-1.0, -0.005, 0.0, 1.0]), "round")
+    tensor([  0, 127, 128, 255], dtype=torch.uint8)
+    """
+    levels = (images.float() + 1) * (128 if quantization == "floor" else 127.5)
+    levels = levels.round() if quantization == "round" else levels.floor()
+    return levels.nan_to_num(0.0).clamp(0, 255).to(torch.uint8)
 
 
 def log_normal(z: Tensor) -> Tensor:

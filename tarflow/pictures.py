@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from .files import replacing
+from .noise import Quantization, to_pixels
 
 DPI = 200
 _BLUE, _ORANGE, _GREEN, _GRAY = "#0072b2", "#d55e00", "#009e73", "#555555"
@@ -31,31 +33,49 @@ _STYLE = {
 }
 
 
-def sample_grid(images: Tensor, path: str | Path, title: str, row_labels: Sequence[str] | None = None) -> None:
+def sample_grid(
+    images: Tensor,
+    path: str | Path,
+    title: str,
+    row_labels: Sequence[str] | None = None,
+    quantization: Quantization = "round",
+) -> None:
     """Draws images, float (rows, columns, C, H, W) in [-1, 1], clipped to it; a label stands left of its row.
 
-    ValueError where the images are of another kind or the labels are not one a row.
+    Where images are not finite, the title says how many. ValueError where the images are of another kind or the labels
+    are not one a row.
     """
     _check_cells("images", "(rows, columns, C, H, W)", images)
     if row_labels is not None and len(row_labels) != len(images):
         raise ValueError(f"row_labels: expected {len(images)}, one a row, got {len(row_labels)}")
-    _write_grid(_to_numpy(images), path, title, inches=0.56, left=row_labels or ())
+    images = _to_numpy(images)
+    title = _counted(title, np.isfinite(images).all(axis=(2, 3, 4)))
+    _write_grid(images, path, title, quantization, inches=0.56, left=row_labels or ())
 
 
-def trajectory(frames: Tensor, path: str | Path, title: str, column_labels: Sequence[str]) -> None:
+def trajectory(
+    frames: Tensor,
+    path: str | Path,
+    title: str,
+    column_labels: Sequence[str],
+    quantization: Quantization = "round",
+) -> None:
     """Draws frames, float (steps, B, C, H, W): a row a sample, a column a step, its label above it.
 
     A latent reaches beyond [-1, 1], so each column shows, and names below it, the range [-m, m] that holds 99.5% of
-    its values, m at least 1. ValueError where the frames are of another kind or the labels are not one a step.
+    its finite values, m at least 1. Where samples are not finite, the title says how many. ValueError where the frames
+    are of another kind or the labels are not one a step.
     """
     _check_cells("frames", "(steps, B, C, H, W)", frames)
     if len(column_labels) != len(frames):
         raise ValueError(f"column_labels: expected {len(frames)}, one a step, got {len(column_labels)}")
     frames = _to_numpy(frames)
-    bounds = [max(1.0, float(np.quantile(np.abs(frame), 0.995))) for frame in frames]
+    title = _counted(title, np.isfinite(frames).all(axis=(0, 2, 3, 4)))
+    bounds = [max(1.0, *np.quantile(np.abs(frame[np.isfinite(frame)]), [0.995])) for frame in frames]
     scaled = np.stack([frame / bound for frame, bound in zip(frames, bounds, strict=True)], axis=1)
     above = [textwrap.fill(label, 10) for label in column_labels]
-    _write_grid(scaled, path, title, inches=0.7, above=above, below=[f"[−{m:.3g}, {m:.3g}]" for m in bounds])
+    below = [f"[−{m:.3g}, {m:.3g}]" for m in bounds]
+    _write_grid(scaled, path, title, quantization, inches=0.7, above=above, below=below)
 
 
 def curves(metrics_path: str | Path, path: str | Path, title: str) -> None:
@@ -68,7 +88,7 @@ def curves(metrics_path: str | Path, path: str | Path, title: str) -> None:
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.6, 2.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharex=True)
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
         _draw_likelihood(left, rows)
         _draw_optimization(right, rows)
         for axes in (left, right):
@@ -77,12 +97,6 @@ def curves(metrics_path: str | Path, path: str | Path, title: str) -> None:
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.grid(color="0.92", linewidth=0.5)
         _write(figure, path)
-
-
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """The 8-bit pixels, uint8, that 2 (x + u) / 256 - 1 with u in [0, 1) takes to `images`, clipped; NaN is black."""
-    images = np.nan_to_num(images, nan=-1.0)
-    return np.clip(np.floor((images + 1) * 128), 0, 255).astype(np.uint8)
 
 
 def _check_cells(name: str, shape: str, cells: Tensor) -> None:
@@ -94,21 +108,27 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy()
 
 
-def _write_grid(cells, path, title, *, inches, left=(), above=(), below=()) -> None:
+def _counted(title: str, finite: np.ndarray) -> str:
+    return title if finite.all() else f"{title} ({(~finite).sum()} of {finite.size} not finite)"
+
+
+def _write_grid(cells, path, title, quantization, *, inches, left=(), above=(), below=()) -> None:
     """cells: (rows, columns, C, H, W), each drawn about `inches` wide, in whole pixels; labels on three sides."""
     zoom = max(1, round(inches * DPI / cells.shape[-1]))
-    canvas, row_pitch, column_pitch = _mosaic(to_pixels(cells).repeat(zoom, axis=3).repeat(zoom, axis=4), gap=4)
+    pixels = to_pixels(torch.from_numpy(cells), quantization).numpy()
+    canvas, row_pitch, column_pitch = _mosaic(pixels.repeat(zoom, axis=3).repeat(zoom, axis=4), gap=4)
     with rc_context(_STYLE):
         figure = Figure(figsize=(canvas.shape[1] / DPI, canvas.shape[0] / DPI))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(canvas, interpolation="nearest")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
-        axes.set_yticks([(row + 0.5) * row_pitch for row in range(len(left))], left)
-        axes.set_xticks([(column + 0.5) * column_pitch for column in range(len(above))], above)
+        # Names are the user's: a dollar sign in them is no formula.
+        axes.set_yticks([(row + 0.5) * row_pitch for row in range(len(left))], left, parse_math=False)
+        axes.set_xticks([(column + 0.5) * column_pitch for column in range(len(above))], above, parse_math=False)
         for column, label in enumerate(below):
             axes.text((column + 0.5) * column_pitch, len(canvas) + 8, label, color=_GRAY, size=7, ha="center", va="top")
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)
         _write(figure, path, bbox_inches="tight", pad_inches=0.03)
 
 

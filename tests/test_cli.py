@@ -150,6 +150,142 @@ def test_samples_are_repeated_by_the_seed_and_changed_by_each_setting(run, tmp_p
     assert arrays(run, tmp_path / "again.npz")["images"].tobytes() == images[0]
 
 
+def change_samples(monkeypatch, change):
+    """Change, in place, the images that a TarFlow draws from now on."""
+    sample = TarFlow.sample
+
+    def changed(*arguments, **options):
+        drawn = sample(*arguments, **options)
+        change(drawn[0] if isinstance(drawn, tuple) else drawn)
+        return drawn
+
+    monkeypatch.setattr(TarFlow, "sample", changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "pixel"),
+    [
+        ("run", [], 41),
+        ("run", ["--sigma=0"], 41),
+        ("run", ["--quantization=truncate"], 40),
+        ("run", ["--quantization=floor"], 40),
+        ("likelihood", [], 40),
+        ("likelihood", ["--quantization=round"], 41),
+    ],
+)
+def test_samples_become_the_pixels_of_the_noise_in_training(request, tmp_path, monkeypatch, kind, flags, pixel):
+    run = request.getfixturevalue(kind)
+    change_samples(monkeypatch, lambda images: images.fill_(40.7 / 127.5 - 1))
+    assert np.unique(arrays(run, tmp_path / "s.npz", *flags)["images"]).tolist() == [pixel]
+    assert main("sample", run, "--num=10", f"--out={tmp_path / 's.png'}", *flags) == 0
+    with Image.open(tmp_path / "s.png") as image:
+        assert (pixel, pixel, pixel) in {color for _, color in image.convert("RGB").getcolors(2**24)}
+
+
+def spoil(images):
+    """Make the darker half of the images that are likely drawn, and no other, not finite."""
+    images[images.mean((1, 2, 3)) < -0.4] = torch.nan
+
+
+def test_samples_that_are_not_finite_fail_unless_told_otherwise(run, tmp_path, capsys, monkeypatch):
+    whole = arrays(run, tmp_path / "s.npz")["images"]
+    (tmp_path / "s.npz").unlink()
+    change_samples(monkeypatch, spoil)
+    capsys.readouterr()
+    for out in ("s.npz", "s.png"):
+        assert main("sample", run, "--num=12", f"--out={tmp_path / out}") == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        message = r"tarflow sample: error: (\d+) of 1\d samples are not finite; --on-nan redraw draws others .*"
+        assert 0 < int(re.fullmatch(message, line)[1]) < 12
+        assert not (tmp_path / out).exists()
+    kept = arrays(run, tmp_path / "s.npz", "--on-nan=keep")["images"]
+    same = (kept == whole).all((1, 2, 3))
+    assert not kept[~same].any()
+    assert f"{12 - same.sum()} of 12 samples are not finite and are kept" in capsys.readouterr().out
+    redrawn = arrays(run, tmp_path / "s.npz", "--on-nan=redraw")["images"]
+    assert f"{12 - same.sum()} of 12 samples are not finite and are drawn anew" in capsys.readouterr().out
+    assert np.array_equal(redrawn[same], whole[same])
+    assert redrawn[~same].any((1, 2, 3)).all()
+    assert np.array_equal(arrays(run, tmp_path / "s.npz", "--on-nan=redraw")["images"], redrawn)
+
+
+def test_redrawing_ends(run, tmp_path, capsys):
+    model = TarFlow.from_pretrained(run)
+    with torch.no_grad():
+        model.flow.blocks[0].transformer.proj_out.bias.fill_(1e3)
+    model.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    flags = ("--num=3", f"--out={tmp_path / 's.npz'}", "--on-nan=redraw")
+    assert main("sample", tmp_path / "model", *flags) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == "tarflow sample: error: 3 of 3 samples are not finite after being drawn anew 10 times"
+
+
+def test_training_goes_on_when_its_samples_are_not_finite(tmp_path, capsys, monkeypatch):
+    change_samples(monkeypatch, lambda images: images[:5].fill_(torch.inf))
+    train(tmp_path / "run", "--sample-every=1", steps=2)
+    assert capsys.readouterr().out.count("5 of 80 samples are not finite and are kept") == 2
+
+
+def test_a_run_may_be_called_anything(tmp_path):
+    run = train(tmp_path / r"$\frac{a$", "--sample-every=1", steps=2)
+    assert main("sample", run, "--num=10", f"--out={tmp_path / 's.png'}") == 0
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folders of pictures, with an image in one of them that is none, and ImageNet's of 2016, without labels."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(64):
+        for parent in (f"good/{'ab'[number % 2]}", f"bad/{'ab'[number % 2]}", "train_32x32", "valid_32x32"):
+            (folder / parent).mkdir(parents=True, exist_ok=True)
+            width = 32 if "_32x32" in parent else 8 + number
+            pixels = np.random.default_rng(number).integers(0, 256, (32, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / parent / f"{number}.png")
+    for path in datasets.load("folder", "train", folder / "bad", 8).paths[:17]:
+        path.write_bytes(b"no picture")
+    return folder
+
+
+def test_data_without_labels_trains_and_scores_a_model_without_classes(photos, tmp_path, capsys):
+    flags = (
+        "--dataset=imagenet32-2016",
+        f"--data-dir={photos}",
+        "--patch-size=8",
+        "--noise=uniform",
+        "--score-draws=2",
+    )
+    run = train(tmp_path / "run", *flags, "--no-conditional", "--guidance=0", steps=1)
+    source = f"ImageNet 32x32 as released in 2016 (arXiv 1601.06759), 64 test images from {photos}"
+    assert f" by 2 importance-weighted ones; {source}\n" in capsys.readouterr().out
+    assert main("evaluate", run, "--num-images=4", "--draws=1", "--device=cpu") == 0
+    assert capsys.readouterr().out.startswith(f"{source}; 4 of them")
+    assert json.loads((run / "evaluation.json").read_text())["data"] == source
+
+
+def test_evaluate_resizes_as_told(photos, tmp_path, capsys):
+    flags = ("--dataset=folder", f"--data-dir={photos / 'good'}", "--image-size=14", "--no-conditional", "--guidance=0")
+    run = train(tmp_path / "run", *flags, steps=1)
+    means = []
+    for resize in ("lanczos", "bilinear"):
+        capsys.readouterr()
+        assert main("evaluate", run, "--num-images=4", "--draws=1", f"--resize={resize}", "--device=cpu") == 0
+        assert f"resized to 14 ({resize}) and centre-cropped; " in capsys.readouterr().out
+        scores = json.loads((run / "evaluation.json").read_text())["scores"]
+        means.append([row["mean"] for row in scores.values()])
+    assert means[0] != means[1]
+
+
+def test_an_unreadable_image_ends_training_in_one_line(photos, tmp_path, capfd):
+    flags = (
+        f"train --dataset=folder --data-dir={photos / 'bad'} --image-size=14 --max-steps=20 --out={tmp_path / 'run'}"
+    )
+    assert main(*flags.split(), *TINY.split()) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and "%|" not in line]
+    assert len(lines) == 1
+    assert re.match(rf"tarflow train: error: {photos}/bad/[ab]/\d+\.png: expected an image, but reading it", lines[0])
+
+
 def test_sample_says_what_decoding_took(run, tmp_path, capsys):
     flags = ("--num=20", f"--out={tmp_path / 's.npz'}", "--guidance=1")
     assert main("sample", run, *flags, "--decoder=jacobi", "--window=4", "--tolerance=0.01") == 0
@@ -323,6 +459,17 @@ ERRORS = {
     "no such device": ("sample {run} --device=quantum", "device: expected auto or a device .* got 'quantum'"),
     "out of another kind": ("sample {run} --out=s.jpg", r"out: expected a \.png or \.npz file; got s\.jpg"),
     "nothing to draw": ("sample {run} --num=0", "num: expected at least 1; got 0"),
+    "no dataset": ("train --dataset=", "name: expected one of fashion-mnist, .* got ''"),
+    "no dataset to score": ("evaluate {run} --dataset=", "name: expected one of fashion-mnist, .* got ''"),
+    "no size to score": ("evaluate {run} --image-size=0", "image_size: expected 1 to 7071, got 0"),
+    "no labels": (
+        "train --dataset=imagenet32-2016 --data-dir={photos} --out={broken}/new",
+        r"conditional: expected False \(--no-conditional\) for data without labels; got True",
+    ),
+    "no labels to score": (
+        "evaluate {run} --dataset=imagenet32-2016 --data-dir={photos}",
+        "dataset: expected labels for a model that is conditional on them; got ImageNet 32x32 as released in 2016",
+    ),
     "nothing to score": ("evaluate {run} --num-images=0", "num_images: expected at least 1; got 0"),
     "no folder to write to": ("sample {run} --out={broken}/nowhere/s.png", "out: .* a folder that exists; got "),
     "temperature of nothing": ("sample {run} --temperature=0.5", "temperature: expected 1 without --guidance"),
@@ -348,12 +495,12 @@ ERRORS = {
 
 @pytest.mark.parametrize(("command", "message"), ERRORS.values(), ids=ERRORS)
 def test_what_a_user_gets_wrong_ends_in_one_line(
-    run, unconditional, flowpp, broken, monkeypatch, capsys, command, message
+    run, unconditional, flowpp, photos, broken, monkeypatch, capsys, command, message
 ):
     monkeypatch.chdir(broken)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
-    command = command.format(run=run, unconditional=unconditional, flowpp=flowpp, broken=broken)
+    command = command.format(run=run, unconditional=unconditional, flowpp=flowpp, photos=photos, broken=broken)
     assert main(*command.split()) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # but progress bars
     assert len(lines) == 1

@@ -6,10 +6,15 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.testing import assert_close
 
-from tarflow.pictures import curves, sample_grid, to_pixels, trajectory
+from tarflow.noise import add_gaussian_noise, quantization, to_pixels
+from tarflow.pictures import curves, sample_grid, trajectory
+
+LEVELS = torch.arange(256)
 
 
 def read(path):
@@ -41,19 +46,48 @@ def curves_of(tmp_path, rows, tail=""):
     return read(tmp_path / "curves.png")
 
 
-def test_pixels_come_back_from_every_point_of_their_bin():
-    pixels = np.arange(256)
-    for offset in (0.0, 0.3, 0.5, 0.99):
-        assert np.array_equal(to_pixels(2 * (pixels + offset) / 256 - 1), pixels)
-    assert to_pixels(np.array([-7.0, 1.0, 7.0])).tolist() == [0, 255, 255]
+def shown(color):
+    """The pixel that a grid draws for a color in [-1, 1]."""
+    return to_pixels(torch.tensor(color), "round").tolist()
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 0.5, 0.99])
+def test_after_noise_in_bins_every_level_comes_back_from_all_of_its_bin(offset):
+    assert quantization(sigma=0.0) == "floor"
+    assert torch.equal(to_pixels(2 * (LEVELS + offset) / 256 - 1, "floor"), LEVELS.to(torch.uint8))
+
+
+@pytest.mark.parametrize("offset", [-0.49, 0.0, 0.3, 0.49])
+def test_after_gaussian_noise_every_level_comes_back_from_around_it(offset):
+    assert quantization(sigma=0.05) == "round"
+    clean = add_gaussian_noise(LEVELS.to(torch.uint8), sigma=0.0)
+    assert torch.equal(to_pixels(clean + offset / 127.5, "round"), LEVELS.to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("rule", "bias"),
+    [("round", lambda p: 0 * p), ("truncate", lambda p: 0 * p - 0.5), ("floor", lambda p: p / 255 - 0.5)],
+    ids=["round", "truncate", "floor"],
+)
+def test_only_rounding_has_no_bias_around_the_levels_of_gaussian_noise(rule, bias):
+    inner = LEVELS[3:-3].float()
+    around = torch.arange(-1.5, 1.5, 1 / 256)[:, None] + 1 / 512
+    pixels = to_pixels((inner + around) / 127.5 - 1, rule)
+    assert_close(pixels.float().mean(0) - inner, bias(inner), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("rule", ["round", "floor", "truncate"])
+def test_pixels_stay_within_8_bits(rule):
+    beyond = torch.tensor([-7.0, 1.0, 7.0, -torch.inf, torch.inf, torch.nan])
+    assert to_pixels(beyond, rule).tolist() == [0, 255, 255, 0, 255, 0]
 
 
 def test_a_grid_shows_each_image_in_its_place_and_color(tmp_path):
     colors = np.random.default_rng(0).uniform(-0.9, 0.9, (3, 4, 3)).astype(np.float32)
     sample_grid(plain(*colors), tmp_path / "grid.png", "samples", row_labels=["one", "two", "three"])
     picture = read(tmp_path / "grid.png")
-    places = np.array([[np.mean(find(picture, to_pixels(color)), axis=1) for color in row] for row in colors])
-    areas = {len(find(picture, to_pixels(color))[0]) for color in colors.reshape(-1, 3)}
+    places = np.array([[np.mean(find(picture, shown(color)), axis=1) for color in row] for row in colors])
+    areas = {len(find(picture, shown(color))[0]) for color in colors.reshape(-1, 3)}
     assert areas == {112 * 112}, "each 8 x 8 image is 14-fold"
     assert np.allclose(np.diff(places, axis=0), (116, 0), atol=1), "one row is straight below the other"
     assert np.allclose(np.diff(places, axis=1), (0, 116), atol=1), "one column is straight beside the other"
@@ -62,7 +96,50 @@ def test_a_grid_shows_each_image_in_its_place_and_color(tmp_path):
 def test_a_grid_clips_and_draws_gray_for_one_channel(tmp_path):
     sample_grid(plain([[-3.0], [0.25]]), tmp_path / "grid.png", "samples")
     assert len(find(read(tmp_path / "grid.png"), (0, 0, 0))[0]) >= 112 * 112
-    assert len(find(read(tmp_path / "grid.png"), (160, 160, 160))[0]) >= 112 * 112
+    assert len(find(read(tmp_path / "grid.png"), (159, 159, 159))[0]) >= 112 * 112
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "pixel"), [("round", 234.9, 235), ("floor", 235.2, 236), ("truncate", 234.9, 234)]
+)
+def test_pictures_are_quantized_as_told(tmp_path, rule, value, pixel):
+    image = plain([[value / 127.5 - 1]])
+    sample_grid(image, tmp_path / "grid.png", "samples", quantization=rule)
+    trajectory(image, tmp_path / "trajectory.png", "steps", ["image"], quantization=rule)
+    for name in ("grid.png", "trajectory.png"):
+        assert len(find(read(tmp_path / name), (pixel, pixel, pixel))[0]) >= 112 * 112
+
+
+def titles(monkeypatch):
+    """The titles that are drawn from now on."""
+    drawn = []
+    set_title = Axes.set_title
+    monkeypatch.setattr(
+        Axes, "set_title", lambda axes, text, **more: drawn.append(text) or set_title(axes, text, **more)
+    )
+    return drawn
+
+
+def test_a_title_counts_what_is_not_finite(tmp_path, monkeypatch):
+    drawn = titles(monkeypatch)
+    images = plain([[0.0], [np.nan], [0.1]], [[0.2], [-np.inf], [np.nan]])
+    sample_grid(images, tmp_path / "grid.png", "samples")
+    trajectory(images, tmp_path / "trajectory.png", "steps", ["one", "two"])
+    sample_grid(images[:, :1], tmp_path / "grid.png", "samples")
+    assert drawn == ["samples (3 of 6 not finite)", "steps (2 of 3 not finite)", "samples"]
+
+
+def test_a_trajectory_shows_the_finite_samples_beside_others(tmp_path):
+    trajectory(plain([[0.5], [np.inf], [np.nan]]), tmp_path / "trajectory.png", "steps", ["image"])
+    assert len(find(read(tmp_path / "trajectory.png"), shown([0.5] * 3))[0]) >= 128 * 128
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    name = r"cost: $\frac{5$"
+    sample_grid(plain([[0.5]]), tmp_path / "grid.png", name, [name])
+    trajectory(plain([[0.5]]), tmp_path / "trajectory.png", name, ["$\\frac{"])
+    curves(write_rows(tmp_path / "metrics.jsonl", [training_row(1)]), tmp_path / "curves.png", name)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["curves.png", "grid.png", "trajectory.png"]
 
 
 def test_a_trajectory_shrinks_only_the_columns_that_reach_beyond_the_images(tmp_path):
@@ -71,7 +148,7 @@ def test_a_trajectory_shrinks_only_the_columns_that_reach_beyond_the_images(tmp_
     picture = read(tmp_path / "trajectory.png")
     columns = []
     for value in (-1.0, 0.5, -0.5, 0.25):
-        rows, across = find(picture, to_pixels(np.array([value] * 3)))
+        rows, across = find(picture, shown([value] * 3))
         assert len(rows) >= 128 * 128
         columns.append(np.median(across))
     assert max(columns[:2]) < min(columns[2:]), "the first step stands left"

@@ -15,7 +15,7 @@ class TrainConfig:
     """A training run. Image size, channels and classes come from the dataset."""
 
     dataset: str = "fashion-mnist"
-    """fashion-mnist, mnist, cifar10, imagenet64, folder or hub:<name>"""
+    """fashion-mnist, mnist, cifar10, imagenet32 or imagenet64 (of 2017; with -2016, of 2016), folder or hub:<name>"""
     data_dir: Path | None = None
     """where the files of the dataset are"""
     image_size: int | None = None
@@ -131,7 +131,9 @@ class TrainConfig:
         return self.sigma if self.noise == "gaussian" else 0.0
 
     def shape(self, dataset: Images | Folder) -> TarFlowConfig | FlowPPConfig:
-        """The shape of the model that fits the dataset."""
+        """The shape of the model that fits the dataset; ValueError for a conditional one where there are no labels."""
+        if self.conditional and not dataset.num_classes:
+            raise ValueError("conditional: expected False (--no-conditional) for data without labels; got True")
         kind = TarFlowConfig if self.model == "tarflow" else FlowPPConfig
         told = {field.name: getattr(self, field.name) for field in fields(kind) if hasattr(self, field.name)}
         told |= {

@@ -28,6 +28,7 @@ from ..files import remove_abandoned, replacing
 from ..gallery import Gallery, spread
 from ..guidance import Guidance
 from ..image_flow import ImageFlow, read_config
+from ..noise import quantization
 from . import checkpoints
 from .config import FIXED_ON_RESUME, TrainConfig
 from .trainer import MEASURES, Trainer, build, uses_bfloat16
@@ -93,6 +94,7 @@ class Run:
         self.data = {"train": datasets.fingerprint(train_set), "test": datasets.fingerprint(test_set)}
         self.test_pixels, test_labels = test_set.fetch(spread(len(test_set), EVALUATED_IMAGES))
         self.test_labels = test_labels if self.config.conditional else None
+        self.test_source = test_set.source
         self.measures: list[dict[str, Tensor]] = []
         conditional = self.config.conditional
         self.gallery = Gallery(
@@ -100,6 +102,8 @@ class Run:
             Guidance(self.config.guidance) if conditional and self.config.guidance else None,
             self.config.noise_sigma,
             seed=self.config.seed,
+            quantization=quantization(self.config.noise_sigma),
+            on_nan="keep",
         )
 
     def resume(self) -> None:
@@ -299,7 +303,7 @@ class Run:
         one_sample, weighted = map(evaluation.Estimate.of, bounds)
         print(
             f"score   {one_sample} bits/dim of {len(self.test_pixels):,} test images by one sample, "
-            f"{weighted} by {draws} importance-weighted ones",
+            f"{weighted} by {draws} importance-weighted ones; {self.test_source}",
             flush=True,
         )
 
