@@ -130,7 +130,7 @@ class TokenFlow(nn.Module):
     ) -> Iterator[Tensor]:
         """The tokens after each block on the way from latent to data."""
         self._check(z, labels, "z")
-        if guidance is not None:
+        if Guidance.of(guidance) is not None:
             guidance.check(self.num_classes, mixture=isinstance(self.coupling, Mixture))
         return self._trajectory(z, labels, guidance, Decoder.of(decoder), report)
 
@@ -160,6 +160,8 @@ class TokenFlow(nn.Module):
         self.prior_variance.lerp_(torch.where(moment.isfinite().all(), moment, self.prior_variance), rate)
 
     def _check(self, tokens: Tensor, labels: Tensor | None, name: str = "tokens") -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{name}: expected a floating-point torch.Tensor; got {described(tokens)}")
         if tokens.dim() != 3 or tokens.shape[1:] != self.prior_variance.shape:
             num_tokens, token_dim = self.prior_variance.shape
             raise ValueError(f"{name}: expected shape (B, {num_tokens}, {token_dim}); got {tuple(tokens.shape)}")
@@ -197,13 +199,13 @@ def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> None:
     """Raise where labels do not fit a batch and a model: TypeError for the type, ValueError for all else."""
     if not num_classes:
         if labels is not None:
-            raise ValueError(f"labels: expected None for an unconditional model; got {_describe(labels)}")
+            raise ValueError(f"labels: expected None for an unconditional model; got {described(labels)}")
         return
     expected = f"int64 of shape ({batch},) in [-1, {num_classes}), -1 for a dropped label"
     if labels is None:
         raise ValueError(f"labels: expected {expected}; got None")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected {expected}; got {_describe(labels)}")
+        raise TypeError(f"labels: expected {expected}; got {described(labels)}")
     if labels.shape != (batch,):
         raise ValueError(f"labels: expected {expected}; got shape {tuple(labels.shape)}")
     if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
@@ -212,5 +214,9 @@ def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> None:
             raise ValueError(f"labels: expected {expected}; got values from {low} to {high}")
 
 
-def _describe(labels) -> str:
-    return f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+def described(value: object) -> str:
+    """What was given for a tensor, in an error."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    kind = type(value)
+    return repr(value) if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

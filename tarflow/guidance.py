@@ -6,6 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# Far beyond any use: published weights are below 10, temperatures between 0.1 and 2.
+MAX_WEIGHT = 100
+MAX_TEMPERATURE = 1000
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -19,14 +23,14 @@ class Guidance:
     (arXiv 2412.06329).
 
     Args:
-        weight: w; 0 is no guidance.
+        weight: w, at most 100; 0 is no guidance.
         schedule: ``"linear"`` is ``w_i = w * i / (N - 1)``, ``"constant"`` is ``w_i = w``.
-        temperature: tau of the reference branch; 1 leaves its attention as it is.
+        temperature: tau of the reference branch, from 0.001 to 1000; 1 leaves its attention as it is.
         parameters: which of the affine parameters are guided; both with a mixture coupling.
         drop_label: whether the reference branch drops the label. A model without classes has none to drop.
 
     Raises:
-        ValueError: a negative or non-finite weight, a temperature that is not positive, an unknown name.
+        ValueError: a weight or a temperature out of range, an unknown name.
     """
 
     weight: float = 2.0
@@ -36,10 +40,13 @@ class Guidance:
     drop_label: bool = True
 
     def __post_init__(self):
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight: expected a finite number >= 0; got {self.weight}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number > 0; got {self.temperature}")
+        if not 0 <= self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight: expected a number from 0 to {MAX_WEIGHT}; got {self.weight}")
+        if not 1 / MAX_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature: expected a number from {1 / MAX_TEMPERATURE:g} to {MAX_TEMPERATURE}; "
+                f"got {self.temperature}"
+            )
         for name, value, known in (
             ("schedule", self.schedule, ("linear", "constant")),
             ("parameters", self.parameters, ("both", "alpha", "mu")),
@@ -56,6 +63,13 @@ class Guidance:
         if self.schedule == "constant":
             return torch.full((num_tokens,), self.weight, dtype=torch.float64)
         return torch.arange(num_tokens, dtype=torch.float64) * (self.weight / max(num_tokens - 1, 1))
+
+    @classmethod
+    def of(cls, guidance: "Guidance | None") -> "Guidance | None":
+        """Guidance or None, as it is; TypeError for anything else, such as a bare weight."""
+        if guidance is not None and not isinstance(guidance, cls):
+            raise TypeError(f"guidance: expected a tarflow.Guidance or None; got {guidance!r}")
+        return guidance
 
     def check(self, num_classes: int, mixture: bool = False) -> None:
         """Raise ValueError where the two branches of a model would be the same, or its mixture be guided in part."""

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from . import memory
 from .files import replacing
+from .flow import described
 from .flowpp.dequantizer import Dequantizer, DequantizerConfig
 from .flowpp.networks import initialize_from_data
 from .noise import add_uniform_noise
@@ -103,7 +105,7 @@ class ImageFlow(nn.Module):
             generator: of the noise, on the device of the model.
 
         Raises:
-            TypeError: pixels are not uint8.
+            TypeError: pixels are no tensor of uint8, or draws no integer.
             ValueError: pixels of another shape, labels that do not fit, draws below 1.
 
         Source: importance weighting, Burda et al. (arXiv 1509.00519).
@@ -119,11 +121,9 @@ class ImageFlow(nn.Module):
         errors are those of :meth:`discrete_log_prob`.
         """
         self._check_pixels(pixels)
-        if draws < 1:
-            raise ValueError(f"draws: expected at least 1; got {draws}")
         bounds = []
         with in_mode(self, training=False):
-            for _ in range(draws):
+            for _ in range(at_least_one("draws", draws)):
                 x, log_q = self.dequantize(pixels, generator)
                 bounds.append((self.log_prob(x, labels) - log_q).double())
         return torch.stack(bounds) - self.config.num_dims * math.log(128)
@@ -214,16 +214,25 @@ class ImageFlow(nn.Module):
                 raise ValueError(f"{origin}: expected finite weights; got nan or inf in {name}")
 
     def _check_pixels(self, pixels: Tensor) -> None:
+        self._check_shape(pixels, "pixels")
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels: expected uint8; got {pixels.dtype}")
-        self._check_shape(pixels, "pixels")
 
     def _check(self, x: Tensor, name: str) -> None:
         self._check_shape(x, name)
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected floating-point images in [-1, 1]; got {x.dtype}")
 
+    def _check_num(self, num: int) -> int:
+        """How many images to sample, if that is a number of images that there is memory for."""
+        num = at_least_one("num", num)
+        # The latents and the images of all of them, however few are decoded at a time.
+        memory.check(2 * num * self.config.num_dims * self.dtype.itemsize, self.device, f"num = {num} samples")
+        return num
+
     def _check_shape(self, images: Tensor, name: str) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {described(images)}")
         expected = self.config.image_shape
         if images.dim() != 4 or images.shape[1:] != expected:
             raise ValueError(
@@ -242,6 +251,17 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = not training
+
+
+def at_least_one(name: str, value: int) -> int:
+    """An integer of whatever library as an int; TypeError where it is none, ValueError below 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer; got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1; got {number}")
+    return number
 
 
 def log_mean_exp(bounds: Tensor) -> Tensor:

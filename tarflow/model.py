@@ -14,7 +14,7 @@ from .flow import TokenFlow, check_labels
 from .flowpp.dequantizer import DequantizerConfig
 from .flowpp.layers import parse
 from .guidance import Guidance
-from .image_flow import ImageFlow
+from .image_flow import ImageFlow, at_least_one
 from .patches import patchify, unpatchify
 from .sizes import check_fields, check_totals
 
@@ -154,8 +154,12 @@ class TarFlow(ImageFlow):
         return self._to_images(self.flow.inverse(z, labels, guidance, decoder))
 
     def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
-        """``y + sigma^2 grad_y log p(y)``, the mean of clean images given images with the noise of training."""
+        """``y + sigma^2 grad_y log p(y)``, the mean of clean images given images with the noise of training.
+
+        ValueError for a sigma that is no number in [0, 10].
+        """
         self._check(y, "y")
+        check_sigma("sigma", sigma)
         return tweedie(lambda noisy: self.log_prob(noisy, labels), y, sigma)
 
     def sample(
@@ -190,21 +194,20 @@ class TarFlow(ImageFlow):
             ``(num_blocks + 1, num, C, H, W)`` from the latent to the image before denoising.
 
         Raises:
-            ValueError, TypeError: num below 1; labels that do not fit; a guidance that can have no effect; an unknown
-                decoder.
+            ValueError, TypeError: num below 1, or more than there is memory for; labels that do not fit; a guidance
+                that can have no effect; a denoise_sigma beyond [0, 10]; an unknown decoder.
         """
-        if num < 1:
-            raise ValueError(f"num: expected at least 1; got {num}")
+        num = self._check_num(num)
+        check_sigma("denoise_sigma", denoise_sigma)
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)
         labels = None if labels is None else labels.to(z.device)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size: expected at least 1; got {chunk_size}")
         if chunk_size is None:
             per_sample = memory.decoding_bytes(self.config, branches=2)
             if denoise_sigma:
                 per_sample = max(per_sample, self.config.activation_bytes())
             chunk_size = memory.chunk_size(per_sample, z.device)
+        chunk_size = at_least_one("chunk_size", chunk_size)
         samples, trajectories = [], []
         for start in range(0, num, chunk_size):
             chunk = slice(start, start + chunk_size)
@@ -245,3 +248,9 @@ class TarFlow(ImageFlow):
 
     def _to_images(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.config.patch_size, self.config.image_size)
+
+
+def check_sigma(name: str, sigma: float) -> None:
+    """ValueError for a standard deviation of noise that is no number in [0, 10], five times the range of images."""
+    if not 0 <= sigma <= 10:
+        raise ValueError(f"{name}: expected a number from 0 to 10, images being in [-1, 1]; got {sigma}")

@@ -12,7 +12,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     >>> patchify(images, 2)[0, 1]  # the upper right patch
     tensor([2., 3., 6., 7.])
     """
-    return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
+    # Not pixel_unshuffle, which returns an empty batch as it was.
+    patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens: Tensor, patch_size: int, image_size: int) -> Tensor:

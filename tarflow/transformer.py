@@ -56,8 +56,9 @@ class CausalTransformer(nn.Module):
         """``(B, C)``: the embedding of each label; that of a dropped one (-1) is the mean over all classes."""
         if self.class_embed is None:
             return None
-        table = torch.cat((self.class_embed, self.class_embed.mean(0, keepdim=True)))
-        return table[labels]
+        table = torch.cat((self.class_embed.mean(0, keepdim=True), self.class_embed))
+        # Indexing fails beyond the end of the table, but what is negative it counts from there.
+        return table[torch.where(labels < -1, len(table), labels + 1)]
 
     def coupling_parameters(self, h: Tensor) -> Parameters:
         """The parameters of the coupling from the last activations."""
@@ -81,11 +82,12 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` to the same; row i of the output sees rows 0 to i."""
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, -1, self.head_dim)
+        batch, length, channels = x.shape
+        # No size is left to be inferred, which is impossible for an empty batch.
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, channels // self.head_dim, self.head_dim)
         # Unbound before they are transposed, the three gradients are joined by one copy.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        x = x + self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1))
+        x = x + self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, channels))
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -653,8 +653,16 @@ def test_bad_input_to_a_model_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match=r"pixels: expected uint8; got torch.float32"):
-        model.bounds(x)
+    for call, message in (
+        (lambda: model.bounds(x), "pixels: expected uint8; got torch.float32"),
+        (lambda: model.bounds(x.numpy()), "pixels: expected a torch.Tensor; got numpy.ndarray"),
+        (lambda: model(x.numpy()), "x: expected a torch.Tensor; got numpy.ndarray"),
+        (lambda: model.inverse(x.numpy()), "z: expected a floating-point torch.Tensor; got numpy.ndarray"),
+        (lambda: model.inverse(x.long()), "z: expected a floating-point torch.Tensor; got torch.int64 of shape"),
+        (lambda: model.sample(1.5), "num: expected an integer; got 1.5"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 def test_weights_that_are_not_numbers_are_not_loaded(tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, Uniform
@@ -224,6 +225,7 @@ def test_weights_of_another_configuration_are_refused(saved, change):
 
 
 X, Z, TWO = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), torch.tensor([0, 2])
+NO_SIGMAS = (-0.1, math.nan, math.inf, 1e300)
 PLAIN, CLASSES, MIXTURE = {}, {"num_classes": 3}, {"num_classes": 3, "coupling": "mixture"}
 
 
@@ -251,6 +253,21 @@ PLAIN, CLASSES, MIXTURE = {}, {"num_classes": 3}, {"num_classes": 3, "coupling":
         (PLAIN, lambda model: model.inverse(X), ValueError, "z"),
         (PLAIN, lambda model: model.denoise(X[0], 0.1), ValueError, "y"),
         (PLAIN, lambda model: model.sample(1, chunk_size=0), ValueError, "chunk_size"),
+        (PLAIN, lambda model: model(X.numpy()), TypeError, "x"),
+        (PLAIN, lambda model: model.inverse(Z.numpy()), TypeError, "z"),
+        (PLAIN, lambda model: model.discrete_log_prob(X.byte().numpy()), TypeError, "pixels"),
+        (PLAIN, lambda model: model.discrete_log_prob(X), TypeError, "pixels"),
+        (PLAIN, lambda model: model.discrete_log_prob(X.byte(), draws=1.5), TypeError, "draws"),
+        (PLAIN, lambda model: model.sample(1.5), TypeError, "num"),
+        (PLAIN, lambda model: model.sample("1"), TypeError, "num"),
+        (PLAIN, lambda model: model.sample(10**30), ValueError, "memory"),
+        (PLAIN, lambda model: model.sample(1, chunk_size=1.5), TypeError, "chunk_size"),
+        (CLASSES, lambda model: model.sample(2, TWO, guidance=2.0), TypeError, "guidance"),
+        (CLASSES, lambda model: model.inverse(Z, TWO, 2.0), TypeError, "guidance"),
+        (CLASSES, lambda model: model(X, TWO.numpy()), TypeError, "labels"),
+        *((PLAIN, lambda model, sigma=sigma: model.denoise(X, sigma), ValueError, "sigma") for sigma in NO_SIGMAS),
+        *((PLAIN, lambda model, sigma=sigma: model.sample(1, denoise_sigma=sigma), ValueError, "denoise_sigma")
+          for sigma in NO_SIGMAS),
     ],
 )  # fmt: skip
 def test_an_error_of_the_model_names_the_argument(config, call, error, argument):
@@ -269,14 +286,41 @@ def test_an_error_of_the_model_names_the_argument(config, call, error, argument)
     + [(TarFlowConfig, {"coupling": "mixture", "volume_preserving": True}, "volume_preserving")]
     + [(TarFlowConfig, {"image_size": 28, "patch_size": 3}, "patch_size"),
        (TarFlowConfig, {"channels": 96, "head_dim": 64}, "head_dim")]
-    + [(Guidance, {"weight": value}, "weight") for value in (-1.0, math.nan, math.inf)]
-    + [(Guidance, {"temperature": value}, "temperature") for value in (0.0, -1.0, math.nan, math.inf)]
+    + [(Guidance, {"weight": value}, "weight") for value in (-1.0, math.nan, math.inf, 1e300)]
+    + [(Guidance, {"temperature": value}, "temperature") for value in (0.0, -1.0, math.nan, math.inf, 1e-300)]
     + [(Guidance, {name: "cosine"}, name) for name in ("schedule", "parameters")],
     ids=str,
 )  # fmt: skip
 def test_an_error_of_a_setting_names_it(make, options, argument):
     with pytest.raises(ValueError, match=rf"^{argument}: expected .*; got "):
         make(**options)
+
+
+@pytest.mark.parametrize("config", [PLAIN, CLASSES, MIXTURE], ids=str)
+def test_a_batch_of_no_images_has_empty_results(config):
+    model, labels = tarflow(dtype=torch.float32, **config), TWO[:0] if config else None
+    z, logdet = model(X[:0], labels)
+    assert (z.shape, logdet.shape) == (Z[:0].shape, (0,))
+    assert model.discrete_log_prob(X[:0].byte(), labels, draws=2).shape == (0,)
+    assert model.denoise(X[:0], 0.1, labels).shape == X[:0].shape
+    for decoder in ("sequential", "jacobi"):
+        assert model.inverse(z, labels, Guidance(1.0, temperature=0.5), decoder).shape == X[:0].shape
+
+
+def test_counts_may_be_integers_of_numpy():
+    model = tarflow(dtype=torch.float32)
+    assert model.sample(np.int64(2), chunk_size=np.int32(1)).shape == (2, 1, 4, 4)
+    assert model.discrete_log_prob(X.byte(), draws=np.int64(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("label", [-4, -3, -2, 3, 4, 5])
+def test_a_label_that_was_not_looked_at_names_no_other_class(label):
+    """Where looking would stall a GPU or is no part of a compiled graph, the embedding itself refuses."""
+    transformer = tarflow(num_classes=3).flow.blocks[0].transformer
+    with pytest.raises(IndexError):
+        transformer.embed_classes(torch.tensor([0, label]))
+    embedded = transformer.embed_classes(torch.tensor([-1, 0, 2]))
+    assert_close(embedded, torch.cat((transformer.class_embed.mean(0, keepdim=True), transformer.class_embed[[0, 2]])))
 
 
 @pytest.mark.parametrize("guidance", [Guidance(0.0), Guidance(1.0, temperature=0.5)], ids=str)

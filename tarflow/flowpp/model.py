@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import memory
-from ..image_flow import ImageFlow, in_mode
+from ..flow import described
+from ..image_flow import ImageFlow, at_least_one, in_mode
 from ..noise import log_normal
 from ..sizes import check_totals
 from .dequantizer import DequantizerConfig
@@ -205,6 +206,8 @@ class FlowPP(ImageFlow):
     def inverse(self, z: Tensor, labels: None = None) -> Tensor:
         """Latent to image ``(B, C, H, W)``, within [-1.11, 1.11]: the inverse of :meth:`forward` without dropout."""
         check_no_labels(labels)
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise TypeError(f"z: expected a floating-point torch.Tensor; got {described(z)}")
         if z.shape[1:] != self.config.latent_shape:
             raise ValueError(f"z: expected shape (B, *{self.config.latent_shape}); got {tuple(z.shape)}")
         with in_mode(self, training=False):
@@ -238,15 +241,14 @@ class FlowPP(ImageFlow):
             the shape of images; all but the images are logits.
 
         Raises:
-            ValueError: num or chunk_size below 1, or labels given.
+            ValueError, TypeError: num or chunk_size below 1 or no integer, more images than memory holds, labels.
         """
-        for name, value in (("num", num), ("chunk_size", chunk_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1; got {value}")
+        num = self._check_num(num)
         check_no_labels(labels)
         eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device, dtype=self.dtype)
         if chunk_size is None:
             chunk_size = memory.chunk_size(self.config.activation_bytes() // self.config.num_couplings, eps.device)
+        chunk_size = at_least_one("chunk_size", chunk_size)
         with in_mode(self, training=False):
             chunks = [self._decode(chunk) for chunk in eps.split(chunk_size)]
         images = torch.cat([self._squash(frames[-1]) for frames in chunks])
