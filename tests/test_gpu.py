@@ -42,18 +42,25 @@ def on_gpu():
 
 
 def error(results, expected):
-    """The distance of each result from its expected value, relative to that."""
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
+    """The distance of each result from its expected value, relative to that, or to the largest if that is nothing."""
+    sizes = [b.double().norm() for b in expected]
+    sizes = [size if size > 1e-9 * max(sizes) else max(sizes) for size in sizes]
+    distances = [(a.double() - b.double()).norm() for a, b in zip(results, expected, strict=True)]
+    return [(distance / size).item() for distance, size in zip(distances, sizes, strict=True)]
 
 
 def no_worse_than_torch(op, inputs, dtype):
-    """In low precision, the kernel is at most twice as far from float64 as stock PyTorch is."""
+    """In low precision, the kernel is at most twice as far from float64 as stock PyTorch is.
+
+    In float32 it may be 1e-5 off, which tells three products on tensor cores, that add up with less care, from one.
+    """
     results = {}
     for backend, precision in (("reference", torch.float64), ("torch", dtype), ("triton", dtype)):
         with use_backend(backend):
             results[backend] = op(*(t.detach().to(precision).requires_grad_() for t in inputs))
     ours, theirs = (error(results[backend], results["reference"]) for backend in ("triton", "torch"))
-    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-6
+    assert all(a <= 2 * b + rounding for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -318,8 +325,9 @@ def test_a_training_step_is_captured_whole():
     graph.replay()
     expected = loss(twin)
     expected.backward()
-    assert_close(result, expected)
-    assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+    gradients = ([p.grad for p in each.parameters()] for each in (model, twin))
+    # A capture may choose other algorithms for its products, which round bfloat16 in another order.
+    assert max(error([result], [expected]) + error(*gradients)) <= 2e-2
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -331,7 +339,7 @@ def test_the_whole_model_compiles_forward_and_backward_without_a_break(mode):
         z, logdet = run(x)
         (z.square().mean() - logdet.mean() / model.config.num_dims).backward()
         results.append([z.clone(), logdet.clone(), *(p.grad.clone() for p in model.parameters())])
-    assert_close(*results, atol=1e-4, rtol=1e-3)
+    assert max(error(*reversed(results))) <= 1e-3
 
 
 def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
@@ -353,9 +361,9 @@ def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
     assert seen == ["triton", "torch", "triton", "torch"]
 
 
-def small_model(num_classes=0):
+def small_model(**options):
     sizes = {"image_size": 16, "in_channels": 3, "patch_size": 4, "channels": 128, "num_blocks": 2}
-    config = TarFlowConfig(**sizes, layers_per_block=2, num_classes=num_classes)
+    config = TarFlowConfig(**sizes, layers_per_block=2, **options)
     return randomize(TarFlow(config).cpu()).to(DEVICE)
 
 

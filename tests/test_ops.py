@@ -119,7 +119,7 @@ def test_second_derivatives_are_right_or_an_error(op, shapes, backend):
     with use_backend("reference"):
         expected = second_derivatives(op, inputs_of(shapes))
     with use_backend(backend):
-        if backend == "torch" and op is attend:
+        if backend == "torch" and op is attend and DEVICE == "cpu":
             with pytest.raises(RuntimeError, match=r"derivative for .*attention.* is not implemented"):
                 second_derivatives(op, inputs_of(shapes))
         else:
@@ -247,7 +247,7 @@ def test_a_backend_holds_until_its_block_ends_even_by_an_error(monkeypatch):
 
 def test_a_backend_is_that_of_its_thread():
     """Blocks that overlap in time neither see nor leave behind each other's choice."""
-    seen, entered, left = {}, threading.Barrier(2), threading.Barrier(2)
+    seen, entered, left = {}, threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
 
     def work(name):
         with use_backend(name):
