@@ -30,7 +30,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class ImageFlow(nn.Module):
     """A flow over images ``(B, C, H, W)``, float in [-1, 1].
 
-    Subclasses bring ``config``, ``forward``, ``inverse``, ``log_prior`` and ``sample``.
+    Subclasses bring ``config``, ``forward``, ``inverse``, ``log_prior`` and ``sample``. A configuration has
+    ``dequantizer``, ``image_shape``, ``num_dims`` and ``num_layers``.
 
     Dropout is for training alone: in training mode, ``forward`` and :meth:`dequantize` have it, so that
     ``inverse(forward(x))`` is not x there. All that scores or samples goes without, in whichever mode the model is.
@@ -310,7 +311,7 @@ def _find(kind: type[ImageFlow], name: Any, shape: Any, origin: Path) -> tuple[t
         if hasattr(candidate, "config_class"):
             kinds.setdefault(candidate.__name__, candidate)
     if not isinstance(name, str) or name not in kinds:
-        expected = f"a {' or '.join(kinds)}, or a class derived from it in a module that is imported"
+        expected = f"{' or '.join(kinds)}, or a class derived from it that is imported"
         raise ValueError(f"{origin}: flow: expected {expected}; got {short(name)}")
     try:
         if not isinstance(shape, dict):

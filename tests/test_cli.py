@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
@@ -140,6 +141,19 @@ def test_sample_writes_8_bit_images_with_their_labels(run, tmp_path, flags, labe
     assert (drawn["images"].shape, drawn["images"].dtype) == ((12, 28, 28, 1), np.uint8)
     assert (drawn["labels"].tolist(), drawn["labels"].dtype) == (labels, np.int64)
     assert len(np.unique(drawn["images"])) > 50
+
+
+def test_a_model_from_the_hub_is_denoised_like_the_same_in_a_folder(run, tmp_path, monkeypatch):
+    downloads = []
+    hub = SimpleNamespace(snapshot_download=lambda name, **_: downloads.append(name) or run)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    (from_hub, from_folder), noisy = (
+        (arrays(source, tmp_path / "s.npz")["images"] for source in ("someone/model", run)),
+        arrays(run, tmp_path / "s.npz", "--sigma=0")["images"],
+    )
+    assert downloads == ["someone/model"]
+    assert np.array_equal(from_hub, from_folder)
+    assert not np.array_equal(from_hub, noisy)
 
 
 def test_samples_are_repeated_by_the_seed_and_changed_by_each_setting(run, tmp_path):
@@ -441,6 +455,10 @@ def broken(run, tmp_path):
     (tmp_path / "cut" / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-1000])
     (tmp_path / "cut-config" / "config.json").write_text('{"train": {')
     (tmp_path / "old-config" / "config.json").write_text('{"train": {"data_dir": null, "width": 3}}')
+    for name, text in (("deep", "[" * 100_000), ("null", '{"train": null}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        (tmp_path / name / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     return tmp_path
 
 
@@ -451,6 +469,13 @@ ERRORS = {
     "not a checkpoint": ("convert {run}/config.json {broken}/new", r"source: .*/config\.json is .* not a state dict"),
     "another checkpoint": ("convert {run}/checkpoints/step-00000008.pt {broken}/new", "source: expected the state"),
     "cut weights": ("sample {broken}/cut", r".*/cut/model\.safetensors: truncated or corrupt"),
+    "deep settings": ("sample {broken}/deep", r".*/deep/config\.json: truncated or corrupt: maximum recursion depth"),
+    "no settings": ("evaluate {broken}/null", r".*/null/config\.json: train: expected an object; got None"),
+    "no settings to resume": ("train --resume={broken}/null", r".*/null/config\.json: train: expected an object; got"),
+    "too much to train": (
+        "train --batch-size=1000000000 --out={broken}/new",
+        "memory: expected training at batch size",
+    ),
     "cut data": ("train --dataset=mnist --data-dir={broken}", ".*/train-images-idx3-ubyte: expected an IDX header"),
     "no data": ("train --dataset=mnist --data-dir={run}", "data_dir: expected .* in .*/run, missing train-images"),
     "no such dataset": ("train --dataset=minst", "name: expected one of fashion-mnist, .* got 'minst'"),

@@ -1,5 +1,6 @@
 """A TarFlow scores, denoises, samples and stores images as it says, and says what is wrong with what it is given."""
 
+import contextlib
 import json
 import math
 import sys
@@ -9,12 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Uniform
 from torch.testing import assert_close
 
 from helpers import draw, tarflow
-from tarflow import Guidance, TarFlow, TarFlowConfig, memory
+from tarflow import FlowPP, FlowPPConfig, Guidance, ImageFlow, TarFlow, TarFlowConfig, memory
+from tarflow.decoding import calibration
 from tarflow.denoising import tweedie
+from tarflow.evaluation import evaluate
+from tarflow.image_flow import load_pretrained
 from tarflow.noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
 from tarflow.patches import patchify, unpatchify
 
@@ -222,6 +227,205 @@ def test_weights_of_another_configuration_are_refused(saved, change):
     path.write_text(json.dumps({"model": json.loads(path.read_text())["model"] | change}))
     with pytest.raises(ValueError, match=r"weights of another configuration: expected flow\..* of shape .*; got "):
         TarFlow.from_pretrained(saved[1])
+
+
+def write_settings(folder, **changes):
+    """Change what config.json says beside and, with ``model``, of the shape of a model."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | changes))
+    return path
+
+
+def change_shape(folder, **changes):
+    return write_settings(folder, model=json.loads((folder / "config.json").read_text())["model"] | changes)
+
+
+@contextlib.contextmanager
+def one_more_gibibyte():
+    """Within the block no more than that can be allocated, where the system can say so."""
+    resource = pytest.importorskip("resource")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_what_is_known_of_a_model_comes_with_it(saved):
+    model, folder = saved
+    again, settings = load_pretrained(folder)
+    assert same(again, model)
+    assert settings == {"sigma": 0.0, "class_names": [], "train": {}}
+    known = {"sigma": 0.5, "class_names": ["a", "b", "c"], "train": {"dataset": "mnist"}, "else": 1}
+    write_settings(folder, **known)
+    assert load_pretrained(str(folder))[1] == known
+
+
+class Sharper(TarFlow):
+    """A flow of someone's own."""
+
+
+class Sharpest(Sharper):
+    """One derived from that."""
+
+
+@pytest.mark.parametrize("kind", [TarFlow, Sharper, Sharpest])
+def test_a_class_reads_itself_and_what_is_derived_from_it(tmp_path, kind):
+    kind(tarflow().config).save_pretrained(tmp_path)
+    for asked in (ImageFlow, TarFlow, Sharper, Sharpest):
+        if issubclass(kind, asked):
+            assert type(asked.from_pretrained(tmp_path)) is kind
+        else:
+            with pytest.raises(ValueError, match=rf"config\.json: flow: expected .*{asked.__name__}"):
+                asked.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Unheard", "ImageFlow", "", None, 3, ["TarFlow"], {"TarFlow": 1}], ids=str)
+def test_a_class_that_nobody_defined_is_refused_by_name(saved, name):
+    write_settings(saved[1], flow=name)
+    with pytest.raises(ValueError, match=r"config\.json: flow: expected .*TarFlow or .* imported; got "):
+        ImageFlow.from_pretrained(saved[1])
+
+
+NO_SIZES = (0, -1, 10**18, 10**30, True, 4.0, math.nan, "4", None, [4], {})
+SIZES = ("image_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "num_classes",
+         "head_dim", "expansion", "num_mixtures")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_SIZES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_no_model_has_is_refused_by_name(saved, name, value):
+    if (name, value) == ("num_classes", 0):
+        return
+    change_shape(saved[1], **{name: value})
+    with one_more_gibibyte(), pytest.raises(ValueError, match=rf"config\.json: .*; {name}: expected an integer in \["):
+        TarFlow.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"num_blocks": 10**6}, {"image_size": 21_000}, {"image_size": 8192}, {"channels": 65_536}, {"num_classes": 10**6},
+     {"expansion": 64, "channels": 32_768}, {"num_blocks": 1024, "layers_per_block": 1024},
+     {"num_blocks": 512, "layers_per_block": 2}, {"image_size": 8192, "in_channels": 65_536}],
+    ids=str,
+)  # fmt: skip
+def test_a_small_file_takes_little_memory_whatever_it_asks_for(saved, shape):
+    change_shape(saved[1], **shape)
+    with one_more_gibibyte(), pytest.raises(ValueError, match=r"expected "):
+        TarFlow.from_pretrained(saved[1])
+
+
+def test_integers_of_numpy_are_sizes():
+    config = TarFlowConfig(image_size=np.int64(8), patch_size=np.int32(4))
+    assert config == TarFlowConfig(image_size=8, patch_size=4)
+    assert json.dumps(config.image_shape) == "[1, 8, 8]"
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DEEP, "truncated or corrupt"),
+        ('{"model": ' + DEEP + "}", "truncated or corrupt"),
+        ("null", "expected the configuration of a flow; got NoneType"),
+        ('{"model": {"volume_preserving": 1}}', "volume_preserving: expected True or False; got 1"),
+        ('{"model": {"coupling": ["affine"]}}', "coupling: expected a string; got "),
+        ('{"model": null}', "model: expected an object; got None"),
+        ('{"model": [1]}', r"model: expected an object; got \[1\]"),
+        ('{"model": {"dequantizer": 5}}', "dequantizer: expected an object or null; got 5"),
+        ('{"model": {"dequantizer": []}}', r"dequantizer: expected an object or null; got \[\]"),
+        ('{"model": {"dequantizer": {"filters": "8"}}}', "filters: expected an integer in"),
+        ('{"model": {"dequantizer": {"stack": 8}}}', "stack: expected a string; got 8"),
+        ('{"model": {"dequantizer": {"stack": "stripe99999999"}}}', "stack: expected at most 1024 layers in all; got"),
+        ('{"model": {"image_size": 9, "patch_size": 3, "dequantizer": {}}}', "stack: expected even sizes"),
+        ('{"train": null, "model": {}}', "train: expected an object; got None"),
+        ('{"train": [], "model": {}}', r"train: expected an object; got \[\]"),
+        ('{"class_names": 5, "model": {}}', "class_names: expected a list of strings; got 5"),
+        ('{"class_names": [1, "b"], "model": {}}', "class_names: expected a list of strings; got "),
+        ('{"sigma": NaN, "model": {}}', "sigma: expected a number in .*; got nan"),
+        ('{"sigma": 1e300, "model": {}}', "sigma: expected a number in .*; got "),
+        ('{"sigma": -0.1, "model": {}}', "sigma: expected a number in .*; got -0.1"),
+        ('{"sigma": true, "model": {}}', "sigma: expected a number in .*; got True"),
+        ('{"sigma": "0.1", "model": {}}', "sigma: expected a number in .*; got '0.1'"),
+    ],
+)
+def test_a_configuration_of_wrong_types_is_refused_by_name(saved, text, message):
+    (saved[1] / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        TarFlow.from_pretrained(saved[1])
+
+
+def rewrite_weights(folder, change):
+    """The weights, changed, as another program writes them: without a checksum."""
+    path = folder / "model.safetensors"
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def test_any_flipped_bit_of_the_weights_is_noticed(saved):
+    path = saved[1] / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for place in torch.randint(start, len(data), (30,), generator=seeded()).tolist():
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"model\.safetensors: corrupt"):
+            TarFlow.from_pretrained(saved[1])
+    path.write_bytes(data)
+    assert same(TarFlow.from_pretrained(saved[1]), saved[0])
+
+
+def test_weights_without_a_checksum_are_read(saved):
+    rewrite_weights(saved[1], torch.clone)
+    assert same(TarFlow.from_pretrained(saved[1]), saved[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weights_of_any_precision_score_denoise_and_sample(tmp_path, dtype):
+    tarflow(dtype=torch.float32, num_classes=3).to(dtype).save_pretrained(tmp_path)
+    model = TarFlow.from_pretrained(tmp_path)
+    assert model.dtype == torch.promote_types(dtype, torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name].to(model.dtype)) for name, tensor in model.state_dict().items())
+    pixels, labels = PIXELS[:, :, :4, :4], TWO[:1]
+    assert model.log_prob(X[:1].to(model.dtype), labels).isfinite().all()
+    assert model.sample(2, TWO, denoise_sigma=0.1).isfinite().all()
+    for sigma in (0.0, 0.1):
+        assert all(math.isfinite(score.mean) for score in evaluate(model, pixels, labels, sigma, draws=1).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_not_of_a_precision_to_compute_in_are_refused(saved, dtype):
+    rewrite_weights(saved[1], lambda tensor: tensor.to(dtype))
+    with pytest.raises(ValueError, match=rf"expected flow\..* in float16, bfloat16, float32, float64; got {dtype}"):
+        TarFlow.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0])
+def test_a_variance_that_is_not_positive_is_refused(saved, value):
+    rewrite_weights(saved[1], lambda tensor: tensor.fill_(value) if tensor.shape == (4, 8) else tensor)
+    with pytest.raises(ValueError, match=rf"expected positive numbers in flow\.prior_variance; got {value:g}"):
+        TarFlow.from_pretrained(saved[1])
+
+
+def test_weights_beyond_the_memory_of_the_machine_are_refused(saved, monkeypatch):
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 10_000)
+    with pytest.raises(ValueError, match=r"memory: expected the weights of .* all that cpu has; got about "):
+        TarFlow.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("kind", [TarFlow, FlowPP])
+def test_saving_over_a_model_leaves_nothing_of_its_calibration(tmp_path, kind):
+    before = tarflow(dtype=torch.float32)
+    before.flow.calibration = [calibration.Timing("cpu", "float32", 1, 0, "jacobi", None, 1, 0.1)]
+    before.save_pretrained(tmp_path)
+    assert TarFlow.from_pretrained(tmp_path).flow.calibration == tuple(before.flow.calibration)
+    after = tarflow(dtype=torch.float32) if kind is TarFlow else FlowPP(FlowPPConfig(filters=4, blocks_per_coupling=1))
+    after.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 X, Z, TWO = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), torch.tensor([0, 2])

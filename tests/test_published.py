@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -294,3 +295,66 @@ def without(*names):
 def test_what_is_no_published_state_or_has_other_channels_is_refused(state, in_channels, argument):
     with pytest.raises(ValueError, match=rf"^{argument}: .*expected .*"):
         TarFlow.from_published(state, in_channels)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({1: torch.zeros(1)}, "names and tensors; got 1 and a Tensor"),
+        ({"extra": [torch.zeros(1)]}, "names and tensors; got 'extra' and a list"),
+        ({"var": None}, "names and tensors; got 'var' and a NoneType"),
+        ({"var": torch.ones(9, 12).to_sparse()}, "dense weights; got var of torch.sparse_coo on cpu"),
+        ({"var": torch.ones(9, 12, device="meta")}, "dense weights; got var of torch.strided on meta"),
+        ({"var": torch.ones(9, 12, dtype=torch.int64)}, r"prior_variance in float16, .*; got torch\.int64"),
+        ({"var": torch.ones(9, 12, dtype=torch.bool)}, r"prior_variance in float16, .*; got torch\.bool"),
+        ({"var": torch.ones(9, 12, dtype=torch.complex64)}, r"prior_variance in float16, .*; got torch\.complex64"),
+        ({"var": torch.full((9, 12), -1.0)}, r"positive numbers in flow\.prior_variance; got -1"),
+        ({"blocks.0.proj_in.weight": torch.zeros(())}, r"proj_in\.weight of 2 dimensions; got shape \(\)"),
+        ({"blocks.0.proj_in.weight": torch.zeros(0, 12)}, r"proj_in\.weight of 2 dimensions; got shape \(0, 12\)"),
+        ({"blocks.0.pos_embed": torch.zeros(9)}, r"pos_embed of 2 dimensions; got shape \(9,\)"),
+        ({"blocks.0.class_embed": torch.zeros(())}, r"class_embed of 3 dimensions; got shape \(\)"),
+        ({"x_pos_embed": torch.zeros(9, 3)}, "x_pos_embed of shape nothing"),
+        ({"blocks.99999999.proj_in.weight": torch.zeros(128, 12)}, "of shape "),
+        ({f"blocks.{t}.x": torch.zeros(1) for t in range(3, 2000)}, r"num_blocks: expected an integer in \[1, 1024\]"),
+        ({"blocks.0.pos_embed": torch.zeros(1, 1).expand(10**12, 128)}, "image_size: expected an integer in "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_is_no_state_dict_of_the_published_model_is_refused_at_once(tmp_path, state, expected):
+    torch.save(published_state() | state, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=rf"^source: .*{expected}"):
+        TarFlow.from_published(tmp_path / "model.pth")
+
+
+def test_weights_that_the_file_does_not_hold_are_refused(tmp_path):
+    """Of stride 0 they take no space in the file, and 400 times its size in memory."""
+    state = {name: torch.zeros(()).expand(shape) for name, shape in published_shapes(**SMALL) if name != "var"}
+    torch.save(state | {"var": torch.ones(()).expand(9, 12)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"source: expected weights that are stored in full; .*model\.pth is smaller"):
+        TarFlow.from_published(tmp_path / "model.pth")
+
+
+def test_any_flipped_bit_of_a_file_is_noticed(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(published_state(blocks=1, layers=1, channels=64), path)
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:  # between the records there is padding, which says nothing
+        records = [(info.header_offset + 400, info.file_size) for info in archive.infolist() if info.file_size > 4000]
+    for start, size in records:
+        place = start + size // 2
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"^source: .*model\.pth is .*corrupt.*: wrong checksum of "):
+            TarFlow.from_published(path)
+
+
+def test_compressed_records_are_refused(tmp_path):
+    """A few bytes of them may hold any amount of zeros."""
+    torch.save(published_state(), tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "model.pth", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for info in stored.infolist():
+            compressed.writestr(info.filename, stored.read(info))
+    with pytest.raises(ValueError, match=r"^source: .*expected stored records; got a compressed one, "):
+        TarFlow.from_published(tmp_path / "model.pth")
