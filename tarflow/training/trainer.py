@@ -21,6 +21,8 @@ from .schedule import learning_rate
 
 # That set the scales of Flow++'s layers.
 INITIAL_IMAGES = 128
+# Whose latents give the prior of a volume-preserving flow its variance.
+PRIOR_IMAGES = 1024
 
 # What a step returns.
 MEASURES = ("loss", "bits_per_dim", "grad_norm", "bad_steps", "bad_in_a_row")
@@ -31,17 +33,18 @@ class Trainer:
 
     Attributes:
         model: what is trained.
-        average: the exponential moving average of its weights, which is evaluated, sampled and kept.
         step: updates done, skipped ones included.
     """
 
     def __init__(self, config: TrainConfig, dataset: Images | Folder, device: torch.device):
         self.config = config
         self.device = device
+        self.dataset = dataset
         torch.manual_seed(config.seed)
         self.model = build(config, dataset).to(device)
         self._initialize(dataset)
-        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._prior_step: int | None = None
         # Only the fused implementation can skip an update on the device, without the host looking at the loss.
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
@@ -52,6 +55,19 @@ class Trainer:
         self.bad_steps = torch.zeros((), device=device)
         self.bad_in_a_row = torch.zeros((), device=device)
         self._loss = torch.compile(self._loss, fullgraph=True) if config.compile else self._loss
+
+    @property
+    def average(self) -> TarFlow | FlowPP:
+        """The exponential moving average of the weights, which is evaluated, sampled and kept; in evaluation mode.
+
+        The prior of a volume-preserving flow has the variance of its latents. Those of averaged weights are others than
+        those of the weights in training, so that, once a step, this looks at them: see :meth:`_fit_prior`.
+        """
+        adapts = isinstance(self._average, TarFlow) and self._average.config.volume_preserving
+        if adapts and self._prior_step != self.step:
+            self._fit_prior()
+            self._prior_step = self.step
+        return self._average
 
     def train_step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update from uint8 images and labels; returns its measures, on the device.
@@ -147,7 +163,7 @@ class Trainer:
         }
         _check_like(state, expected, "state")
         self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
+        self._average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         self.step = state["step"]
         self.bad_steps.copy_(state["bad_steps"])
@@ -178,9 +194,24 @@ class Trainer:
     def _update_average(self) -> None:
         """``average <- d average + (1 - d) model``, where d grows to its final value over the first steps."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        for own, other in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            own.copy_(other)
+        torch._foreach_lerp_(list(self._average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def _fit_prior(self) -> None:
+        """Give the prior of the average the variance of its latents of training images, with the noise of training.
+
+        The images are spread over the dataset; what is drawn for them depends on (seed, step) alone. The pass is in
+        float32, as the scores are.
+        """
+        self.generator.manual_seed(derive_seed(self.config.seed, self.step, 1))
+        seen = 0
+        for indices in spread(len(self.dataset), PRIOR_IMAGES).split(self.config.batch_size):
+            x, labels, eps = self.prepare(*self.dataset.fetch(indices))
+            if eps is not None:
+                x, _ = self._average.dequantizer(x, eps)
+            z, _ = self._average(x, labels)
+            seen += len(indices)
+            self._average.update_prior(z, len(indices) / seen)  # the mean over all that was seen
 
 
 def build(config: TrainConfig, dataset: Images | Folder) -> TarFlow | FlowPP:
@@ -189,9 +220,9 @@ def build(config: TrainConfig, dataset: Images | Folder) -> TarFlow | FlowPP:
     return TarFlow(shape) if config.model == "tarflow" else FlowPP(shape)
 
 
-def derive_seed(seed: int, step: int) -> int:
-    """A seed for the random numbers of one step, unrelated to those of its neighbours."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def derive_seed(seed: int, step: int, purpose: int = 0) -> int:
+    """A seed for the random numbers of one step, unrelated to those of its neighbours and of other purposes."""
+    return int(np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
