@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,8 +12,8 @@ from torch.testing import assert_close
 from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
 from tarflow.datasets import Images
 from tarflow.noise import add_gaussian_noise, bits_per_dim
-from tarflow.training.config import TrainConfig
-from tarflow.training.trainer import Trainer, derive_seed
+from tarflow.training.config import PRESETS, TrainConfig
+from tarflow.training.trainer import Trainer, derive_seed, uses_bfloat16
 
 TINY = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "batch_size": 16}
 FLOWPP = {
@@ -178,10 +179,13 @@ def test_without_classes_there_are_no_labels():
     assert prepared(pictures(), conditional=False)[1] is None
 
 
-@pytest.mark.parametrize(("flip", "share"), [(True, 0.5), (False, 0)])
-def test_half_of_the_images_are_mirrored_where_the_dataset_allows(flip, share):
-    data = pictures(1000, flip=flip)
-    x = prepared(data, sigma=0.0)[0]
+@pytest.mark.parametrize(
+    ("allowed", "flip", "share"),
+    [(True, None, 0.5), (False, None, 0), (True, False, 0), (False, True, 0.5)],
+)
+def test_half_of_the_images_are_mirrored_where_told_or_else_where_the_dataset_allows(allowed, flip, share):
+    data = pictures(1000, flip=allowed)
+    x = prepared(data, sigma=0.0, flip=flip)[0]
     clean = data.images / 127.5 - 1
     as_is, mirrored = ((x == other).all((1, 2, 3)) for other in (clean, clean.flip(-1)))
     assert (as_is ^ mirrored).all()
@@ -199,6 +203,101 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_least(warmup):
     halfway = [0.5 * (1 + math.cos(math.pi * step / (10 - warmup))) for step in range(1, 11 - warmup)]
     assert rates[warmup:10] == pytest.approx([0.002 + 0.008 * share for share in halfway])
     assert rates[9:] == pytest.approx([0.002] * 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "rates"),
+    [
+        ("cifar10-flowpp", {1: 1.5e-7, 1000: 1.5e-4, 2000: 3e-4, 400_000: 3e-4}),
+        (
+            "imagenet32-flowpp",
+            {
+                1: 2e-7,
+                2500: 5e-4,
+                5000: 1e-3,
+                50_000: 1e-3,
+                50_001: 0.99995e-3,
+                60_000: 6.0652e-4,
+                74_078: 3.0000e-4,
+                74_079: 3e-4,
+                640_000: 3e-4,
+            },
+        ),
+        (
+            "imagenet64-flowpp",
+            {
+                1: 4e-8,
+                10_000: 4e-4,
+                50_000: 4e-4,
+                52_000: 3.6193e-4,
+                54_999: 3.1154e-4,
+                55_000: 3e-4,
+                229_999: 3e-4,
+                230_000: 0,
+                235_000: 5e-6,
+                240_000: 1e-5,
+                279_999: 1e-5,
+                280_000: 0,
+                285_000: 5e-7,
+                290_000: 1e-6,
+                300_000: 1e-6,
+            },
+        ),
+    ],
+)
+def test_the_learning_rate_of_flowpp_is_the_published_one(preset, rates):
+    config = PRESETS[preset]
+    trainer, batches = build(
+        **FLOWPP, **{name: getattr(config, name) for name in ("learning_rate", "min_learning_rate", "schedule")},
+        warmup_steps=config.warmup_steps, max_steps=config.max_steps,
+    )  # fmt: skip
+    for step, rate in rates.items():
+        trainer.step = step - 1
+        trainer.train_step(*batches[0])
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-4), step
+
+
+def flat(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_a_published_flowpp_step_is_that_of_adam_on_nats_per_image_clipped_at_norm_1():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (16, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    data = Images(images, torch.zeros(16, dtype=torch.int64), ("any",), True, "noise")
+    small = {"num_mixtures": 2, "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze squeeze channel2"}
+    noise = DequantizerConfig(filters=8, stack="stripe1", context_filters=8)
+    config = replace(PRESETS["cifar10-flowpp"], warmup_steps=0, learning_rate=0.01, dequantizer=noise, **small)
+    trainer = Trainer(config, data, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "proj_out" in name:
+                parameter.mul_(10)  # so that there is something to clip
+    plain, begun = copy.deepcopy(trainer.model), flat(trainer.model)
+    adam = torch.optim.Adam(plain.parameters(), lr=0.01)
+    for step in range(2):
+        seed = derive_seed(config.seed, step)
+        eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        x, log_q = plain.dequantizer(images, eps)
+        z, logdet = plain(x)
+        nats = -(plain.log_prior(z) + logdet - log_q).mean()
+        adam.zero_grad()
+        nats.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        assert norm > 10
+        adam.step()
+        measures = trainer.train_step(images, data.labels)
+        assert measures["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-3)
+        assert (flat(trainer.model) - flat(plain)).norm() < 1e-3 * (flat(plain) - begun).norm()
+
+
+def test_published_flowpp_trains_in_float32_on_images_as_they_are():
+    presets = {name: config for name, config in PRESETS.items() if name.endswith("-flowpp") and "fashion" not in name}
+    assert set(presets) == {"cifar10-flowpp", "imagenet32-flowpp", "imagenet64-flowpp"}
+    for config in presets.values():
+        assert not uses_bfloat16(config.precision, torch.device("cpu"))
+        assert (config.precision, config.flip) == ("float32", False)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.999])

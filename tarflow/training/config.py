@@ -8,6 +8,7 @@ from ..datasets import Folder, Images
 from ..flowpp.dequantizer import DequantizerConfig
 from ..flowpp.model import FlowPPConfig
 from ..model import TarFlowConfig
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class TrainConfig:
     """where the files of the dataset are"""
     image_size: int | None = None
     """side to which a folder's images are resized and cropped"""
+    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    """the filter that resizes them"""
+    flip: bool | None = None
+    """whether half of the images are mirrored in training; None where a mirrored image of the dataset means the same"""
     conditional: bool = True
     """learn from the labels; Flow++ has none"""
 
@@ -65,8 +70,10 @@ class TrainConfig:
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-6
     warmup_steps: int = 100
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """of the learning rate after the warm-up"""
+    loss_per: Literal["dimension", "image"] = "dimension"
+    """what the nats of the loss are counted by, to which the clipping and the epsilon of Adam are relative"""
     beta2: float = 0.95
     """of Adam"""
     weight_decay: float = 1e-4
@@ -163,6 +170,8 @@ _POSITIVE = (
 FIXED_ON_RESUME = (
     "dataset",
     "image_size",
+    "resize",
+    "flip",
     "conditional",
     "patch_size",
     "channels",
@@ -185,16 +194,18 @@ FIXED_ON_RESUME = (
     "noise",
     "dequantizer",
     "sigma",
+    "loss_per",
     "batch_size",
     "seed",
 )
 
 
 def _published(epochs: int, num_images: int, **settings) -> TrainConfig:
-    """The recipe that the published models share: no clipping worth the name, one epoch of warm-up."""
+    """The recipe that the published models share: one epoch of warm-up, and folders resized as torchvision does it."""
     steps_per_epoch = num_images // settings["batch_size"]
     return replace(
         TrainConfig(
+            resize="bilinear",
             num_blocks=8,
             layers_per_block=8,
             learning_rate=1e-4,
@@ -211,11 +222,32 @@ def _published(epochs: int, num_images: int, **settings) -> TrainConfig:
 
 
 def _flowpp(shape: FlowPPConfig, **settings) -> TrainConfig:
-    """Training of a Flow++ of that shape; its published clipping is at norm 1 of a loss in nats per image."""
+    """Training of a Flow++ of that shape."""
     told = {name: value for name, value in vars(shape).items() if name not in ("image_size", "in_channels")}
     return TrainConfig(
         model="flowpp", conditional=False, noise="variational", guidance=0.0, label_drop=0.0, **told | settings
     )
+
+
+def _published_flowpp(shape: FlowPPConfig, **settings) -> TrainConfig:
+    """What the published Flow++ share: Adam on nats per image, clipped at norm 1, in float32, without augmentation.
+
+    Batches are the published ones, there split among the 8 (ImageNet 64: 6) GPUs of a machine, here on one device.
+    Source: aravindsrinivas/flowpp.
+    """
+    common = {
+        "beta2": 0.999,
+        "weight_decay": 0.0,
+        "loss_per": "image",
+        "min_learning_rate": 0.0,
+        "flip": False,
+        "precision": "float32",
+        "log_every": 50,
+        "evaluate_every": 5000,
+        "sample_every": 5000,
+        "checkpoint_every": 5000,
+    }
+    return _flowpp(shape, **common | settings)
 
 
 _IMAGENET, _AFHQ = 1_281_167, 14_630
@@ -223,21 +255,28 @@ _IMAGENET, _AFHQ = 1_281_167, 14_630
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(),
     "fashion-mnist-flowpp": _flowpp(FlowPPConfig.fashion_mnist(), learning_rate=2e-3),
-    "cifar10-flowpp": _flowpp(
+    "cifar10-flowpp": _published_flowpp(
         FlowPPConfig.cifar10(), dataset="cifar10", max_steps=400_000, batch_size=64, learning_rate=3e-4,
-        schedule="constant", warmup_steps=2000, beta2=0.999, weight_decay=0.0, gradient_clip=1 / 3072,
-        log_every=50, evaluate_every=5000, sample_every=5000, checkpoint_every=5000,
+        schedule="constant", warmup_steps=2000,
+    ),
+    "imagenet32-flowpp": _published_flowpp(
+        FlowPPConfig.imagenet32(), dataset="imagenet32-2016", max_steps=640_000, batch_size=32, learning_rate=1e-3,
+        schedule="flowpp-imagenet32", warmup_steps=5000, ema_decay=0.999222,
+    ),
+    "imagenet64-flowpp": _published_flowpp(
+        FlowPPConfig.imagenet64(), dataset="imagenet64-2016", max_steps=300_000, batch_size=72, learning_rate=4e-4,
+        schedule="flowpp-imagenet64", warmup_steps=10_000,
     ),
     "imagenet64-likelihood": _published(
-        100, _IMAGENET, dataset="imagenet64", conditional=False, patch_size=2, channels=768, noise="uniform",
+        100, _IMAGENET, dataset="imagenet64-2016", conditional=False, patch_size=2, channels=768, noise="uniform",
         batch_size=256, label_drop=0.0, precision="float32", guidance=0.0,
     ),
     "imagenet64": _published(
-        200, _IMAGENET, dataset="imagenet64", conditional=False, patch_size=2, channels=768, sigma=0.05,
+        200, _IMAGENET, dataset="imagenet64-2016", conditional=False, patch_size=2, channels=768, sigma=0.05,
         batch_size=256, label_drop=0.0, guidance=0.0,
     ),
     "imagenet64-cond": _published(
-        200, _IMAGENET, dataset="imagenet64", patch_size=2, channels=768, sigma=0.05, batch_size=256,
+        200, _IMAGENET, dataset="folder", image_size=64, patch_size=2, channels=768, sigma=0.05, batch_size=256,
     ),
     "imagenet128-cond": _published(
         320, _IMAGENET, dataset="folder", image_size=128, patch_size=4, channels=1024, sigma=0.15, batch_size=768,

@@ -50,7 +50,7 @@ class Trainer:
             self.model.parameters(), lr=0.0, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
         )
         self.generator = torch.Generator(device)
-        self.flip = dataset.flip
+        self.flip = dataset.flip if config.flip is None else config.flip
         self.step = 0
         self.bad_steps = torch.zeros((), device=device)
         self.bad_in_a_row = torch.zeros((), device=device)
@@ -91,7 +91,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         with torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(config.precision, self.device)):
             loss, z, log_prob = self._loss(x, labels, eps)
-        loss.backward()
+        (loss * self.model.config.num_dims if config.loss_per == "image" else loss).backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         bad = ~(loss.isfinite() & gradient_norm.isfinite())
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
