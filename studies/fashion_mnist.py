@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tarflow import DequantizerConfig, ImageFlow, datasets
+from tarflow import DequantizerConfig, Guidance, ImageFlow, datasets
 from tarflow.evaluation import Estimate, bits_per_dim_of_images
 from tarflow.files import replacing
 from tarflow.gallery import spread
@@ -33,7 +33,7 @@ COMMON = {
     "max_steps": 1000,
     "batch_size": 16,
     "learning_rate": 2e-3,
-    "guidance": 0.0,
+    "guidance": Guidance(0.0),
     "score_draws": 0,
     "evaluate_every": 10**9,
     "sample_every": 10**9,

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,9 +67,13 @@ def run_train(arguments: Sequence[str]) -> None:
     known, _ = first.parse_known_args(arguments)
     preset = known.preset or ("fashion-mnist-flowpp" if known.model == "flowpp" else "fashion-mnist")
     config = _read_run(known.resume) if known.resume else PRESETS[preset]
+    # Once guidance was its weight alone.
+    arguments = [re.sub(r"^--guidance(?==|$)", "--guidance.weight", argument) for argument in arguments]
     command = tyro.cli(Train, args=arguments, default=Train(config, preset=preset), prog="tarflow train")
     if command.resume and command.out:
         raise ValueError(f"out: expected no folder besides that of --resume, {command.resume}; got {command.out}")
+    if any(argument.startswith("--guidance.") for argument in arguments):  # the default, too, if it was asked for
+        command.config.guidance.check(int(command.config.conditional))
     out = command.resume or command.out or _new_folder(Path("runs"), command.preset)
     train(command.config, out, resume=command.resume is not None)
     print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
@@ -230,9 +235,9 @@ class Calibrate:
     run: tyro.conf.Positional[Path]
     """folder of a run or of a saved model, where calibration.json is written"""
     guidance: float | None = None
-    """weight of guidance; by default that of the samples in training, or 2 for a model with classes"""
-    temperature: float = 1.0
-    """of the attention in the reference branch of guidance"""
+    """weight of guidance; by default the guidance is that of the samples in training, or 2 for a model with classes"""
+    temperature: float | None = None
+    """of the attention in the reference branch of guidance; by default that of the samples in training, or 1"""
     tolerance: float = TOLERANCE
     """of the jacobi decoder"""
     batches: tuple[int, ...] = calibration.BATCHES
@@ -253,10 +258,12 @@ def run_calibrate(arguments: Sequence[str]) -> None:
     model, info = _load(command.run, command.device)
     if not isinstance(model, TarFlow):
         raise ValueError(f"run: expected a TarFlow, whose decoders there are to time; {command.run} holds a Flow++")
-    weight = command.guidance
-    if weight is None:
-        weight = info.get("train", {}).get("guidance", 2.0) if model.config.num_classes else 0.0
-    guidance = Guidance(weight, temperature=command.temperature)
+    if info.get("train"):
+        guidance = _read_run(command.run).sample_guidance or Guidance(0.0)
+    else:
+        guidance = Guidance(2.0 if model.config.num_classes else 0.0)
+    given = {"weight": command.guidance, "temperature": command.temperature}
+    guidance = replace(guidance, **{name: value for name, value in given.items() if value is not None})
     guidance.check(model.config.num_classes)
     print("rows  block  decoder              passes    seconds")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,14 @@ import pytest
 from PIL import Image
 from torch.testing import assert_close
 
-from tarflow import TarFlow
+from tarflow import Guidance, TarFlow
 from tarflow.cli import main
+from tarflow.decoding import calibration
 from tarflow.files import replacing
+from tarflow.gallery import Gallery
 from tarflow.training import checkpoints
 from tarflow.training.config import PRESETS, TrainConfig
-from tarflow.training.run import Diverged, train
+from tarflow.training.run import Diverged, Run, train
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 # With a warm-up longer than any run, no learning rate depends on max_steps. So a run that is to be killed needs no end
@@ -222,7 +224,7 @@ def test_what_cannot_go_on_is_refused_in_one_line(run, capsys, harm, arguments, 
 
 BAD_SETTINGS = {
     **dict.fromkeys(("max_steps", "batch_size", "learning_rate", "gradient_clip", "log_every", "evaluate_every"), 0),
-    **dict.fromkeys(("sigma", "weight_decay", "guidance", "warmup_steps", "seed", "label_drop", "ema_decay"), -1),
+    **dict.fromkeys(("sigma", "weight_decay", "warmup_steps", "seed", "label_drop", "ema_decay"), -1),
     **{"checkpoint_every": -5, "keep_checkpoints": 0, "max_bad_steps": math.nan},
 }
 
@@ -231,6 +233,103 @@ BAD_SETTINGS = {
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected a number .*; got {value}$"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, Guidance(2.0)),
+        ({"guidance": 1.5}, Guidance(1.5)),
+        ({"guidance": 0.0}, None),
+        ({"conditional": False}, None),
+        ({"conditional": False, "guidance": 0.0}, None),
+        ({"conditional": False, "guidance": Guidance(0.2, temperature=1.5)}, Guidance(0.2, temperature=1.5)),
+        ({"guidance": Guidance(1.0, "constant", parameters="mu")}, Guidance(1.0, "constant", parameters="mu")),
+    ],
+    ids=str,
+)
+def test_samples_in_training_are_guided_as_told_and_without_labels_by_temperature_alone(settings, expected, tmp_path):
+    config = TrainConfig(**settings)
+    assert config.sample_guidance == expected
+    assert TrainConfig.read(json.loads(json.dumps(asdict(config)))) == config
+    tiny = {"max_steps": 1, "evaluate_every": 1000, "dataset": "fashion-mnist"}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gallery, "samples", lambda gallery, *_: drawn.append(gallery.guidance))
+        patch.setattr(Gallery, "trajectory", lambda gallery, *_: None)
+        patch.setattr(Run, "sample", lambda run: run.gallery.samples(run.trainer.average, tmp_path / "samples.png", ""))
+        train(TrainConfig(**TINY | tiny | {"guidance": Guidance()} | settings), tmp_path / "run")
+    assert drawn == [expected]
+
+
+@pytest.mark.parametrize(("conditional", "weight"), [(True, 1.5), (False, 1.5), (False, 2.0)])
+def test_a_run_from_when_guidance_was_a_number_goes_on(conditional, weight):
+    kept = asdict(TrainConfig(conditional=conditional)) | {"guidance": weight}
+    assert TrainConfig.read(kept).sample_guidance == (Guidance(weight) if conditional else None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": -1.0}, r"^weight: expected a finite number .*; got -1"),
+        ({"conditional": False, "guidance": 1.0}, "^guidance: the reference branch equals the conditional one"),
+        ({"guidance": Guidance(drop_label=False)}, "^guidance: the reference branch equals the conditional one"),
+        ({"coupling": "mixture", "guidance": Guidance(parameters="mu")}, "^parameters: expected both with a mixture"),
+        (
+            {"model": "flowpp", "conditional": False, "noise": "uniform", "guidance": Guidance(temperature=2.0)},
+            "^guidance: expected weight 0 for flowpp",
+        ),
+    ],
+    ids=str,
+)
+def test_guidance_that_can_have_no_effect_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+GUIDED = {
+    "--guidance 3": Guidance(3.0),
+    "--guidance=3": Guidance(3.0),
+    "--guidance 3 --guidance.schedule constant": Guidance(3.0, "constant"),
+    "--no-conditional --guidance.temperature=1.5 --guidance.no-drop-label": Guidance(temperature=1.5, drop_label=False),
+    "--no-conditional": None,
+    "--no-conditional --guidance 0": None,
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), GUIDED.items())
+def test_flags_tell_the_guidance_of_the_samples(arguments, expected, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("tarflow.cli.train", lambda config, out, resume: seen.append(config.sample_guidance))
+    assert main(["train", *arguments.split(), f"--out={tmp_path / 'run'}"]) == 0
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("arguments", ["--guidance 2", "--guidance=3"])
+def test_guidance_by_labels_that_there_are_not_is_refused_if_asked_for(arguments, tmp_path, capsys):
+    assert main(["train", "--no-conditional", *arguments.split(), f"--out={tmp_path / 'run'}"]) == 1
+    assert "guidance: the reference branch equals the conditional one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "arguments", "expected"),
+    [
+        (2.5, [], Guidance(2.5)),
+        (asdict(Guidance(1.0, "constant", 1.5)), [], Guidance(1.0, "constant", 1.5)),
+        (asdict(Guidance(1.0, "constant", 1.5)), ["--guidance=3"], Guidance(3.0, "constant", 1.5)),
+        (asdict(Guidance(1.0)), ["--temperature=0.5"], Guidance(1.0, temperature=0.5)),
+        (asdict(Guidance(0.0)), [], Guidance(0.0)),
+    ],
+)
+def test_decoders_are_timed_under_the_guidance_of_the_run(run, monkeypatch, kept, arguments, expected):
+    path = run / "config.json"
+    settings = json.loads(path.read_text())
+    settings["train"]["guidance"] = kept
+    path.write_text(json.dumps(settings))
+    seen = []
+    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, *_: seen.append(guidance) or [])
+    assert main(["calibrate", str(run), "--device=cpu", *arguments]) == 0
+    assert seen == [expected]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ..datasets import Folder, Images
 from ..flowpp.dequantizer import DequantizerConfig
 from ..flowpp.model import FlowPPConfig
+from ..guidance import Guidance
 from ..model import TarFlowConfig
 from .schedule import Schedule
 
@@ -97,10 +98,12 @@ class TrainConfig:
     keep_checkpoints: int = 3
     score_draws: int = 8
     """importance-weighted draws of the bits/dim that a run ends with, where noise is within bins; 0 for no score"""
-    guidance: float = 2.0
-    """weight of the linear label guidance in the sample grids; 0 for none"""
+    guidance: Guidance = field(default_factory=Guidance)
+    """of the sample grids; weight 0 for none, and without labels the default is none"""
 
     def __post_init__(self):
+        if isinstance(self.guidance, int | float):  # its weight, as flags and runs had it before there was more
+            object.__setattr__(self, "guidance", Guidance(self.guidance))
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0; got {getattr(self, name)}")
@@ -110,7 +113,6 @@ class TrainConfig:
             "ema_decay",
             "beta2",
             "weight_decay",
-            "guidance",
             "warmup_steps",
             "seed",
             "score_draws",
@@ -124,13 +126,33 @@ class TrainConfig:
             raise ValueError("conditional: expected False for flowpp, which has no labels; got True")
         if self.model == "flowpp" and self.noise == "gaussian":
             raise ValueError("noise: expected uniform or variational for flowpp, which ends at 0 and 255; got gaussian")
+        if self.sample_guidance is not None:
+            if self.model == "flowpp":
+                raise ValueError(f"guidance: expected weight 0 for flowpp, which is never guided; got {self.guidance}")
+            self.guidance.check(int(self.conditional), mixture=self.coupling == "mixture")
 
     @classmethod
     def read(cls, settings: dict[str, Any]) -> "TrainConfig":
-        """From JSON, as a run keeps it; settings that it does not know of yet have their defaults."""
+        """From JSON, as a run keeps it; settings that it does not know of yet have their defaults.
+
+        Guidance was once the weight of label guidance alone, which counted for nothing without labels.
+        """
         data_dir = settings["data_dir"]
-        given = {"dequantizer": {}} | settings | {"data_dir": None if data_dir is None else Path(data_dir)}
-        return cls(**given | {"dequantizer": DequantizerConfig(**given["dequantizer"])})
+        given = {"dequantizer": {}, "guidance": {}} | settings
+        given["data_dir"] = None if data_dir is None else Path(data_dir)
+        given["dequantizer"] = DequantizerConfig(**given["dequantizer"])
+        if isinstance(given["guidance"], dict):
+            given["guidance"] = Guidance(**given["guidance"])
+        elif not given["conditional"]:
+            given["guidance"] = 0.0
+        return cls(**given)
+
+    @property
+    def sample_guidance(self) -> Guidance | None:
+        """What guides the sample grids, if anything: without labels the default, which drops them, does not."""
+        if not self.guidance.weight or (not self.conditional and self.guidance == Guidance()):
+            return None
+        return self.guidance
 
     @property
     def noise_sigma(self) -> float:
@@ -225,7 +247,12 @@ def _flowpp(shape: FlowPPConfig, **settings) -> TrainConfig:
     """Training of a Flow++ of that shape."""
     told = {name: value for name, value in vars(shape).items() if name not in ("image_size", "in_channels")}
     return TrainConfig(
-        model="flowpp", conditional=False, noise="variational", guidance=0.0, label_drop=0.0, **told | settings
+        model="flowpp",
+        conditional=False,
+        noise="variational",
+        guidance=Guidance(0.0),
+        label_drop=0.0,
+        **told | settings,
     )
 
 
@@ -269,11 +296,11 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "imagenet64-likelihood": _published(
         100, _IMAGENET, dataset="imagenet64-2016", conditional=False, patch_size=2, channels=768, noise="uniform",
-        batch_size=256, label_drop=0.0, precision="float32", guidance=0.0,
+        batch_size=256, label_drop=0.0, precision="float32",
     ),
     "imagenet64": _published(
         200, _IMAGENET, dataset="imagenet64-2016", conditional=False, patch_size=2, channels=768, sigma=0.05,
-        batch_size=256, label_drop=0.0, guidance=0.0,
+        batch_size=256, label_drop=0.0,
     ),
     "imagenet64-cond": _published(
         200, _IMAGENET, dataset="folder", image_size=64, patch_size=2, channels=768, sigma=0.05, batch_size=256,

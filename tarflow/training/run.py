@@ -26,7 +26,6 @@ from .. import datasets, evaluation, memory, pictures
 from ..datasets import Folder, Images
 from ..files import remove_abandoned, replacing
 from ..gallery import Gallery, spread
-from ..guidance import Guidance
 from ..image_flow import ImageFlow, read_config
 from ..noise import quantization
 from . import checkpoints
@@ -99,7 +98,7 @@ class Run:
         conditional = self.config.conditional
         self.gallery = Gallery(
             self.train_set.class_names if conditional else (),
-            Guidance(self.config.guidance) if conditional and self.config.guidance else None,
+            self.config.sample_guidance,
             self.config.noise_sigma,
             seed=self.config.seed,
             quantization=quantization(self.config.noise_sigma),
