@@ -590,8 +590,10 @@ def test_a_stack_is_refused_or_its_shapes_fit(words):
     try:
         levels = parse(" ".join(words), (2, 8, 8))
     except ValueError:
-        assert "squeeze" in words[:-1]  # only smaller images than this one cannot be halved
+        # Only smaller images than this one cannot be halved.
+        assert "squeeze" in words[:-1] or set(words) == {"squeeze"}
         return
+    assert set(words) != {"squeeze"}
     channels, height, width = levels[-1][2]
     assert channels * height * width == 2 * 8 * 8
     assert [kind + (str(number) if number else "") for kind, number, _ in levels] == words
@@ -603,7 +605,21 @@ BAD = {
     "many mixtures": ({"num_mixtures": 65}, "num_mixtures: expected an integer in \\[1, 64\\]; got 65"),
     "coupling": ({"coupling": "spline"}, "coupling: expected one of mixture, affine; got 'spline'"),
     "attention": ({"attention": "linear"}, "attention: expected one of softmax, max, none; got 'linear'"),
-    "word": ({"stack": "stripe4 pool"}, "stack: expected words squeeze, stripe<n> and channel<n>; got 'pool'"),
+    "word": (
+        {"stack": "stripe4 pool"},
+        "stack: expected words squeeze, stripe<n> and channel<n>, n at least 1; got 'pool'",
+    ),
+    "no couplings": (
+        {"stack": "squeeze squeeze"},
+        "stack: expected couplings, as in 'stripe4 .*'; got 'squeeze squeeze'",
+    ),
+    "no words": ({"stack": ""}, "stack: expected couplings, as in 'stripe4 .*'; got ''"),
+    "a level of nothing": ({"stack": "stripe0"}, r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'"),
+    "another": ({"stack": "stripe1 stripe00"}, r"stack: expected words .* got 'stripe00' in 'stripe1 stripe00'"),
+    "a dequantizer of nothing": (
+        {"dequantizer": DequantizerConfig(stack="stripe0")},
+        r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'",
+    ),
     "odd": ({"stack": "squeeze squeeze stripe1"}, "stack: expected even sizes where stripe1 halves them"),
     "dropout": ({"dropout": 1.0}, "dropout: expected a number in"),
     "size": ({"image_size": 0}, "image_size: expected an integer in \\[1, 8192\\]; got 0"),

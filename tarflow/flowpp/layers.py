@@ -228,7 +228,8 @@ def parse(stack: str, shape: tuple[int, int, int]) -> list[tuple[str, int, tuple
     """The levels of a stack: their kind, their number of steps, and the shape (C, H, W) that comes in.
 
     Raises:
-        ValueError: a level that is not ``squeeze``, ``stripe<n>`` or ``channel<n>``, or an odd number to be halved.
+        ValueError: a level that is not ``squeeze``, ``stripe<n>`` or ``channel<n>`` with n of at least 1, an odd number
+            to be halved, or squeezes alone.
 
     >>> parse("stripe4 squeeze channel2", (1, 28, 28))
     [('stripe', 4, (1, 28, 28)), ('squeeze', 0, (1, 28, 28)), ('channel', 2, (4, 14, 14))]
@@ -237,8 +238,10 @@ def parse(stack: str, shape: tuple[int, int, int]) -> list[tuple[str, int, tuple
     for word in stack.split():
         kind = word.rstrip("0123456789")
         number = word.removeprefix(kind)
-        if kind not in ("squeeze", *SPLITS) or bool(number) != (kind != "squeeze"):
-            raise ValueError(f"stack: expected words squeeze, stripe<n> and channel<n>; got {word!r} in {stack!r}")
+        if kind not in ("squeeze", *SPLITS) or bool(number) != (kind != "squeeze") or (number and int(number) < 1):
+            raise ValueError(
+                f"stack: expected words squeeze, stripe<n> and channel<n>, n at least 1; got {word!r} in {stack!r}"
+            )
         channels, height, width = shape
         halved = {"squeeze": (height, width), "stripe": (width,), "channel": (channels,)}[kind]
         if any(size % 2 for size in halved):
@@ -246,8 +249,8 @@ def parse(stack: str, shape: tuple[int, int, int]) -> list[tuple[str, int, tuple
         levels.append((kind, int(number or 0), shape))
         if kind == "squeeze":
             shape = (4 * channels, height // 2, width // 2)
-    if not levels:
-        raise ValueError(f"stack: expected words such as 'stripe4 squeeze channel2'; got {stack!r}")
+    if all(kind == "squeeze" for kind, _, _ in levels):
+        raise ValueError(f"stack: expected couplings, as in 'stripe4 squeeze channel2'; got {stack!r}")
     return levels
 
 
