@@ -1,9 +1,11 @@
 """The table of the study between its markers in the README, and docs/study.png, from all of studies/results/.
 
-A difference between two rows is the mean over images of their differences, which vary far less than either's bits.
+A difference between two rows is the mean over images of their differences, which vary far less than either's bits. All
+errors are over images: how much another seed of training would change is in none of them.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ DIFFERENCES = {
 def main() -> None:
     """Print, splice, draw."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    text = f"{table(results)}\n\n{differences(results)}"
+    text = f"{table(results)}\n\n{differences(results)}\n\n{errors(results)}"
     print(text)
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
@@ -65,7 +67,10 @@ def table(results: list[dict]) -> str:
 
 def differences(results: list[dict]) -> str:
     """What is lost, image by image, in importance-weighted bits/dim, at equal steps and seeds."""
-    lines = ["| lost | steps | bits/dim, paired over images | standard errors |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| lost | steps | bits/dim, paired over images | standard errors over images |",
+        "| --- | --- | --- | --- |",
+    ]
     for title, (name, against) in DIFFERENCES.items():
         others = {(steps_of(other), other["seed"]): other for other in results if other["name"] == against}
         for result in (result for result in results if result["name"] == name):
@@ -78,6 +83,17 @@ def differences(results: list[dict]) -> str:
                 f"| {more.mean / more.standard_error:+.0f} |"
             )
     return "\n".join(lines)
+
+
+def errors(results: list[dict]) -> str:
+    """What the errors are of, and what they are not of."""
+    (images,) = {len(result["weighted"]) for result in results}
+    runs = Counter((result["name"], steps_of(result)) for result in results).values()
+    times = "once" if max(runs) == 1 else f"up to {max(runs)} times"
+    return (
+        f"± is the standard error over {images:,} test images, for one run of training: what other test images would\n"
+        f"change. Each model was trained {times}. What another seed of training would change is in none of the errors."
+    )
 
 
 def steps_of(result: dict) -> int:
@@ -107,7 +123,7 @@ def draw(results: list[dict], path: Path) -> None:
             axes.plot([], [], "o", color=color, markerfacecolor=face, markersize=4, label=f"{noise} dequantization")
         axes.set_yticks(range(len(titles)), titles)
         axes.invert_yaxis()
-        axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images)")
+        axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images; one run each)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
         axes.legend(framealpha=1, edgecolor="none", loc="upper right")
         with replacing(path) as beside:
