@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from tarflow import Guidance, TarFlow
+from tarflow import Guidance, TarFlow, datasets
 from tarflow.cli import main
 from tarflow.decoding import calibration
 from tarflow.files import replacing
@@ -27,6 +28,7 @@ from tarflow.gallery import Gallery
 from tarflow.training import checkpoints
 from tarflow.training.config import PRESETS, TrainConfig
 from tarflow.training.run import Diverged, Run, train
+from tarflow.training.trainer import Trainer
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 # With a warm-up longer than any run, no learning rate depends on max_steps. So a run that is to be killed needs no end
@@ -139,6 +141,31 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, kinds, kind, check
     preset = PRESETS["fashion-mnist-flowpp" if kind == "Flow++" else "fashion-mnist"]
     train(replace(preset, **settings | {"max_steps": steps}), whole)
     assert_same_run(killed, whole)
+
+
+def test_the_filter_that_resizes_a_folder_is_that_of_the_settings(tmp_path, kinds):
+    settings = TINY | kinds["folder"] | {"max_steps": 1, "precision": "float32"}
+    for resize in ("lanczos", "bilinear"):
+        config = TrainConfig(**settings, resize=resize)
+        train(config, tmp_path / resize)
+        data = datasets.load("folder", "train", config.data_dir, 14, resize)
+        batch = next(datasets.batches(data, 16, config.seed, num_workers=0))
+        loss = Trainer(config, data, torch.device("cpu")).train_step(*batch)["loss"]
+        assert losses(tmp_path / resize) == {1: loss.item()}
+    assert losses(tmp_path / "lanczos") != losses(tmp_path / "bilinear")
+    with pytest.raises(ValueError, match=r"resize: .* expected 'lanczos' as in .*, got 'bilinear'"):
+        train(TrainConfig(**settings, resize="bilinear"), tmp_path / "lanczos", resume=True)
+
+
+@pytest.mark.parametrize("preset", [name for name, config in PRESETS.items() if config.dataset != "fashion-mnist"])
+def test_a_preset_has_the_data_that_were_published(preset):
+    config = PRESETS[preset]
+    if config.conditional:
+        assert (config.dataset, config.resize) == ("folder", "bilinear")
+        assert config.image_size == int(re.search(r"\d+", preset)[0])
+    else:
+        assert config.dataset == ("cifar10" if "cifar10" in preset else f"{preset.partition('-')[0]}-2016")
+    assert config.dataset == "folder" or config.dataset in datasets._READERS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..datasets import Folder, Images
+from ..datasets import RESIZE, Folder, Images
 from ..flowpp.dequantizer import DequantizerConfig
 from ..flowpp.model import FlowPPConfig
 from ..guidance import Guidance
@@ -22,7 +22,7 @@ class TrainConfig:
     """where the files of the dataset are"""
     image_size: int | None = None
     """side to which a folder's images are resized and cropped"""
-    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    resize: Literal[tuple(RESIZE)] = "lanczos"
     """the filter that resizes them"""
     flip: bool | None = None
     """whether half of the images are mirrored in training; None where a mirrored image of the dataset means the same"""

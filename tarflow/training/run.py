@@ -67,7 +67,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
         remove_abandoned(out)
         remove_abandoned(out / "checkpoints")
         train_set, test_set = (
-            datasets.load(config.dataset, split, config.data_dir, config.image_size) for split in ("train", "test")
+            datasets.load(config.dataset, split, config.data_dir, config.image_size, config.resize)
+            for split in ("train", "test")
         )
         device = pick_device(config.device)
         print(describe(config, train_set, device), flush=True)
