@@ -363,7 +363,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 _SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "sigma": ("a number in [0, 1e6]", lambda value: type(value) in (int, float) and 0 <= value <= 1e6),
+    "sigma": ("a number in [0, 10]", lambda value: type(value) in (int, float) and 0 <= value <= 10),
     "class_names": ("a list of strings", lambda value: isinstance(value, list) and all(type(v) is str for v in value)),
     "train": ("an object", lambda value: isinstance(value, dict)),
 }

@@ -4,6 +4,7 @@ Layers are compared with the specification written plainly, with loops where tha
 """
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -622,6 +623,17 @@ BAD = {
     ),
     "odd": ({"stack": "squeeze squeeze stripe1"}, "stack: expected even sizes where stripe1 halves them"),
     "dropout": ({"dropout": 1.0}, "dropout: expected a number in"),
+    "no dropout": ({"dropout": "0.1"}, "dropout: expected a number; got '0.1'"),
+    "no filters": ({"filters": True}, r"filters: expected an integer in \[1, 16384\]; got True"),
+    "endless filters": ({"filters": 10**30}, r"filters: expected an integer in \[1, 16384\]; got 1"),
+    "endless blocks": ({"blocks_per_coupling": 10**18}, r"blocks_per_coupling: expected an integer in \[1, 1024\]"),
+    "endless stack": ({"stack": "stripe1000000000000000000"}, "stack: expected at most 1024 layers in all; got 1"),
+    "many layers": ({"stack": "stripe64", "blocks_per_coupling": 64}, "stack: expected at most 1024 layers in all"),
+    "no stack": ({"stack": ["stripe4"]}, "stack: expected a string; got "),
+    "neither": ({"pointwise": "no"}, "pointwise: expected True or False; got 'no'"),
+    "list": ({"coupling": ["affine"]}, "coupling: expected one of mixture, affine; got "),
+    "large": ({"image_size": 21_000}, r"image_size: expected an integer in \[1, 8192\]; got 21000"),
+    "too large": ({"in_channels": 65_536, "image_size": 128}, "image_size: expected at most 268435456 values in an i"),
     "size": ({"image_size": 0}, "image_size: expected an integer in \\[1, 8192\\]; got 0"),
 }
 
@@ -631,6 +643,24 @@ def test_a_configuration_that_makes_no_sense_is_refused(case):
     settings, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         replace(TINY, **settings)
+
+
+def test_a_dequantizer_of_more_layers_than_any_is_refused():
+    with pytest.raises(ValueError, match="stack: expected at most 1024 layers in all; got 99999999"):
+        DequantizerConfig(stack="stripe99999999")
+    with pytest.raises(ValueError, match=r"context_blocks: expected an integer in \[1, 1024\]; got 1000000"):
+        DequantizerConfig(context_blocks=10**6)
+
+
+def test_weights_for_an_endless_flow_are_refused_before_it_is_built(tmp_path, monkeypatch):
+    flowpp().float().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["model"] |= {"stack": "stripe512", "blocks_per_coupling": 2}
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr(FlowPP, "__init__", None)
+    with pytest.raises(ValueError, match="weights of another configuration: expected those of 1024 layers; got "):
+        FlowPP.from_pretrained(tmp_path)
 
 
 def test_a_dequantizer_is_one_of_columns():
