@@ -62,7 +62,7 @@ def _sampling(model: TarFlow, batch: int) -> Contenders:
 def _training(model: TarFlow, batch: int) -> Contenders:
     """Loss and gradients; what is compared is the latents."""
     x, labels = torch.rand(batch, 1, 28, 28) * 2 - 1, torch.arange(batch) % 10
-    published = checkout.published(model).requires_grad_()
+    published = checkout.published(model)
 
     def theirs():
         published.zero_grad()

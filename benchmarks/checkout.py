@@ -36,7 +36,7 @@ def use(folder: Path | None) -> None:
 
 
 def published(model: TarFlow) -> nn.Module:
-    """The published model of the same weights, on the same device.
+    """The published model of the same weights, on the same device; they require gradients, which autocast's cache asks.
 
     Raises:
         NotImplementedError: nobody said where the checkout is.
@@ -57,7 +57,7 @@ def published(model: TarFlow) -> nn.Module:
         )
     weights = {_rename(name): tensor for name, tensor in model.state_dict().items()}
     theirs.load_state_dict(theirs.state_dict() | {name: _convert(name, tensor) for name, tensor in weights.items()})
-    return theirs.requires_grad_(False)
+    return theirs.requires_grad_()
 
 
 def sample(theirs: nn.Module, z: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:

@@ -3,6 +3,7 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --skip check,tune --seconds 300
     python benchmarks/gpu.py --rows "guided sampling" --published path/to/ml-tarflow
+    python benchmarks/gpu.py --rows "training step" --compiled  # with contenders that take a minute or two to compile
     python benchmarks/gpu.py --device cpu --skip check,tune     # the same on a CPU, with its rows
 
 Nothing needs to be installed but torch, triton, numpy, safetensors and, for the checks, pytest; flows of other
@@ -43,6 +44,8 @@ def main() -> int:
     """Run the stages, each within its share of the time."""
     arguments = _arguments()
     checkout.use(arguments.published)
+    if not arguments.compiled:
+        os.environ[records.NOT_COMPILED] = "1"
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; a CPU is measured with --device cpu", file=sys.stderr)
@@ -71,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=560, help="for all stages together")
     parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder of the results")
     parser.add_argument("--published", type=Path, metavar="PATH", help=checkout.HELP)
+    parser.add_argument("--compiled", action="store_true", help="measure contenders under torch.compile too")
     parser.add_argument("--rows", nargs="+", help="measure the rows whose names contain one of these, and nothing else")
     arguments = parser.parse_args()
     unknown = set(arguments.skip) - set(SHARES)
@@ -97,9 +101,10 @@ def _measure(device: torch.device, path: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     pending = [row.name for row in all_rows(device)]
     lost = {}
+    compiled = [] if os.environ.get(records.NOT_COMPILED) else ["--compiled"]
     while pending and (left := deadline - time.monotonic()) > 0:
         script = [sys.executable, __file__, "--device", device.type, "--out", str(path.parent)]
-        outcome = _run([*script, "--rows", *pending], left)
+        outcome = _run([*script, *compiled, "--rows", *pending], left)
         if outcome["exit"] == 0:
             pending = []
         elif outcome["exit"] is not None:

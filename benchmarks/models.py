@@ -15,6 +15,10 @@ TRAINED = Path(__file__).parent / "trained" / "fashion-mnist"
 CPU_ROWS = [(4, 64), (4, 1), (2, 16), (2, 1)]
 TRAINING_ROWS = [(4, 64), (2, 16)]
 
+# The spread of alpha over that of the activations, over whose number it sums. A large token makes large activations,
+# these a large alpha, and that a larger token: with four times this, tokens run away to infinity within a block.
+_SPREAD = 0.14
+
 
 def fashion_mnist(patch_size: int) -> TarFlowConfig:
     """A class-conditional model of 28 x 28 images."""
@@ -46,7 +50,7 @@ def build(config: TarFlowConfig, device: torch.device) -> TarFlow:
     with device:
         model = TarFlow(config)
     for block in model.flow.blocks:
-        nn.init.normal_(block.transformer.proj_out.weight, std=0.02)
+        nn.init.normal_(block.transformer.proj_out.weight, std=_SPREAD / config.channels**0.5)
     return model
 
 

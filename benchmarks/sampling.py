@@ -208,7 +208,8 @@ def _row(
     rounds: int = 3,
 ) -> Row:
     def draw(device: torch.device) -> Inputs:
-        model = subject.make(device).requires_grad_(False)
+        # Autocast keeps what it cast, so as not to cast it again for every token, of weights that require gradients.
+        model = subject.make(device).requires_grad_()
         return Inputs(model, *latents_and_labels(model, batch), guidance, dtype)
 
     config = subject.config
