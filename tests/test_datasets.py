@@ -1,7 +1,12 @@
 """Each dataset gives the pixels and labels of its files, or one error; batches can be taken up at any step."""
 
+import gc
 import gzip
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tarflow import datasets
-from tarflow.datasets import Images, batches, load
+from tarflow.datasets import Images, batches, fingerprint, load
 
 DEBIAN = datasets.DEBIAN_FASHION_MNIST
 SUBSET = Path(datasets.__file__).parent / "data" / "fashion_mnist_subset.npz"
@@ -482,6 +487,100 @@ def test_an_unreadable_image_is_one_line_whoever_reads_it(tmp_path, num_workers)
     with pytest.raises(ValueError, match=r"^/.*\.png: expected an image, but reading it fails with .*$") as error:
         next(batches(load("folder", "train", tmp_path, 8), 2, seed=0, num_workers=num_workers))
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.fixture
+def no_collector():
+    """What ends then, ends because the last reference to it is gone."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_readers_end_with_the_stream_of_batches(tmp_path, no_collector):
+    write_pictures(tmp_path, ["a", "b", "c"], 7)
+    before = signal.getsignal(signal.SIGCHLD)
+    stream = batches(load("folder", "train", tmp_path, image_size=6), 8, seed=3, num_workers=2)
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGCHLD) == before, "a reader that ends could throw at anything that runs"
+
+
+def test_a_reader_that_is_killed_is_one_error_of_a_batch(tmp_path):
+    write_pictures(tmp_path, ["a", "b", "c"], 7)
+    stream = batches(load("folder", "train", tmp_path, image_size=6), 8, seed=3, num_workers=2)
+    next(stream)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=r"^a process that reads images was killed, .*$"):
+        list(islice(stream, 1000))
+    stream.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_batches_can_be_read_in_any_thread(tmp_path):
+    write_pictures(tmp_path, ["a"], 7)
+    stream, seen = batches(load("folder", "train", tmp_path, image_size=6), 2, seed=3, num_workers=1), []
+    thread = threading.Thread(target=lambda: seen.append(next(stream)))
+    thread.start()
+    thread.join()
+    stream.close()
+    assert seen[0][0].shape == (2, 3, 6, 6)
+
+
+def changed(dataset, **parts):
+    """A dataset of other parts."""
+    told = {name: getattr(dataset, name) for name in ("images", "labels", "class_names", "flip", "source")}
+    return Images(**told | parts)
+
+
+def test_a_fingerprint_tells_data_apart_and_not_where_they_lie():
+    data = numbered(20)
+    print = fingerprint(data)
+    assert {name: print[name] for name in ("source", "images", "classes")} == {
+        "source": "numbers",
+        "images": 20,
+        "classes": 20,
+    }
+    assert fingerprint(changed(data, images=data.images.clone(), source="elsewhere"))["digest"] == print["digest"]
+    other = data.images.clone()
+    other[-1, 0, 1, 1] ^= 1
+    names = ("another", *data.class_names[1:])
+    different = [{"images": other}, {"labels": data.labels.flip(0)}, {"class_names": names}]
+    different += [
+        {"images": data.images[:19], "labels": data.labels[:19]},
+        {"images": data.images.expand(-1, 3, -1, -1)},
+    ]
+    digests = [fingerprint(changed(data, **parts))["digest"] for parts in different]
+    assert len({print["digest"], *digests}) == len(different) + 1
+
+
+def test_the_fingerprint_of_much_data_looks_at_some_of_it(monkeypatch):
+    monkeypatch.setattr(datasets, "_HASHED_BYTES", 4 * 10)
+    data = numbered(20)
+    others = []
+    for index in (18, 19):
+        images = data.images.clone()
+        images[index] ^= 1
+        others.append(fingerprint(changed(data, images=images))["digest"] == fingerprint(data)["digest"])
+    assert others == [False, True]
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_names_and_sizes(tmp_path):
+    for place in ("here", "there"):
+        write_pictures(tmp_path / place, ["a", "b"], 10, size=(4, 4))
+
+    def digest(place):
+        return fingerprint(load("folder", "train", tmp_path / place, image_size=4))["digest"]
+
+    same = digest("here")
+    assert digest("there") == same
+    path = load("folder", "train", tmp_path / "there", image_size=4).paths[0]
+    path.write_bytes(path.read_bytes() + b"more")
+    assert digest("there") != same
+    write_pictures(tmp_path / "here", ["c"], 1, size=(4, 4))
+    assert digest("here") != same
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 11}, {"seed": -1}, {"start": -1}])

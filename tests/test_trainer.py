@@ -13,7 +13,7 @@ from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowCon
 from tarflow.datasets import Images
 from tarflow.noise import add_gaussian_noise, bits_per_dim
 from tarflow.training.config import PRESETS, TrainConfig
-from tarflow.training.trainer import Trainer, derive_seed, uses_bfloat16
+from tarflow.training.trainer import MEASURES, Trainer, derive_seed, uses_bfloat16
 
 TINY = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "batch_size": 16}
 FLOWPP = {
@@ -129,6 +129,102 @@ def test_dropout_is_in_what_is_trained_and_not_in_the_average():
         )
     assert not torch.equal(*trained)
     assert torch.equal(*averaged)
+
+
+def set_in(*keys, to):
+    """What puts a value into a nested state; None takes the entry out."""
+
+    def harm(state):
+        *path, last = keys
+        for key in path:
+            state = state[key]
+        if to is None:
+            del state[last]
+        else:
+            state[last] = to(state[last]) if callable(to) else to
+
+    return harm
+
+
+MOMENTS = ("optimizer", "state", 0)
+BAD_STATES = {
+    "moment of another shape": (set_in(*MOMENTS, "exp_avg", to=torch.zeros(3, 3)), "state.optimizer.state.0.exp_avg: "),
+    "moment of another dtype": (
+        set_in(*MOMENTS, "exp_avg_sq", to=lambda t: t.double()),
+        r"expected .*float32 .* got .*64",
+    ),
+    "moment that is none": (
+        set_in(*MOMENTS, "exp_avg", to=lambda t: t.tolist()),
+        "exp_avg: expected a Tensor; got a list",
+    ),
+    "moment without data": (
+        set_in(*MOMENTS, "exp_avg", to=lambda t: t.to("meta")),
+        "exp_avg: expected .* without data",
+    ),
+    "sparse moment": (
+        set_in(*MOMENTS, "exp_avg", to=lambda t: t.to_sparse()),
+        "exp_avg: expected .*strided.* got .*sparse",
+    ),
+    "moment missing": (set_in(*MOMENTS, "exp_avg_sq", to=None), "state.0: expected a part exp_avg_sq"),
+    "moment too many": (
+        set_in(*MOMENTS, "max_exp_avg_sq", to=torch.zeros(())),
+        "state.0: expected no part max_exp_avg_sq",
+    ),
+    "moments of nothing": (set_in("optimizer", "state", 1000, to={}), "optimizer.state: expected no part 1000"),
+    "no moments": (set_in("optimizer", "state", to={}), "optimizer.state: expected a part 0"),
+    "no optimizer": (set_in("optimizer", to=None), "state: expected a step, and an optimizer"),
+    "no rate": (set_in("optimizer", "param_groups", to=[]), "state: expected a step, and an optimizer"),
+    "infinite moment": (set_in(*MOMENTS, "exp_avg", to=lambda t: t + math.inf), "exp_avg: expected finite numbers"),
+    "negative square": (
+        set_in(*MOMENTS, "exp_avg_sq", to=lambda t: t - 1),
+        "exp_avg_sq: expected no number below 0; got -1",
+    ),
+    "negative count": (set_in(*MOMENTS, "step", to=torch.tensor(-1.0)), "step: expected no number below 0; got -1"),
+    "no average": (set_in("average", to=None), "state: expected a part average"),
+    "average of another width": (
+        set_in("average", "flow.blocks.0.transformer.proj_out.bias", to=torch.zeros(7)),
+        r"bias: expected .* \[98\]; got .* \[7\]",
+    ),
+    "weights that are not finite": (
+        set_in("model", "flow.blocks.0.transformer.proj_out.bias", to=lambda t: t * math.nan),
+        "nan or inf",
+    ),
+    "step below 0": (set_in("step", to=-1), "state.step: expected a whole number >= 0; got -1"),
+    "step that is true": (set_in("step", to=True), "state.step: expected a whole number >= 0; got True"),
+    "counter of another shape": (set_in("bad_steps", to=torch.zeros(2)), "state.bad_steps: expected "),
+    "counter missing": (set_in("bad_in_a_row", to=None), "state: expected a part bad_in_a_row"),
+}
+
+
+@pytest.mark.parametrize(("harm", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_loaded(harm, message):
+    source, batches = build()
+    source.train_step(*batches[0])
+    state = copy.deepcopy(source.state_dict())
+    harm(state)
+    trainer, _ = build()
+    trainer.train_step(*batches[1])
+    before = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        trainer.load_state_dict(state)
+    assert_close(trainer.state_dict(), before, **EXACTLY)
+
+
+def test_the_settings_of_the_optimizer_are_those_of_the_run_and_not_of_a_state():
+    source, batches = build(weight_decay=0.5, beta2=0.9)
+    source.train_step(*batches[0])
+    state = copy.deepcopy(source.state_dict())
+    state["optimizer"]["param_groups"][0] |= {"amsgrad": True, "fused": False}
+    trainer, _ = build(weight_decay=0.25, beta2=0.95)
+    trainer.load_state_dict(state)
+    group = trainer.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"][1], group["amsgrad"], group["fused"]) == (0.25, 0.95, False, True)
+    trainer.train_step(*batches[1])
+
+
+def test_a_step_returns_the_measures_that_it_says():
+    trainer, batches = build()
+    assert tuple(trainer.train_step(*batches[0])) == MEASURES
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """A run that was killed, stopped or ran out of space goes on as if it had not been, or loses nothing."""
 
+import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -20,14 +22,14 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from tarflow import Guidance, TarFlow, datasets
+from tarflow import Guidance, TarFlow, cli, datasets
 from tarflow.cli import main
 from tarflow.decoding import calibration
 from tarflow.files import replacing
 from tarflow.gallery import Gallery
 from tarflow.training import checkpoints
 from tarflow.training.config import PRESETS, TrainConfig
-from tarflow.training.run import Diverged, Run, train
+from tarflow.training.run import Diverged, Run, stop_signals, train
 from tarflow.training.trainer import Trainer
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -55,8 +57,11 @@ def flags(**settings):
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
-def train_until(step, number, out, settings):
-    """``python train.py``, which gets a signal once that step is logged; returns its exit status and stderr."""
+def train_until(step, number, out, settings, whom=None):
+    """``python train.py``, which gets a signal once that step is logged; returns its exit status and stderr.
+
+    As a terminal does it, the whole group gets it, and so the processes that read pictures do; or ``whom`` picks one.
+    """
     process = subprocess.Popen(
         [sys.executable, TRAIN, f"--out={out}", *flags(**settings)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -68,8 +73,7 @@ def train_until(step, number, out, settings):
         while step not in losses(out):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        # As a terminal does it: to the whole group, and so to the processes that read pictures, too.
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, number) if whom is None else os.kill(whom(process.pid), number)
         errors = process.communicate(timeout=60)[1]
         return process.returncode, errors
     finally:
@@ -181,6 +185,263 @@ def test_a_stopped_run_saves_the_step_and_says_how_to_go_on(tmp_path, kinds, num
     assert main(["train", f"--resume={stopped}", f"--max-steps={step + 3}"]) == 0
     train(TrainConfig(**settings | {"max_steps": step + 3}), whole)
     assert_same_run(stopped, whole)
+
+
+# A process that kills itself before one of its calls.
+SUICIDE = """
+import os, pathlib, signal, sys
+from tarflow.cli import main
+from tarflow.image_flow import ImageFlow
+from tarflow.training import checkpoints, run, trainer
+owner, name, number, *arguments = sys.argv[1:]
+places = {"Run": run.Run, "Trainer": trainer.Trainer, "Path": pathlib.Path, "ImageFlow": ImageFlow}
+place, left = places.get(owner, checkpoints), [int(number)]
+original = getattr(place, name)
+
+def counted(*args, **options):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+
+setattr(place, name, counted)
+main(arguments)
+"""
+
+UNEVEN = TINY | {"max_steps": 14, "log_every": 4, "evaluate_every": 5, "checkpoint_every": 5}
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def half_written(out):
+    return [path for path in out.rglob(".*") if path.name != ".lock"]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A run that logs on other steps than it saves on."""
+    out = tmp_path_factory.mktemp("uneven") / "run"
+    train(TrainConfig(**UNEVEN), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        pytest.param("Trainer", "train_step", 12, id="between two rows, past a checkpoint"),
+        pytest.param("checkpoints", "save", 2, id="past an evaluation, before its checkpoint"),
+        pytest.param("ImageFlow", "save_weights", 2, id="past a checkpoint, before the weights"),
+        pytest.param("Path", "replace", 4, id="while a checkpoint is written"),
+        pytest.param("Run", "evaluate", 3, id="before the last evaluation"),
+        pytest.param("Run", "sample", 1, id="past the last evaluation"),
+    ],
+)
+def test_a_run_that_is_killed_logs_what_it_would_have_logged(tmp_path, uneven, owner, name, number):
+    out = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, "-c", SUICIDE, owner, name, str(number), "train", f"--out={out}", *flags(**UNEVEN)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert main(["train", f"--resume={out}"]) == 0
+    assert metrics(out) == metrics(uneven)
+    assert_same_run(out, uneven)
+    assert half_written(out) == []
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, uneven):
+    out = Path(shutil.copytree(uneven, tmp_path / "run"))
+    assert main(["train", f"--resume={out}"]) == 0
+    assert (out / "metrics.jsonl").read_text() == (uneven / "metrics.jsonl").read_text()
+    assert_same_run(out, uneven)
+
+
+def test_a_run_that_is_made_longer_logs_as_if_it_had_always_been(tmp_path, uneven):
+    out = tmp_path / "run"
+    train(TrainConfig(**UNEVEN | {"max_steps": 10}), out)
+    assert main(["train", f"--resume={out}", "--max-steps=14"]) == 0
+    assert metrics(out) == metrics(uneven)
+
+
+def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(run):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = [".model.safetensors.{}", ".metrics.jsonl.{}", "checkpoints/.step-00000009.pt.{}", ".notes.{}"]
+    dead, living, own = ([run / name.format(process) for name in names] for process in (ended.pid, 1, os.getpid()))
+    others = [run / ".hidden", run / "checkpoints" / "notes"]
+    for path in (*dead, *living, *own, *others):
+        path.write_text("half")
+    assert main(["train", f"--resume={run}", "--max-steps=7"]) == 0
+    left = [path for path in (*dead, *living, *own, *others) if path.exists()]
+    assert left == [dead[-1], *living, own[-1], *others]
+
+
+def test_copies_of_checkpoints_are_neither_counted_nor_deleted_nor_resumed(run):
+    folder = run / "checkpoints"
+    copies = [folder / name for name in ("step-best-a.pt", "step-best-b.pt", "step-00000009-copy.pt")]
+    for path in copies:
+        shutil.copy(folder / "step-00000004.pt", path)
+    assert main(["train", f"--resume={run}", "--max-steps=8"]) == 0
+    assert sorted(folder.glob("*.pt")) == sorted([folder / "step-00000006.pt", folder / "step-00000008.pt", *copies])
+
+
+def readers(process):
+    """The processes that it has started."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the readers in /proc")
+def test_a_run_whose_reader_is_killed_saves_the_step_and_ends_in_one_line(tmp_path, kinds):
+    settings = TINY | kinds["folder"] | {"checkpoint_every": 1000}
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    status, errors = train_until(3, signal.SIGKILL, out, settings, whom=lambda process: readers(process)[0])
+    lines = [line for line in errors.splitlines() if line and "%|" not in line]  # but the progress bar
+    assert status == 1, errors
+    assert [line.partition(", ")[0] for line in lines] == [
+        "tarflow train: error: a process that reads images was killed"
+    ]
+    step = newest(out)["step"]
+    assert max(losses(out)) == step >= 3
+    assert main(["train", f"--resume={out}", f"--max-steps={step + 3}"]) == 0
+    train(TrainConfig(**settings | {"max_steps": step + 3}), whole)
+    assert_same_run(out, whole)
+
+
+def test_readers_end_with_their_run(tmp_path, kinds):
+    gc.disable()
+    try:
+        train(TrainConfig(**TINY | kinds["folder"] | {"max_steps": 2}), tmp_path / "run")
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, kinds, monkeypatch, capsys):
+    pictures, out = Path(shutil.copytree(kinds["folder"]["data_dir"], tmp_path / "pictures")), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    train(TrainConfig(**TINY | kinds["folder"] | {"data_dir": Path("pictures"), "max_steps": 2}), out)
+    kept_data = json.loads((out / "config.json").read_text())["data"]
+    assert {split: (data["images"], data["classes"]) for split, data in kept_data.items()} == {
+        "train": (57, 2),
+        "test": (3, 2),
+    }
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", f"--resume={out}", "--max-steps=3"]) == 0
+    before = kept(out)
+    for path in pictures.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"more")
+    capsys.readouterr()
+    assert main(["train", f"--resume={out}", "--max-steps=4"]) == 1
+    message = (
+        r"tarflow train: error: data_dir: expected the train images that .*/run was begun with, 57 .*; got 57 .*\n"
+    )
+    assert re.fullmatch(message, capsys.readouterr().err)
+    assert kept(out) == before
+    moved = ["--dataset=folder", f"--data-dir={kinds['folder']['data_dir']}"]
+    assert main(["train", f"--resume={out}", "--max-steps=4", *moved]) == 0
+
+
+HOLD = (
+    "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB); print(); sys.stdin.read()"
+)
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(run, capsys):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    holder.stdout.readline()
+    before = kept(run)
+    try:
+        assert main(["train", f"--resume={run}", "--max-steps=9"]) == 1
+    finally:
+        holder.communicate()
+    error = f"tarflow train: error: out: another process trains in {run}; choose another folder\n"
+    assert capsys.readouterr().err == error
+    assert kept(run) == before
+    assert main(["train", f"--resume={run}", "--max-steps=7"]) == 0
+
+
+def test_a_run_holds_its_folder_from_before_it_reads_data(tmp_path, monkeypatch):
+    out, load, refused = tmp_path / "run", datasets.load, []
+
+    def check(*arguments):
+        other = subprocess.run(
+            [sys.executable, "-c", HOLD, out / ".lock"], stdin=subprocess.DEVNULL, capture_output=True
+        )
+        refused.append(b"BlockingIOError" in other.stderr)
+        return load(*arguments)
+
+    monkeypatch.setattr(datasets, "load", check)
+    train(TrainConfig(**TINY | {"max_steps": 1}), out)
+    assert refused == [True, True]
+
+
+OUT_OF_MEMORY = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB"),
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("again", ["out", "resume"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_a_run_without_memory_says_so_and_its_folder_can_be_trained_in(tmp_path, monkeypatch, capsys, error, again):
+    out, step = tmp_path / "run", Trainer.train_step
+
+    def fail(trainer, *batch):
+        if trainer.step:
+            raise error
+        return step(trainer, *batch)
+
+    settings = TINY | {"max_steps": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", fail)
+        assert main(["train", f"--out={out}", *flags(**settings)]) == 1
+    message = "tarflow train: error: batch_size: expected steps that fit in memory; 16 images of this model do not"
+    assert [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line] == [message]
+    assert main(["train", f"--{again}={out}", *flags(**settings | {"batch_size": 8})]) == 0
+    assert list(losses(out)) == [1, 2]
+
+
+def test_a_second_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted_twice(arguments):
+        with stop_signals():
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    for command, line in ((interrupted_twice, "interrupted at once"), (interrupted, "interrupted")):
+        monkeypatch.setitem(cli.COMMANDS, "train", command)
+        assert main(["train"]) == 130
+        assert capsys.readouterr().err == f"tarflow train: {line}\n"
+
+
+# Interrupts itself when it begins to import tarflow, which takes seconds.
+IMPATIENT = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tarflow":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_interrupt_in_the_first_seconds_is_one_line():
+    ended = subprocess.run([sys.executable, "-c", IMPATIENT, TRAIN], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "tarflow: interrupted\n")
 
 
 @pytest.fixture(scope="module")
@@ -421,3 +682,52 @@ def test_a_run_that_diverges_gives_up_and_leaves_its_checkpoints(run):
     assert kept(run) == before
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["bad_in_a_row"] for row in rows[-4:]] == [1, 2, 3, 4]
+
+
+def test_steps_that_are_not_finite_push_no_checkpoint_out(run):
+    hopeless = TINY | {"learning_rate": 1e35, "max_bad_steps": 4, "checkpoint_every": 1, "keep_checkpoints": 2}
+    # The step before the first bad one is finite, if only just.
+    with pytest.raises(Diverged, match=r"; checkpoints from before them: 6, 7$"):
+        train(TrainConfig(**hopeless), run, resume=True)
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(run / "checkpoints")] == [6, 7]
+
+
+def resave(run, change):
+    path = run / "checkpoints" / "step-00000006.pt"
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+
+
+CRAFTED = {
+    "moment": (
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3, 3)),
+        "state.optimizer.state.0",
+    ),
+    "missing": (lambda state: state.pop("average"), "state: expected a part average"),
+    "measures": (
+        lambda state: state.update(measures={"loss": 3}),
+        r"state\.measures: expected a tensor \(n,\) for each",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_checkpoint_is_refused_in_one_line(run, capsys, change, message):
+    resave(run, change)
+    before = kept(run)
+    assert main(["train", f"--resume={run}", "--max-steps=9"]) == 1
+    message = rf"tarflow train: error: resume: .*/step-00000006\.pt is no checkpoint of this run; {message}.*\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
+    assert kept(run) == before
+
+
+def test_a_checkpoint_without_measures_goes_on(run):
+    resave(run, lambda state: state.pop("measures"))
+    assert main(["train", f"--resume={run}", "--max-steps=7"]) == 0
+
+
+def test_weights_without_a_checkpoint_are_not_trained_over(run, capsys):
+    shutil.rmtree(run / "checkpoints")
+    assert main(["train", f"--resume={run}", "--max-steps=9"]) == 1
+    assert f"resume: expected a checkpoint in {run}/checkpoints; got none" in capsys.readouterr().err

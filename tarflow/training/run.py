@@ -232,11 +232,11 @@ class Run:
         self.bar.update(step - self.bar.n)
         if (bad := last["bad_in_a_row"]) >= config.max_bad_steps:
             saved = map(checkpoints.step_of, checkpoints.checkpoints(self.folder / "checkpoints"))
-            before = max((at for at in saved if at <= step - bad), default=None)
-            kept = "There is no checkpoint yet" if before is None else f"The checkpoint of step {before} is intact"
+            before = ", ".join(str(at) for at in saved if at <= step - bad) or "none"
             raise Diverged(
                 f"training diverged: the last {bad} steps had a loss or gradient that is not finite, "
-                f"and were skipped; try a learning rate below {config.learning_rate:g}. {kept}"
+                f"and were skipped; try a learning rate below {config.learning_rate:g}; "
+                f"checkpoints from before them: {before}"
             )
 
     def on_schedule(self) -> None:

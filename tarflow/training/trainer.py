@@ -152,12 +152,13 @@ class Trainer:
         """
         try:
             given, begun = state["optimizer"]["state"].keys(), state["step"] != 0
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("state: expected a step, and an optimizer with a state, among other parts") from error
+            rate = float(state["optimizer"]["param_groups"][0]["lr"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError("state: expected a step, and an optimizer with its state, among other parts") from error
         expected, count = self.state_dict(), torch.zeros(())
         # A parameter that has had no gradient yet has no moments.
         expected["optimizer"]["state"] = {
-            i: {"step": count, "exp_avg": parameter, "exp_avg_sq": parameter}
+            i: {"step": count, "exp_avg": parameter.data, "exp_avg_sq": parameter.data}
             for i, parameter in enumerate(self.model.parameters())
             if i in given or (begun and not given)
         }
@@ -165,6 +166,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self._average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        self.optimizer.param_groups[0]["lr"] = rate
         self.step = state["step"]
         self.bad_steps.copy_(state["bad_steps"])
         self.bad_in_a_row.copy_(state["bad_in_a_row"])
