@@ -363,6 +363,55 @@ def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, sco
     assert capsys.readouterr().out.splitlines() == lines
 
 
+@pytest.fixture
+def whole(tmp_path, monkeypatch):
+    """A package with the whole of Fashion-MNIST, though small, which is taken in place of the subset while it is there."""
+    folder, draw = tmp_path / "package", np.random.default_rng(0)
+    folder.mkdir()
+    for name, size in zip(DATASET_NAMES, (64, 64, 20, 20), strict=True):
+        shape = (size, 28, 28) if "images" in name else (size,)
+        header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes()
+        (folder / name).write_bytes(header + draw.integers(0, 10, shape, np.uint8).tobytes())
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", folder)
+    return folder
+
+
+def test_a_model_is_not_scored_on_images_that_it_may_have_been_trained_on(whole, tmp_path, monkeypatch, capsys):
+    out = train(tmp_path / "run", steps=2)
+    score = ("evaluate", out, "--num-images=20", "--draws=1", "--device=cpu")
+    assert main(*score) == 0
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
+    capsys.readouterr()
+    assert main(*score) == 1
+    message = (
+        "data_dir: expected the test images of the data that the run was trained on, Fashion-MNIST, 20 test images"
+    )
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"tarflow evaluate: error: {message}")
+    assert len(errors.splitlines()) == 1
+    # Who asks for other images gets them, with a warning; and the right ones, from wherever they lie, without.
+    for flags, warning in (["--dataset=fashion-mnist"], f"warning: {message[10:]}"), ([f"--data-dir={whole}"], ""):
+        assert main(*score, *flags) == 0
+        assert capsys.readouterr().err.startswith(warning)
+    # The training images under the name of test images.
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        (whole / f"t10k-{kind}").write_bytes((whole / f"train-{kind}").read_bytes())
+    assert main(*score, f"--data-dir={whole}") == 1
+    assert "dataset: expected other images than the run was trained on; got" in capsys.readouterr().err
+
+
+def test_two_runs_without_a_folder_get_one_each(tmp_path):
+    folders = [cli._new_folder(tmp_path / "runs", "fashion-mnist") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["fashion-mnist", "fashion-mnist-2", "fashion-mnist-3"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("train", "--batch-size=1000000") == 1
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def published_state(channels=64, token_dim=12, num_tokens=4, num_classes=3):
     """A state dict as the paper's code saves it: two blocks of one layer over 4x4 images of three channels."""
     shapes = {

@@ -346,9 +346,13 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, kinds, monkeyp
     assert main(["train", f"--resume={out}", "--max-steps=4", *moved]) == 0
 
 
-HOLD = (
-    "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB); print(); sys.stdin.read()"
-)
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(run, capsys):
