@@ -365,7 +365,7 @@ def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, sco
 
 @pytest.fixture
 def whole(tmp_path, monkeypatch):
-    """A package with the whole of Fashion-MNIST, though small, which is taken in place of the subset while it is there."""
+    """A package with the whole of Fashion-MNIST, though small, which is taken in place of the subset while it is."""
     folder, draw = tmp_path / "package", np.random.default_rng(0)
     folder.mkdir()
     for name, size in zip(DATASET_NAMES, (64, 64, 20, 20), strict=True):
