@@ -1,7 +1,7 @@
 """A training run and its folder: evaluation, samples, checkpoints and curves on a schedule around the trainer.
 
 A run folder holds ``config.json``, ``model.safetensors`` (the averaged weights), ``metrics.jsonl``, ``samples.png``,
-``trajectory.png``, ``curves.png``, ``checkpoints/`` and the events of TensorBoard.
+``trajectory.png``, ``curves.png``, ``checkpoints/``, the events of TensorBoard and ``.lock``, see :func:`hold`.
 """
 
 import contextlib
