@@ -579,7 +579,7 @@ def test_the_fingerprint_of_a_folder_is_of_its_names_and_sizes(tmp_path):
     path = load("folder", "train", tmp_path / "there", image_size=4).paths[0]
     path.write_bytes(path.read_bytes() + b"more")
     assert digest("there") != same
-    write_pictures(tmp_path / "here", ["c"], 1, size=(4, 4))
+    write_pictures(tmp_path / "here", ["c"], 10, size=(4, 4))
     assert digest("here") != same
 
 
