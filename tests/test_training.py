@@ -335,9 +335,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, kinds, monkeyp
         path.write_bytes(path.read_bytes() + b"more")
     capsys.readouterr()
     assert main(["train", f"--resume={out}", "--max-steps=4"]) == 1
-    message = (
-        r"tarflow train: error: data_dir: expected the train images that .*/run was begun with, .*; got .*\n"
-    )
+    message = r"tarflow train: error: data_dir: expected the train images that .*/run was begun with, .*; got .*\n"
     assert re.fullmatch(message, capsys.readouterr().err)
     assert kept(out) == before
     moved = ["--dataset=folder", f"--data-dir={kinds['folder']['data_dir']}"]
