@@ -451,9 +451,12 @@ def _pixels(image: Image.Image, mode: str, size: int | None, resize: str) -> Ten
     # An "I" has 32 bits, of which a PNG or a PGM fills 16; the range of others is anyone's guess, as that of floats is.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"expected 8 or 16 bits a channel, got 32 (mode {image.mode} of Pillow)")
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        levels = np.asarray(image).astype(np.uint32)
+        if "transparency" in image.info:
+            levels[levels == image.info["transparency"]] = 65535
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")

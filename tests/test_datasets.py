@@ -309,7 +309,7 @@ def test_pictures_whose_range_is_not_known_are_refused(tmp_path, dtype):
         read_one(tmp_path, Image.fromarray(np.ones((8, 8), dtype)).save, ".tif")
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
 def test_what_is_transparent_lies_on_white(tmp_path, mode):
     picture, options = Image.new("L", (8, 8), 40), {}
     if mode in ("RGBA", "LA"):
@@ -317,8 +317,11 @@ def test_what_is_transparent_lies_on_white(tmp_path, mode):
         picture.putalpha(Image.fromarray(np.repeat(np.uint8([[0, 255]]), 4, axis=1).repeat(8, axis=0)))
     else:
         picture.paste(200, (0, 0, 4, 8))
-        picture = picture.convert(mode)
-        options = {"transparency": {"P": picture.getpixel((0, 0)), "RGB": (200, 200, 200), "L": 200}[mode]}
+        wide = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+        picture = wide if mode == "I;16" else picture.convert(mode)
+        options = {
+            "transparency": {"P": picture.getpixel((0, 0)), "RGB": (200, 200, 200), "L": 200, "I;16": 51400}[mode]
+        }
     drawn = read_one(tmp_path, lambda path: picture.save(path, **options))
     assert drawn[:, :, :4].unique().tolist() == [255]
     assert drawn[:, :, 4:].unique().tolist() == [40]
