@@ -316,10 +316,10 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         trained.get("image_size") if command.image_size is None else command.image_size,
         command.resize or trained.get("resize", "lanczos"),
     )
-    chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
-    check_scored(info.get("data"), dataset, chosen)
     if model.config.num_classes and not dataset.num_classes:
         raise ValueError(f"dataset: expected labels for a model that is conditional on them; got {dataset.source}")
+    chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
+    check_scored(info.get("data"), dataset, chosen)
     scores = evaluation.evaluate(
         model,
         *dataset.fetch(spread(len(dataset), command.num_images)),
