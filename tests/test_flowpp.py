@@ -273,6 +273,15 @@ def test_squeezing_puts_the_pixels_of_a_square_where_tensorflow_does():
     assert torch.equal(unsqueeze(y), x)
 
 
+def test_a_batch_of_no_images_has_empty_results():
+    model = flowpp()
+    pixels = pixels_of(TINY, batch=0)
+    x, _ = model.dequantize(pixels)
+    z, logdet = model(x)
+    assert (x.shape, logdet.shape, model.log_prob(x).shape) == ((0, *TINY.image_shape), (0,), (0,))
+    assert model.inverse(z).shape == x.shape
+
+
 @pytest.mark.parametrize("kind", SPLITS)
 def test_splits_are_undone_by_their_merges(kind):
     split, merge = SPLITS[kind]

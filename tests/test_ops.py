@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 def decode(q, k, v, cache_k, cache_v, tau):
     """:func:`decode_attention` as a pure function: its output, and the caches after it."""
     caches = cache_k.clone(), cache_v.clone()
-    positions = torch.tensor([0, 3], dtype=torch.int32)
+    positions = torch.tensor([0, 3], dtype=torch.int32)[: len(q)]
     return decode_attention(q, k, v, *caches, positions, temperature=tau.exp()), *caches
 
 
@@ -51,13 +51,13 @@ def normalize(h, delta, weight, bias):
 
 def embed(x, z, mu, alpha, projection, embedding, context=None, mu_ref=None, alpha_ref=None, weights=None):
     """:func:`embed_next` as a pure function: its output, and x after it."""
-    x, at = x.clone(), torch.tensor([0, 1], dtype=torch.int32)
+    x, at = x.clone(), torch.tensor([0, 1], dtype=torch.int32)[: len(x)]
     return embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, at, projection, embedding, context), x
 
 
 HEADS, CACHE, TOKENS = (2, 3, 5, 4), (2, 3, 9, 4), (2, 3, 4)
 MIXTURE = [(2, 3), *[(2, 3, 5)] * 3]
-EMBED = [TOKENS, TOKENS, (2, 4), (2, 4), (4, 5), (3, 5)]
+EMBED = [(2, 3, 6), (2, 3, 6), (2, 6), (2, 6), (6, 5), (3, 5)]
 
 # Every public function, and the shapes of the tensors it takes; those that change their arguments have no gradients.
 DIFFERENTIABLE = {
@@ -77,7 +77,7 @@ IN_PLACE = {
     "decode_attention": (decode, [HEADS, HEADS, HEADS, CACHE, CACHE, (2,)]),
     "residual_norm": (normalize, [TOKENS, TOKENS, (4,), (4,)]),
     "embed_next": (embed, EMBED),
-    "embed_next, guided": (embed, [*EMBED, (4, 5), (2, 4), (2, 4), (3,)]),
+    "embed_next, guided": (embed, [*EMBED, (4, 5), (2, 6), (2, 6), (3,)]),
 }
 OPS = DIFFERENTIABLE | IN_PLACE
 STANDING, EYE = torch.tensor([0, 1], dtype=torch.int32), torch.eye(4, dtype=torch.float64)
@@ -135,6 +135,22 @@ def test_an_inverse_that_is_differentiable_once_says_so():
     for t in (y, w):
         with pytest.raises(NotImplementedError, match="once, not twice"):
             torch.autograd.grad([gradient.sum() for gradient in gradients] + [w.sum() + y.sum()], t, retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_op
+def test_a_batch_of_nothing_has_empty_results_and_gradients(op, shapes, backend):
+    """Whatever has as many rows as the batch, 2, or both its branches, 4, has none."""
+    differentiable = op not in (decode, normalize, embed) and not (backend == "triton" and "guided" in name_of(op))
+    empty = [(0, *shape[1:]) if shape[0] == 2 or shape == (4, 5) else shape for shape in shapes]
+    inputs = inputs_of(empty, differentiable, torch.float64 if DEVICE == "cpu" else torch.float32)
+    full = inputs_of(shapes, False, inputs[0].dtype)
+    with use_backend(backend):
+        outputs, expected = ((t,) if isinstance(t, torch.Tensor) else t for t in (op(*inputs), op(*full)))
+        assert [t.shape for t in outputs] == [(0, *t.shape[1:]) for t in expected]
+        if differentiable:
+            gradients = torch.autograd.grad([t.sum() for t in outputs], inputs, materialize_grads=True)
+            assert [t.shape for t in gradients] == empty
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
@@ -374,6 +390,7 @@ def embed_with(**wrong):
         (lambda: mixture_logistic_inverse(X, ONE, ONE[..., 0], ONE), ValueError, "means"),
         (lambda: causal_attention(Q.int(), Q, Q), TypeError, "q"),
         (lambda: causal_attention(X, X, X), ValueError, "q"),
+        (lambda: causal_attention(*[Q[..., :0]] * 3), ValueError, "q"),
         (lambda: causal_attention(Q, HALF, Q), TypeError, "k"),
         (lambda: causal_attention(Q, Q, LONG), ValueError, "v"),
         (lambda: causal_attention(Q, Q, Q, temperature=0.0), ValueError, "temperature"),
@@ -387,6 +404,7 @@ def embed_with(**wrong):
         (lambda: causal_attention(Q, Q, Q, temperature=torch.ones(2).int()), TypeError, "temperature"),
         (lambda: decode_attention(Q.int(), Q, Q, CACHED, CACHED, AT), TypeError, "q"),
         (lambda: decode_attention(X, X, X, CACHED, CACHED, AT), ValueError, "q"),
+        (lambda: decode_attention(*[Q[..., :0]] * 3, *[CACHED[..., :0]] * 2, AT), ValueError, "q"),
         (lambda: decode_attention(Q, LONG, Q, CACHED, CACHED, AT), ValueError, "k"),
         (lambda: decode_attention(Q, Q, HALF, CACHED, CACHED, AT), TypeError, "v"),
         (lambda: decode_attention(Q, Q, Q, CACHED.half(), CACHED, AT), TypeError, "cache_k"),

@@ -33,12 +33,12 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def check_attention(**tensors: Tensor) -> None:
-    """Queries, keys and values must be floating point, of one dtype and one shape (B, H, N, D)."""
+    """Queries, keys and values must be floating point, of one dtype and one shape (B, H, N, D), D at least 1."""
     check_floating(**tensors)
     check_same_shape(**tensors)
     (first_name, first), *others = tensors.items()
-    if first.dim() != 4:
-        raise ValueError(f"{first_name}: expected shape (B, H, N, D); got {tuple(first.shape)}")
+    if first.dim() != 4 or not first.shape[3]:
+        raise ValueError(f"{first_name}: expected shape (B, H, N, D), D at least 1; got {tuple(first.shape)}")
     for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}; got {tensor.dtype}")

@@ -72,6 +72,7 @@ def decode_attention(
     shape, dtype = q.shape, q.dtype
     fits = (
         len(shape) == 4
+        and shape[3] > 0
         and k.shape == shape == v.shape
         and cache_k.dim() == 4
         and cache_k.shape == cache_v.shape == (shape[0], shape[1], cache_k.shape[-2], shape[3])

@@ -42,12 +42,12 @@ def squeeze(x: Tensor) -> Tensor:
     """``(B, C, H, W)`` to ``(B, 4 C, H / 2, W / 2)``: the four pixels of a square become channels.
 
     Channel c of the pixel in row i and column j of its square goes to channel ``(2 i + j) C + c``, as TensorFlow orders
-    them; :func:`torch.nn.functional.pixel_unshuffle` puts it at ``4 c + 2 i + j``.
+    them; :func:`torch.nn.functional.pixel_unshuffle` puts it at ``4 c + 2 i + j``, and leaves an empty batch as it is.
 
     >>> squeeze(torch.arange(8.0).view(1, 2, 2, 2)).flatten().tolist()
     [0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]
     """
-    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
 
 def unsqueeze(x: Tensor) -> Tensor:
