@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 def decode(q, k, v, cache_k, cache_v, tau):
     """:func:`decode_attention` as a pure function: its output, and the caches after it."""
     caches = cache_k.clone(), cache_v.clone()
-    positions = torch.tensor([0, 3], dtype=torch.int32)[: len(q)]
+    positions = torch.tensor([0, 3][: len(q)], dtype=torch.int32)
     return decode_attention(q, k, v, *caches, positions, temperature=tau.exp()), *caches
 
 
@@ -51,7 +51,7 @@ def normalize(h, delta, weight, bias):
 
 def embed(x, z, mu, alpha, projection, embedding, context=None, mu_ref=None, alpha_ref=None, weights=None):
     """:func:`embed_next` as a pure function: its output, and x after it."""
-    x, at = x.clone(), torch.tensor([0, 1], dtype=torch.int32)[: len(x)]
+    x, at = x.clone(), torch.tensor([0, 1][: len(x)], dtype=torch.int32)
     return embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, at, projection, embedding, context), x
 
 
