@@ -60,8 +60,8 @@ def test_the_inverse_is_differentiable_once(case):
     _, ours = made(case)
     y = inputs(case, FEW)[0].requires_grad_()
     x, _ = case.peer.inverse(ours, y, None)
-    (gradient,) = torch.autograd.grad(x.pow(3).sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (gradient,) = torch.autograd.grad(x.sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once, not twice"):
         gradient.sum().backward()
 
 
