@@ -1,48 +1,161 @@
 """The commands: train, sample, calibrate, evaluate, convert."""
 
 import argparse
+import contextlib
+import difflib
+import io
+import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 import tyro
+from matplotlib.backend_bases import FigureCanvasBase
 from tqdm import tqdm
 
-from . import datasets, evaluation
+from . import datasets, evaluation, memory
 from .decoding import NAMES, TOLERANCE, Decoded, Decoder, Report, calibration
 from .files import replacing
 from .flowpp.model import FlowPP
 from .gallery import Gallery, spread
-from .guidance import Guidance
+from .guidance import MAX_WEIGHT, Guidance
 from .image_flow import ImageFlow, load_pretrained, read_config
-from .model import TarFlow
+from .model import TarFlow, check_sigma
 from .noise import Quantization, quantization, to_pixels
 from .published import load as load_published
-from .training.config import PRESETS, TrainConfig
+from .training.config import MOST_DRAWS, PRESETS, TrainConfig
 from .training.run import Diverged, check_scored, pick_device, train, write_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Anything a user can set right ends in one line on stderr."""
+    """Run one command; returns the exit status. Anything a user can set right ends in one line on stderr.
+
+    The status is 0, or 2 for arguments that are no flags or values of the command, 130 after Ctrl-C, and 1 otherwise.
+    """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
     if command not in COMMANDS:
-        print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
-        return 0 if command in ("-h", "--help") else 2
+        print(f"tarflow: error: command: expected one of {', '.join(COMMANDS)}; got {command!r}", file=sys.stderr)
+        return 2
     try:
         COMMANDS[command](arguments)
     except (ValueError, OSError, ImportError, Diverged) as error:
-        print(f"tarflow {command}: error: {error}", file=sys.stderr)
+        _print_error(command, str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_want_of_memory(error):
+            raise
+        _print_error(command, f"not enough memory; try {_SMALLER[command]} ({error})")
         return 1
     except KeyboardInterrupt as stop:
         print(f"tarflow {command}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+class UsageError(ValueError):
+    """Arguments that are no flags and values of a command."""
+
+
+_SMALLER = {
+    "train": "a smaller --batch-size or model",
+    "sample": "a smaller --num",
+    "calibrate": "smaller --batches",
+    "evaluate": "a smaller --batch-size",
+    "convert": "a machine with more of it",
+}
+
+
+def _is_want_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether memory could not be allocated; PyTorch has an error of its own for that on an accelerator alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _print_error(command: str, message: str) -> None:
+    print(f"tarflow {command}: error: {' '.join(message.splitlines()[:1])}", file=sys.stderr)
+
+
+Settings = TypeVar("Settings")
+
+
+def _parse(kind: type[Settings], arguments: Sequence[str], **options: Any) -> Settings:
+    """The settings that the flags of a command tell; UsageError, in a line, where they tell none."""
+    command = f"tarflow {kind.__name__.lower()}"
+    flags = _flags(kind)
+    for before, argument in itertools.pairwise(["", *itertools.takewhile("--".__ne__, arguments)]):
+        flag, equals, value = argument.partition("=")
+        if not argument or (flag.startswith("--") and equals and not value):
+            named = flag or (before if before in flags else "arguments")
+            raise UsageError(f"{named}: expected a value; got ''")
+        if flag.startswith("--") and flag.replace("_", "-") not in (*flags, "--help") and not flag.startswith("--tyro"):
+            close = difflib.get_close_matches(flag, flags, 1, cutoff=0.7)
+            hint = f", perhaps {close[0]}" if close else ""
+            raise UsageError(f"{flag}: expected a flag of {command}{hint}; got {argument!r}")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=arguments, prog=command, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        needed = [field.name for field in fields(kind) if field.default is MISSING and field.name != "config"]
+        raise UsageError(_sentence(printed.getvalue(), " and ".join(needed))) from None
+
+
+def _flags(kind: type, prefix: str = "--") -> dict[str, str]:
+    """The flags of a command and the names of their fields, those of a nested field being that of the outermost."""
+    flags = {}
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            flat = name == "config"
+            inner = _flags(hint, prefix if flat else f"{prefix}{name.replace('_', '-')}.")
+            flags |= inner if flat else dict.fromkeys(inner, name)
+        else:
+            flag = name.replace("_", "-")
+            flags |= {f"{prefix}{flag}": name} | ({f"{prefix}no-{flag}": name} if hint is bool else {})
+    return flags
+
+
+def _given(kind: type, arguments: Sequence[str]) -> dict[str, str]:
+    """The names of the fields whose flags are among the arguments, and these."""
+    flags = _flags(kind)
+    told = {flags.get(argument.partition("=")[0].replace("_", "-")): argument for argument in arguments}
+    return {name: argument for name, argument in told.items() if name}
+
+
+_REPHRASED = (
+    (r"Error parsing (\S+): [^'\"\[]*\[?(.+?)\]?", r"\1: expected {expected}; got \2"),
+    (r"Error parsing config\.(\S+): (\w+: expected .*)", r"--\1.\2"),
+    (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3; got \1"),
+    (r"Argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1: expected one of \3; got \2"),
+    (r"Missing value for argument '(.*)'\. Expected .*", r"\1: expected a value; got none"),
+    (r"Argument (\S+): expected .*", r"\1: expected a value; got none"),
+    (r"(?:Missing from|The following arguments are required:) .*", r"arguments: expected {needed}; got fewer"),
+    (r"Unrecognized (?:options|arguments): (.*)", r"arguments: expected flags, each with its value; got \1 besides"),
+)
+"""What tyro says of its arguments, by its versions, and what we say."""
+
+
+def _sentence(box: str, needed: str) -> str:
+    """What the box says that tyro draws around an error, in a line: ``flag: expected ...; got ...``."""
+    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
+    title, *lines = ["" if set(line) <= {"-"} else line for line in lines]
+    message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
+    _, _, usage = "\n".join(lines).partition("Argument helptext:\n")
+    expected = usage.partition("\n")[0].partition(" ")[2]
+    for pattern, sentence in _REPHRASED:
+        if (found := re.fullmatch(pattern, message)) and (expected or "{expected}" not in sentence):
+            return found.expand(sentence.replace("{expected}", expected).replace("{needed}", needed))
+    return f"{title}: {message}"
 
 
 @dataclass(frozen=True)
@@ -61,28 +174,48 @@ class Train:
 def run_train(arguments: Sequence[str]) -> None:
     """``train``: the preset, or the run to resume, gives the defaults of all other flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
-    first.add_argument("--preset", choices=PRESETS)
-    first.add_argument("--resume", type=Path)
+    for name in ("--model", "--preset", "--resume"):
+        first.add_argument(name, nargs="?")  # what is missing or wrong the parser of all flags says
     known, _ = first.parse_known_args(arguments)
-    preset = known.preset or ("fashion-mnist-flowpp" if known.model == "flowpp" else "fashion-mnist")
-    config = _read_run(known.resume) if known.resume else PRESETS[preset]
+    usual = "fashion-mnist-flowpp" if known.model == "flowpp" else "fashion-mnist"
+    preset = known.preset if known.preset in PRESETS else usual
+    config = _read_run(Path(known.resume)) if known.resume else PRESETS[preset]
     # Once guidance was its weight alone.
     arguments = [re.sub(r"^--guidance(?==|$)", "--guidance.weight", argument) for argument in arguments]
-    command = tyro.cli(Train, args=arguments, default=Train(config, preset=preset), prog="tarflow train")
-    if command.resume and command.out:
-        raise ValueError(f"out: expected no folder besides that of --resume, {command.resume}; got {command.out}")
-    if any(argument.startswith("--guidance.") for argument in arguments):  # the default, too, if it was asked for
+    command = _parse(Train, arguments, default=Train(config, preset=preset))
+    given = _given(Train, arguments)
+    if command.resume:
+        _check_resumed(command, given)
+    unused = command.config.unused()
+    for name, argument in given.items():
+        if name in unused:
+            raise ValueError(f"{name}: expected with {unused[name]} alone, which has a use for it; got {argument}")
+    if "guidance" in given:  # the default, too, if it was asked for
         command.config.guidance.check(int(command.config.conditional))
+    if command.out:
+        _check_new("out", command.out)
     out = command.resume or command.out or _new_folder(Path("runs"), command.preset)
     train(command.config, out, resume=command.resume is not None)
     print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
     if command.config.model == "flowpp":
         print(f"next    tarflow sample {out} --out samples.png; tarflow evaluate {out} --draws 16")
         return
-    print(
-        f"next    tarflow sample {out} --guidance 2 --out samples.png; tarflow calibrate {out}; tarflow evaluate {out}"
-    )
+    guided = " --guidance 2" if command.config.conditional else ""
+    print(f"next    tarflow sample {out}{guided} --out samples.png; tarflow calibrate {out}; tarflow evaluate {out}")
+
+
+def _check_resumed(command: Train, given: dict[str, str]) -> None:
+    """ValueError for flags that a run which goes on has no use for."""
+    run = command.resume
+    if command.out:
+        raise ValueError(f"out: expected no folder besides that of --resume, {run}; got {command.out}")
+    if "preset" in given:
+        raise ValueError(f"preset: expected none besides --resume, since {run} has its settings; got {command.preset}")
+    _check_writable("resume", run)
+    names = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in run.glob("checkpoints/step-*.pt"))
+    step = max((int(name[1]) for name in names if name), default=0)
+    if command.config.max_steps < step:
+        raise ValueError(f"max_steps: expected at least {step}, which {run} is at; got {command.config.max_steps}")
 
 
 @dataclass(frozen=True)
@@ -94,9 +227,9 @@ class Sample:
     out: Path = Path("samples.png")
     """a picture (.png) or uint8 images with their labels (.npz)"""
     num: int = 80
-    """images to draw; a picture has them in rows of eight"""
+    """images to draw; a picture has them in a row for each class, or in rows of eight"""
     labels: tuple[int, ...] = ()
-    """classes to draw; by default all of them in turn, in a picture ten at most"""
+    """classes to draw, -1 for no label; by default all of them in turn, in a picture ten at most"""
     guidance: float = 0.0
     """weight of guidance; 0 for none"""
     schedule: Literal["linear", "constant"] = "linear"
@@ -128,23 +261,16 @@ class Sample:
 
 def run_sample(arguments: Sequence[str]) -> None:
     """``sample``."""
-    command = tyro.cli(Sample, args=arguments, prog="tarflow sample")
-    if command.out.suffix not in (".png", ".npz"):
-        raise ValueError(f"out: expected a .png or .npz file; got {command.out}")
-    if command.num < 1:
-        raise ValueError(f"num: expected at least 1; got {command.num}")
-    if command.temperature != 1 and not command.guidance:
-        raise ValueError(
-            f"temperature: expected 1 without --guidance, whose reference it is; got {command.temperature}"
-        )
-    for name, path in (("out", command.out), ("trajectory", command.trajectory)):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{name}: expected a file in a folder that exists; got {path}")
+    command, given = _parse(Sample, arguments), _given(Sample, arguments)
+    _check_sample(command, given)
     decoder = Decoder(command.decoder, command.window, command.tolerance)
+    _check_weight(command.guidance)
     guidance = Guidance(command.guidance, command.schedule, command.temperature, command.guide, command.drop_label)
     model, info = _load(command.run, command.device)
     if isinstance(model, FlowPP):
-        _refuse_decoding(command)
+        _refuse_decoding(command, given)
+    _check_labels(command.labels, model.config.num_classes)
+    model.check_num(command.num)
     sigma = info.get("sigma", 0.0) if command.sigma is None else command.sigma
     gallery = Gallery(
         info.get("class_names", ()),
@@ -168,12 +294,86 @@ def run_sample(arguments: Sequence[str]) -> None:
     print(f"wrote {', '.join(str(path) for path in (command.out, command.trajectory) if path)}")
 
 
-def _refuse_decoding(command: Sample) -> None:
+def _check_sample(command: Sample, given: dict[str, str]) -> None:
+    """ValueError or OSError for what no model can be asked for, before one is read."""
+    if command.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out: expected a .png or .npz file; got {command.out}")
+    _check_file("out", command.out)
+    if command.trajectory is not None:
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if command.trajectory.suffix[1:] not in formats:
+            raise ValueError(f"trajectory: expected a picture ({', '.join(formats)}); got {command.trajectory}")
+        if command.trajectory.resolve() == command.out.resolve():
+            raise ValueError(f"trajectory: expected another file than --out; got {command.trajectory} for both")
+        _check_file("trajectory", command.trajectory)
+    if command.num < 1:
+        raise ValueError(f"num: expected at least 1; got {command.num}")
+    _check_seed(command.seed)
+    if command.sigma is not None:
+        check_sigma("sigma", command.sigma)
+    for name in ("schedule", "temperature", "guide", "drop_label"):
+        if name in given and "guidance" not in given:
+            value = getattr(command, name)
+            raise ValueError(f"{name}: expected none without --guidance, a part of which it is; got {value}")
+    if "tolerance" in given and command.decoder == "sequential":
+        raise ValueError(f"tolerance: expected none for the sequential decoder; got {command.tolerance}")
+    if "labels" in given and not 0 < len(command.labels) <= command.num:
+        raise ValueError(f"labels: expected 1 to {command.num} classes, as --num says; got {len(command.labels)}")
+
+
+def _refuse_decoding(command: Sample, given: dict[str, str]) -> None:
     """ValueError for a flag that only a TarFlow has a use for."""
-    for name in ("labels", "guidance", "sigma", "decoder", "window", "tolerance"):
-        given, default = getattr(command, name), getattr(Sample, name)
-        if given != default:
-            raise ValueError(f"{name}: expected {default!r} for a Flow++, which has no use for it; got {given!r}")
+    of_guidance = ("guidance", "schedule", "temperature", "guide", "drop_label")
+    for name in ("labels", "sigma", *of_guidance, "decoder", "window", "tolerance"):
+        if name in given:
+            value = getattr(command, name)
+            raise ValueError(f"{name}: expected none for a Flow++, which has no use for it; got {value!r}")
+
+
+def _check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """ValueError where a model has no such classes."""
+    if labels and not num_classes:
+        raise ValueError(f"labels: expected none for an unconditional model; got {', '.join(map(str, labels))}")
+    for label in labels:
+        if not -1 <= label < num_classes:
+            raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, or -1 for no label; got {label}")
+
+
+def _check_weight(weight: float) -> None:
+    """ValueError, by the name of the flag, for a weight that :class:`Guidance` has not."""
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise ValueError(f"guidance: expected a number from 0 to {MAX_WEIGHT}; got {weight}")
+
+
+def _check_seed(seed: int) -> None:
+    """ValueError where PyTorch has no generator of that seed."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1; got {seed}")
+
+
+def _check_file(name: str, path: Path) -> None:
+    """OSError where a file cannot be written: said before the work, not after it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name}: expected a file in a folder that exists; got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}: expected a file; got the folder {path}")
+    _check_writable(name, path.parent)
+
+
+def _check_new(name: str, folder: Path) -> None:
+    """OSError where a folder could not be made, or is none."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{name}: expected a folder; got {folder}, and {place} is a file")
+    _check_writable(name, place)
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """OSError where there is no such folder, or nothing can be written to it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: expected a folder to write to; got {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{name}: expected a folder that can be written to; got {folder}")
 
 
 class _Progress:
@@ -249,11 +449,10 @@ class Calibrate:
 
 def run_calibrate(arguments: Sequence[str]) -> None:
     """``calibrate``: prints the timings and writes them beside the weights."""
-    command = tyro.cli(Calibrate, args=arguments, prog="tarflow calibrate")
+    command = _parse(Calibrate, arguments)
     if not command.batches or min(command.batches) < 1:
         raise ValueError(f"batches: expected positive numbers; got {command.batches}")
-    if not command.run.is_dir():
-        raise FileNotFoundError(f"run: expected a folder to write to; got {command.run}")
+    _check_writable("run", command.run)
     Decoder("jacobi", tolerance=command.tolerance)
     model, info = _load(command.run, command.device)
     if not isinstance(model, TarFlow):
@@ -262,9 +461,13 @@ def run_calibrate(arguments: Sequence[str]) -> None:
         guidance = _read_run(command.run).sample_guidance or Guidance(0.0)
     else:
         guidance = Guidance(2.0 if model.config.num_classes else 0.0)
-    given = {"weight": command.guidance, "temperature": command.temperature}
-    guidance = replace(guidance, **{name: value for name, value in given.items() if value is not None})
+    if command.guidance is not None:
+        _check_weight(command.guidance)
+    told = {"weight": command.guidance, "temperature": command.temperature}
+    guidance = replace(guidance, **{name: value for name, value in told.items() if value is not None})
     guidance.check(model.config.num_classes)
+    largest = max(command.batches)
+    memory.check(largest * memory.decoding_bytes(model.config), model.device, f"batches of {largest}")
     print("rows  block  decoder              passes    seconds")
 
     def show(timing: calibration.Timing) -> None:
@@ -303,10 +506,14 @@ class Evaluate:
 
 def run_evaluate(arguments: Sequence[str]) -> None:
     """``evaluate``: prints the scores and writes them to ``evaluation.json`` in the run's folder."""
-    command = tyro.cli(Evaluate, args=arguments, prog="tarflow evaluate")
+    command = _parse(Evaluate, arguments)
     for name in ("num_images", "draws", "batch_size"):
         if getattr(command, name) < 1:
             raise ValueError(f"{name}: expected at least 1; got {getattr(command, name)}")
+    if command.draws > MOST_DRAWS:
+        raise ValueError(f"draws: expected at most {MOST_DRAWS}; got {command.draws}")
+    _check_seed(command.seed)
+    _check_writable("run", command.run)
     model, info = _load(command.run, command.device)
     trained = info.get("train", {})
     dataset = datasets.load(
@@ -352,7 +559,9 @@ class Convert:
 
 def run_convert(arguments: Sequence[str]) -> None:
     """``convert``."""
-    command = tyro.cli(Convert, args=arguments, prog="tarflow convert")
+    command = _parse(Convert, arguments)
+    check_sigma("sigma", command.sigma)
+    _check_new("out", command.out)
     if (command.out / "config.json").exists():
         raise FileExistsError(f"out: {command.out} already holds a model; choose another folder")
     model = load_published(command.checkpoint, command.in_channels)
@@ -382,6 +591,8 @@ def _read_run(folder: Path) -> TrainConfig:
         return TrainConfig.read(settings)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: settings of another version of tarflow: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def _new_folder(parent: Path, name: str) -> Path:

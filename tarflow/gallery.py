@@ -18,6 +18,9 @@ from .noise import Quantization
 
 REDRAWS = 10
 
+# In pixels: what matplotlib draws is smaller than 2^16 either way, titles included; a small image is drawn enlarged.
+LARGEST_PICTURE, LARGEST_CELL = 60_000, 180
+
 
 @dataclass(frozen=True)
 class Gallery:
@@ -49,13 +52,24 @@ class Gallery:
         classes: Sequence[int] = (),
         report: Report = lambda decoded: None,
     ) -> None:
-        """Draw a grid of ``num`` samples; for a conditional model a row per class, ten of them or those given."""
-        labels = self._labels(model, classes, rows=10)
-        rows = max(1, num // 8) if labels is None else len(labels)
-        columns = max(1, num // rows)
-        labels_of_all = None if labels is None else labels.repeat_interleave(columns)
-        (images,) = self.draw(model, rows * columns, labels_of_all, report=report)
-        grid = images.unflatten(0, (rows, columns)).cpu()
+        """Draw ``num`` samples, in rows of eight; for a conditional model a row per class, ten of them or those given.
+
+        ValueError where that is more than fits into a picture.
+        """
+        labels = self._labels(model, classes, rows=min(10, num))
+        rows = -(-num // 8) if labels is None else len(labels)
+        columns = min(8, num) if labels is None else -(-num // rows)
+        most = LARGEST_PICTURE // max(LARGEST_CELL, model.config.image_size)
+        if max(rows, columns) > most:
+            raise ValueError(f"num: expected at most {most} rows and columns of a picture; got {rows} x {columns}")
+        if labels is None:
+            filled = torch.arange(rows * columns).view(rows, columns) < num
+        else:  # as many of each class, or one more of the first
+            filled = torch.arange(columns) < (num + rows - 1 - torch.arange(rows))[:, None] // rows
+        labels_of_all = None if labels is None else labels.repeat_interleave(filled.sum(1))
+        (images,) = self.draw(model, num, labels_of_all, report=report)
+        grid = images.new_ones(rows, columns, *images.shape[1:], device="cpu")
+        grid[filled] = images.cpu()
         pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels), self.quantization)
 
     def trajectory(self, model: TarFlow | FlowPP, path: Path, title: str, classes: Sequence[int] = ()) -> None:
@@ -127,7 +141,8 @@ class Gallery:
     def _names(self, labels: Tensor | None) -> list[str] | None:
         if labels is None:
             return None
-        return [self.class_names[k] if k < len(self.class_names) else f"class {k}" for k in labels.tolist()]
+        names = dict(enumerate(self.class_names)) | {-1: "no label"}
+        return [names.get(k, f"class {k}") for k in labels.tolist()]
 
 
 def _not_finite(images: Tensor) -> Tensor:

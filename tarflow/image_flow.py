@@ -224,7 +224,7 @@ class ImageFlow(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected floating-point images in [-1, 1]; got {x.dtype}")
 
-    def _check_num(self, num: int) -> int:
+    def check_num(self, num: int) -> int:
         """How many images to sample, if that is a number of images that there is memory for."""
         num = at_least_one("num", num)
         # The latents and the images of all of them, however few are decoded at a time.

@@ -197,7 +197,7 @@ class TarFlow(ImageFlow):
             ValueError, TypeError: num below 1, or more than there is memory for; labels that do not fit; a guidance
                 that can have no effect; a denoise_sigma beyond [0, 10]; an unknown decoder.
         """
-        num = self._check_num(num)
+        num = self.check_num(num)
         check_sigma("denoise_sigma", denoise_sigma)
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)

@@ -18,7 +18,7 @@ from tarflow.gallery import spread
 from tarflow.training.config import PRESETS, TrainConfig
 from tarflow.training.trainer import build
 
-TINY = "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1 --batch-size=16 --device=cpu --log-every=1"
+TINY = "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1"
 DATASET_NAMES = [
     f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
 ]
@@ -28,10 +28,10 @@ def main(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
-def train(out, *flags, steps):
+def train(out, *flags, steps, shape=TINY):
     # Steps large enough that even so few of them tell labels, guidance and noise apart.
-    fast = ("--learning-rate=0.003", "--warmup-steps=1", f"--max-steps={steps}")
-    assert main("train", *TINY.split(), *fast, *flags, f"--out={out}") == 0
+    fast = ("--learning-rate=0.003", "--warmup-steps=1", f"--max-steps={steps}", "--log-every=1")
+    assert main("train", *shape.split(), *fast, "--batch-size=16", "--device=cpu", *flags, f"--out={out}") == 0
     return out
 
 
@@ -57,8 +57,8 @@ def likelihood(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flowpp(tmp_path_factory):
     """A Flow++, which ends with its score."""
-    small = ("--model=flowpp", "--filters=8", "--blocks-per-coupling=1", "--stack=squeeze channel2", "--score-draws=2")
-    return train(tmp_path_factory.mktemp("cli") / "flowpp", *small, steps=3)
+    small = "--model=flowpp --filters=8 --blocks-per-coupling=1 --score-draws=2"
+    return train(tmp_path_factory.mktemp("cli") / "flowpp", "--stack=squeeze channel2", steps=3, shape=small)
 
 
 def is_picture(path):
@@ -319,6 +319,72 @@ def test_images_of_one_patch_take_no_passes(tmp_path, capsys):
         assert " 0 passes for 0 sequential steps " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("num", "rows", "columns"), [(1, 1, 1), (7, 7, 1), (15, 10, 2), (20, 10, 2)])
+def test_a_picture_shows_as_many_images_as_were_asked_for(run, tmp_path, monkeypatch, capsys, num, rows, columns):
+    grids = []
+    monkeypatch.setattr("tarflow.pictures.sample_grid", lambda images, *rest: grids.append((images, rest)))
+    assert main("sample", run, f"--num={num}", f"--out={tmp_path / 's.png'}") == 0
+    assert capsys.readouterr().out.startswith(f"{num} images in ")
+    ((images, (_, _, names, *_)),) = grids
+    assert (images.shape[:2], len(names)) == ((rows, columns), rows)
+    blank = (images == 1).flatten(2).all(2)
+    assert (blank.sum(), blank[:, 0].sum()) == (rows * columns - num, 0)
+
+
+def test_a_picture_of_no_classes_has_rows_of_eight(unconditional, tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr("tarflow.pictures.sample_grid", lambda images, *rest: grids.append(images))
+    assert main("sample", unconditional, "--num=11", f"--out={tmp_path / 's.png'}") == 0
+    blank = (grids[0] == 1).flatten(2).all(2)
+    assert blank.tolist() == [8 * [False], 3 * [False] + 5 * [True]]
+
+
+def test_samples_without_a_label_are_captioned_so(run, tmp_path, monkeypatch):
+    captions = []
+    monkeypatch.setattr("tarflow.pictures.sample_grid", lambda images, path, title, names, *_: captions.extend(names))
+    assert main("sample", run, "--labels", "-1", "9", "--num=2", f"--out={tmp_path / 's.png'}") == 0
+    assert captions == ["no label", "Ankle boot"]
+    assert arrays(run, tmp_path / "s.npz", "--labels", "-1", "9")["labels"].tolist() == 6 * [-1, 9]
+
+
+@pytest.mark.parametrize("command", ["sample {run} --out={new}/s.png", "calibrate {run}", "evaluate {run}",
+                                     "train --resume={run}", "train --out={new}/run"])  # fmt: skip
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, tmp_path, monkeypatch, capsys, command):
+    # Not by its mode, which the superuser of a container does not mind.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("tarflow.cli._load", None)
+    monkeypatch.setattr("tarflow.cli.train", None)
+    command = command.format(run=run, new=tmp_path)
+    assert main(*command.split()) == 1
+    assert re.search(
+        r": error: (out|run|resume): expected a folder that can be written to; got /", capsys.readouterr().err
+    )
+
+
+WANTS = {
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes": RuntimeError,
+    "CUDA out of memory. Tried to allocate 8 GiB": torch.OutOfMemoryError,
+    "Unable to allocate 8 GiB for an array": MemoryError,
+}
+
+
+@pytest.mark.parametrize(("message", "error"), WANTS.items())
+def test_want_of_memory_is_one_line_that_says_what_to_reduce(run, tmp_path, monkeypatch, capsys, message, error):
+    def sample(*arguments, **options):
+        raise error(message + "\nException raised from somewhere")
+
+    monkeypatch.setattr(TarFlow, "sample", sample)
+    assert main("sample", run, f"--out={tmp_path / 's.png'}") == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"tarflow sample: error: not enough memory; try a smaller --num ({message}")
+
+
+def test_a_mistake_of_ours_is_not_taken_for_one_of_the_user(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(TarFlow, "sample", lambda *arguments, **options: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main("sample", run, f"--out={tmp_path / 's.png'}")
+
+
 def test_calibrate_stores_what_auto_then_goes_by(run, tmp_path, capsys):
     folder = tmp_path / "run"
     model = TarFlow.from_pretrained(run)
@@ -486,12 +552,18 @@ def test_help_lists_every_flag(capsys, command, settings):
     assert [flag for flag in flags if not re.search(rf"{flag.replace('_', '-')}(?![\w-])", text)] == []
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), ([], 0), (["trian"], 2)])
-def test_the_usage_names_the_commands(capsys, monkeypatch, arguments, status):
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_the_usage_names_the_commands(capsys, monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["tarflow", *arguments])
-    assert [cli.main(), cli.main(arguments)] == [status, status]
-    printed = capsys.readouterr()
-    assert all(f"\n  {command} " in (printed.err if status else printed.out) for command in cli.COMMANDS)
+    assert [cli.main(), cli.main(arguments)] == [0, 0]
+    usage = capsys.readouterr().out
+    assert all(f"\n  {command} " in usage for command in cli.COMMANDS)
+
+
+def test_a_command_that_there_is_not_is_answered_with_those_that_there_are(capsys):
+    assert main("trian", "--out=x") == 2
+    commands = "train, sample, calibrate, evaluate, convert"
+    assert capsys.readouterr().err == f"tarflow: error: command: expected one of {commands}; got 'trian'\n"
 
 
 @pytest.fixture
@@ -499,7 +571,7 @@ def broken(run, tmp_path):
     """Files that are not what they should be."""
     for name in DATASET_NAMES:
         (tmp_path / name).write_bytes(b"not a dataset")
-    for name in ("model", "cut", "cut-config", "old-config"):
+    for name in ("model", "cut", "cut-config", "old-config", "bad-config"):
         TarFlow.from_pretrained(run).save_pretrained(tmp_path / name)
     (tmp_path / "cut" / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-1000])
     (tmp_path / "cut-config" / "config.json").write_text('{"train": {')
@@ -508,6 +580,8 @@ def broken(run, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
         (tmp_path / name / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    (tmp_path / "bad-config" / "config.json").write_text('{"train": {"data_dir": null, "noise": 5}}')
+    (tmp_path / "folder.png").mkdir()
     return tmp_path
 
 
@@ -530,12 +604,6 @@ ERRORS = {
     "no such dataset": ("train --dataset=minst", "name: expected one of fashion-mnist, .* got 'minst'"),
     "out is taken": ("train --max-steps=1 --out={run}", "out: .*/run already holds a run; choose another folder, or"),
     "bad setting": ("train --channels=100 --out={broken}/new", "head_dim: expected a divisor of channels 100; got 64"),
-    "no such device": ("sample {run} --device=quantum", "device: expected auto or a device .* got 'quantum'"),
-    "out of another kind": ("sample {run} --out=s.jpg", r"out: expected a \.png or \.npz file; got s\.jpg"),
-    "nothing to draw": ("sample {run} --num=0", "num: expected at least 1; got 0"),
-    "no dataset": ("train --dataset=", "name: expected one of fashion-mnist, .* got ''"),
-    "no dataset to score": ("evaluate {run} --dataset=", "name: expected one of fashion-mnist, .* got ''"),
-    "no size to score": ("evaluate {run} --image-size=0", "image_size: expected 1 to 7071, got 0"),
     "no labels": (
         "train --dataset=imagenet32-2016 --data-dir={photos} --out={broken}/new",
         r"conditional: expected False \(--no-conditional\) for data without labels; got True",
@@ -544,38 +612,209 @@ ERRORS = {
         "evaluate {run} --dataset=imagenet32-2016 --data-dir={photos}",
         "dataset: expected labels for a model that is conditional on them; got ImageNet 32x32 as released in 2016",
     ),
-    "nothing to score": ("evaluate {run} --num-images=0", "num_images: expected at least 1; got 0"),
-    "no folder to write to": ("sample {run} --out={broken}/nowhere/s.png", "out: .* a folder that exists; got "),
-    "temperature of nothing": ("sample {run} --temperature=0.5", "temperature: expected 1 without --guidance"),
-    "nothing to average": ("evaluate {run} --draws=0", "draws: expected at least 1; got 0"),
-    "no such class": ("sample {run} --out={broken}/s.npz --labels 10", "labels: .* got values from 10 to 10"),
-    "no classes": ("sample {unconditional} --out={broken}/s.png --labels 1", "labels: .* an unconditional model"),
-    "nothing to guide by": ("sample {unconditional} --guidance=2", "guidance: .* or a temperature other than 1; got"),
-    "no such window": ("sample {run} --decoder=jacobi --window=0", "window: expected at least 1; got 0"),
-    "window of nothing": ("sample {run} --window=4", "window: expected none with the auto decoder, only with jacobi"),
     "negative tolerance": ("sample {run} --tolerance=-1", "tolerance: expected a finite number >= 0; got -1"),
     "nothing to time": ("calibrate {run} --batches 0", r"batches: expected positive numbers; got \(0,\)"),
     "nowhere to store": ("calibrate someone/model", "run: expected a folder to write to; got someone/model"),
-    "negative guidance": ("sample {run} --guidance=-1", "weight: expected a finite number >= 0; got -1"),
     "model without a run": ("train --resume={broken}/model", "resume: .*/model holds a model without a training run"),
     "cut settings": ("train --resume={broken}/cut-config", r".*/cut-config/config\.json"),
-    "labels for Flow++": ("train --model=flowpp --conditional --out={broken}/new", "conditional: expected False for"),
-    "Gaussian noise for Flow++": ("train --model=flowpp --noise=gaussian --out={broken}/new", "noise: expected unif"),
-    "guided Flow++": ("sample {flowpp} --guidance=2", r"guidance: expected 0\.0 for a Flow\+\+, .* got 2\.0"),
     "calibrated Flow++": ("calibrate {flowpp}", "run: expected a TarFlow, whose decoders .* holds a Flow"),
     "other settings": ("train --resume={broken}/old-config", r".*/old-config/config\.json"),
+    "wrong settings": ("train --resume={broken}/bad-config", r".*/bad-config/config\.json: noise: .* got 5"),
 }
+# What is wrong with the arguments themselves: each line with the start of its error, all in a folder with {run} in it.
+LINES = r"""
+train --learning-rate=inf           learning_rate: expected a number > 0, at most 3\.4e\+38; got inf
+train --learning-rate=nan           learning_rate: expected .* got nan
+train --learning-rate=1e300         learning_rate: expected .* got 1e\+300
+train --learning-rate=-1            learning_rate: expected .* got -1\.0
+train --min-learning-rate=nan       min_learning_rate: expected a number from 0 to the learning rate, 0\.001; got nan
+train --min-learning-rate=inf       min_learning_rate: expected .* got inf
+train --min-learning-rate=1         min_learning_rate: expected .* got 1\.0
+train --min-learning-rate=-1        min_learning_rate: expected .* got -1\.0
+train --gradient-clip=inf           gradient_clip: expected a number > 0, at most 3\.4e\+38; got inf
+train --gradient-clip=nan           gradient_clip: expected .* got nan
+train --weight-decay=inf            weight_decay: expected a number >= 0, at most 3\.4e\+38; got inf
+train --weight-decay=nan            weight_decay: expected .* got nan
+train --sigma=inf                   sigma: expected a number from 0 to 10, .* got inf
+train --sigma=nan                   sigma: expected .* got nan
+train --sigma=1e300                 sigma: expected .* got 1e\+300
+train --model=flowpp --dropout=-1   dropout: expected a number >= 0 and below 1; got -1\.0
+train --model=flowpp --dropout=1.5  dropout: expected .* got 1\.5
+train --model=flowpp --dropout=nan  dropout: expected .* got nan
+train --model=flowpp --dropout=inf  dropout: expected .* got inf
+train --label-drop=nan              label_drop: expected a number >= 0 and below 1; got nan
+train --beta2=1                     beta2: expected .* got 1\.0
+train --ema-decay=1.5               ema_decay: expected .* got 1\.5
+train --seed=-1                     seed: expected an integer from 0 to 2\^63 - 1; got -1
+train --seed=9223372036854775808    seed: expected .* got 9223372036854775808
+train --max-steps=0                 max_steps: expected an integer from 1 to 2\^63 - 1; got 0
+train --max-steps=1{thirty}         max_steps: expected .* got 1{thirty}
+train --batch-size=1{eighteen}      batch_size: expected .* got 1{eighteen}
+train --batch-size=1{thirty}        batch_size: expected .* got 1{thirty}
+train --score-draws=1{eighteen}     score_draws: expected an integer from 0 to 100000; got 1{eighteen}
+train --image-size=0                image_size: expected 1 to 7071, got 0
+train --device=meta                 device: expected auto or a device that PyTorch has here, cpu.*; got 'meta'
+train --device=hpu                  device: expected .* got 'hpu'
+train --device=cpu:7                device: expected .* got 'cpu:7'
+train --filters=-1                  filters: expected with --model flowpp alone, .*; got --filters=-1
+train --filters 32                  filters: expected with --model flowpp alone, .*; got --filters
+train --stack=squeeze               stack: expected with --model flowpp alone
+train --no-pointwise                pointwise: expected with --model flowpp alone, .*; got --no-pointwise
+train --dropout=0.5                 dropout: expected with --model flowpp alone
+train --num-mixtures=65             num_mixtures: expected with --coupling mixture alone
+train --noise=uniform --sigma=0.1   sigma: expected with --noise gaussian alone
+train --dequantizer.filters=16      dequantizer: expected with --noise variational alone
+train --no-conditional --label-drop=0.2  label_drop: expected with --conditional alone
+train --model=flowpp --channels=64  channels: expected with --model tarflow alone
+train --model=flowpp --sigma=0.1    sigma: expected with --model tarflow alone
+train --model=flowpp --guidance=2   .*guidance.*: expected with --model tarflow alone
+train --model=flowpp --conditional  conditional: expected False for flowpp
+train --model=flowpp --noise=gaussian  noise: expected uniform or variational for flowpp
+train --resume={run} --filters=8    filters: expected with --model flowpp alone
+train --resume={run} --preset=imagenet64  preset: expected none besides --resume, .* got imagenet64
+train --resume={run} --max-steps=7  max_steps: expected at least 8, which .*/run is at; got 7
+train --out={run}/config.json       out: expected a folder; got .*/run/config\.json
+train --out={run}/config.json/x     out: expected a folder; got .*/config\.json/x, and .*/config\.json is a file
+sample {run} --device=quantum       device: expected auto or a device that PyTorch has here, cpu.*; got 'quantum'
+sample {run} --device=cpu:7         device: expected .* got 'cpu:7'
+sample {run} --device=meta          device: expected .* got 'meta'
+sample {run} --device=cuda:99       device: expected .* got 'cuda:99'
+sample {run} --seed=-1              seed: expected an integer from 0 to 2\^63 - 1; got -1
+sample {run} --seed=9223372036854775808  seed: expected .* got 9223372036854775808
+sample {run} --guidance=1e300       guidance: expected a number from 0 to 100; got 1e\+300
+sample {run} --guidance=-1          guidance: expected .* got -1
+sample {run} --guidance=nan         guidance: expected .* got nan
+sample {run} --guidance=1 --temperature=1e-300  temperature: expected a number from 0\.001 to 1000; got 1e-300
+sample {run} --temperature=0.5      temperature: expected none without --guidance, .* got 0\.5
+sample {run} --schedule=constant    schedule: expected none without --guidance, .* got constant
+sample {run} --no-drop-label        drop_label: expected none without --guidance, .* got False
+sample {unconditional} --guidance=2  guidance: .* or a temperature other than 1; got
+sample {run} --sigma=nan            sigma: expected a number from 0 to 10, .* got nan
+sample {run} --sigma=inf            sigma: expected .* got inf
+sample {run} --sigma=-1             sigma: expected .* got -1
+sample {run} --sigma=1e300          sigma: expected .* got 1e\+300
+sample {run} --num=0                num: expected at least 1; got 0
+sample {run} --num=10000            num: expected at most 333 rows and columns of a picture; got 10 x 1000
+sample {unconditional} --num=10000  num: expected at most 333 rows and columns of a picture; got 1250 x 8
+sample {run} --num=1{eighteen}      memory: expected num = 1{eighteen} samples to take at most
+sample {run} --num=1{thirty} --out=s.npz  memory: expected num = 1{thirty} samples to take at most
+sample {flowpp} --num=1{eighteen} --out=s.npz  memory: expected num = 1{eighteen} samples to take at most
+sample {run} --labels               labels: expected 1 to 80 classes, as --num says; got 0
+sample {run} --labels 1 2 3 --num=2  labels: expected 1 to 2 classes, as --num says; got 3
+sample {run} --labels 10            labels: expected classes from 0 to 9, or -1 for no label; got 10
+sample {run} --labels -2            labels: expected .* got -2
+sample {run} --labels 1{thirty}     labels: expected .* got 1{thirty}
+sample {unconditional} --labels 1   labels: expected none for an unconditional model; got 1
+sample {run} --out=s.jpg            out: expected a \.png or \.npz file; got s\.jpg
+sample {run} --out=.png             out: expected a \.png or \.npz file; got \.png
+sample {run} --out=folder.png       out: expected a file; got the folder folder\.png
+sample {run} --out=nowhere/s.png    out: expected a file in a folder that exists; got nowhere/s\.png
+sample {run} --trajectory=t.txt     trajectory: expected a picture \(.*png.*\); got t\.txt
+sample {run} --trajectory=t         trajectory: expected a picture .*; got t
+sample {run} --trajectory=nowhere/t.png  trajectory: expected a file in a folder that exists; got nowhere/t\.png
+sample {run} --out=s.png --trajectory=./s.png  trajectory: expected another file than --out; got s\.png for both
+sample {run} --decoder=jacobi --window=0  window: expected at least 1; got 0
+sample {run} --window=4             window: expected none with the auto decoder, only with jacobi
+sample {run} --decoder=sequential --tolerance=0.1  tolerance: expected none for the sequential decoder; got 0\.1
+sample {flowpp} --guidance=2        guidance: expected none for a Flow\+\+, which has no use for it; got 2\.0
+sample {flowpp} --labels 1          labels: expected none for a Flow\+\+
+sample {flowpp} --sigma=0           sigma: expected none for a Flow\+\+
+sample {flowpp} --tolerance=0.1     tolerance: expected none for a Flow\+\+
+sample {flowpp} --decoder=jacobi    decoder: expected none for a Flow\+\+
+calibrate {run} --batches           batches: expected positive numbers; got \(\)
+calibrate {run} --batches 1{eighteen}  memory: expected batches of 1{eighteen} to take at most
+calibrate {run} --guidance=nan      guidance: expected a number from 0 to 100; got nan
+calibrate {run} --tolerance=nan     tolerance: expected a finite number >= 0; got nan
+evaluate {run} --num-images=0       num_images: expected at least 1; got 0
+evaluate {run} --draws=0            draws: expected at least 1; got 0
+evaluate {run} --draws=1{eighteen}  draws: expected at most 100000; got 1{eighteen}
+evaluate {run} --batch-size=-1      batch_size: expected at least 1; got -1
+evaluate {run} --seed=-1            seed: expected an integer from 0 to 2\^63 - 1; got -1
+evaluate {run} --image-size=0       image_size: expected 1 to 7071, got 0
+evaluate {run} --dataset=minst      name: expected one of fashion-mnist, .* got 'minst'
+evaluate someone/model              run: expected a folder to write to; got someone/model
+convert {run}/none.pth new --sigma=nan  sigma: expected a number from 0 to 10, .* got nan
+convert {run}/none.pth new --sigma=inf  sigma: expected .* got inf
+convert {run}/none.pth {run}/config.json  out: expected a folder; got .*/run/config\.json
+"""
+# What is no argument of the command at all, which has an exit status of its own.
+USAGE_LINES = r"""
+train --channels=abc                --channels: expected INT; got 'abc'
+train --channels=1e3                --channels: expected INT; got '1e3'
+train --learning-rate=fast          --learning-rate: expected FLOAT; got 'fast'
+train --image-size=big              --image-size: expected \{None\}\|INT; got 'big'
+train --num-blocks=1 --num-blocks=x  --num-blocks: expected INT; got 'x'
+train --dequantizer.filters=x       --dequantizer\.filters: expected INT; got 'x'
+train --dequantizer.filters=3       --dequantizer\.filters: expected a multiple of the 4 heads of attention; got 3
+train --dequantizer.dropout=nan     --dequantizer\.dropout: expected a number in \[0, 1\); got nan
+train --dequantizer.dropout=-1      --dequantizer\.dropout: expected a number in \[0, 1\); got -1
+train --guidance=1e300              --guidance\.weight: expected a number from 0 to 100; got 1e\+300
+train --guidance=nan                --guidance\.weight: expected .* got nan
+train --guidance.temperature=0      --guidance\.temperature: expected a number from 0\.001 to 1000; got 0
+train --channels=1{eighteen}        channels: expected .* got 1{eighteen}
+train --batch-size                  --batch-size: expected a value; got none
+train --max-steps --out=new         --max-steps: expected a value; got none
+train --nonsense 3                  --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --chanels=3                   --chanels: expected a flag of tarflow train, perhaps --channels; got '--chanels=3'
+train --in_chanels=3                --in_chanels: expected a flag of tarflow train.*; got '--in_chanels=3'
+train --preset=foo                  --preset: expected one of 'fashion-mnist', .*; got 'foo'
+train --preset                      --preset: expected a value; got none
+train --model=foo                   --model: expected one of 'tarflow', 'flowpp'; got 'foo'
+train --noise=laplace               --noise: expected one of 'gaussian', 'uniform', 'variational'; got 'laplace'
+train --conditional=yes             arguments: expected flags, each with its value; got yes besides
+train 3                             arguments: expected flags, each with its value; got 3 besides
+train -x                            arguments: expected flags, each with its value; got -x besides
+train -- new                        arguments: expected flags, each with its value; got new besides
+train --help --nonsense             --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --nonsense -h                 --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --dataset=                    --dataset: expected a value; got ''
+train --dataset ''                  --dataset: expected a value; got ''
+train --out=                        --out: expected a value; got ''
+train --resume ''                   --resume: expected a value; got ''
+sample                              arguments: expected run; got fewer
+sample ''                           arguments: expected a value; got ''
+sample {run} {run}                  arguments: expected flags, each with its value; got .*/run besides
+sample {run} --num 3 4              arguments: expected flags, each with its value; got 4 besides
+sample {run} --num=3.5              --num: expected INT; got '3\.5'
+sample {run} --labels a b           --labels: expected \[INT \[INT \.\.\.\]\]; got 'a', 'b'
+sample {run} --labels 1.5           --labels: expected .*; got '1\.5'
+sample {run} --decoder=fast         --decoder: expected one of 'auto', 'sequential', 'jacobi'; got 'fast'
+sample {run} --out ''               --out: expected a value; got ''
+sample {run} --trajectory=          --trajectory: expected a value; got ''
+sample {run} --help --nonsense      --nonsense: expected a flag of tarflow sample.*; got '--nonsense'
+sample {run} --filters=3            --filters: expected a flag of tarflow sample.*; got '--filters=3'
+calibrate                           arguments: expected run; got fewer
+evaluate {run} --dataset ''         --dataset: expected a value; got ''
+evaluate {run} --draws=many         --draws: expected INT; got 'many'
+convert {run}/none.pth              arguments: expected checkpoint and out; got fewer
+convert {run}/none.pth ''           arguments: expected a value; got ''
+convert {run}/none.pth new --sigma=a  --sigma: expected FLOAT; got 'a'
+"""
 
 
-@pytest.mark.parametrize(("command", "message"), ERRORS.values(), ids=ERRORS)
+def cases():
+    for name, (command, message) in ERRORS.items():
+        yield pytest.param(command, message, 1, id=name)
+    for status, lines in ((1, LINES), (2, USAGE_LINES)):
+        for line in lines.strip().splitlines():
+            command, message = re.split(r"  +", line, maxsplit=1)
+            yield pytest.param(command, message, status, id=command)
+
+
+@pytest.mark.parametrize(("command", "message", "status"), [*cases()])
 def test_what_a_user_gets_wrong_ends_in_one_line(
-    run, unconditional, flowpp, photos, broken, monkeypatch, capsys, command, message
+    run, unconditional, flowpp, photos, broken, monkeypatch, capsys, command, message, status
 ):
     monkeypatch.chdir(broken)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
-    command = command.format(run=run, unconditional=unconditional, flowpp=flowpp, photos=photos, broken=broken)
-    assert main(*command.split()) == 1
+    named = {"run": run, "unconditional": unconditional, "flowpp": flowpp, "photos": photos, "broken": broken}
+    named |= {"eighteen": 18 * "0", "thirty": 30 * "0"}
+    command = re.sub(r"\{(\w+)\}", lambda found: str(named[found[1]]), command)
+    message = re.sub(r"\{([a-z]\w+)\}", lambda found: str(named[found[1]]), message)
+    if command.startswith("train") and "--out" not in command and "--resume" not in command:
+        command += " --out=new" if status == 1 else ""
+    assert main(*("" if argument == "''" else argument for argument in command.split())) == status
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # but progress bars
     assert len(lines) == 1
     assert re.match(f"tarflow {command.split()[0]}: error: {message}", lines[0])

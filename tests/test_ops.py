@@ -333,9 +333,9 @@ def test_the_reference_is_never_captured(op, shapes, monkeypatch):
 def test_a_decoder_does_not_capture_the_reference():
     steps = []
     with use_backend("reference"):
-        replayed = Replayed(lambda: steps.append("launched"), torch.device("cuda"))
+        replayed = Replayed(torch.device("cuda"))
         for _ in range(5):
-            replayed()
+            replayed(lambda: steps.append("launched"))
     assert steps == ["launched"] * 5
 
 

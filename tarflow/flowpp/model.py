@@ -243,7 +243,7 @@ class FlowPP(ImageFlow):
         Raises:
             ValueError, TypeError: num or chunk_size below 1 or no integer, more images than memory holds, labels.
         """
-        num = self._check_num(num)
+        num = self.check_num(num)
         check_no_labels(labels)
         eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device, dtype=self.dtype)
         if chunk_size is None:

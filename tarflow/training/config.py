@@ -2,19 +2,24 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
 
 from ..datasets import RESIZE, Folder, Images
 from ..flowpp.dequantizer import DequantizerConfig
 from ..flowpp.model import FlowPPConfig
 from ..guidance import Guidance
-from ..model import TarFlowConfig
+from ..model import TarFlowConfig, check_sigma
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Image size, channels and classes come from the dataset."""
+    """A training run. Image size, channels and classes come from the dataset.
+
+    ValueError, which names it, for a setting that is out of its range or does not go with the others.
+    """
 
     dataset: str = "fashion-mnist"
     """fashion-mnist, mnist, cifar10, imagenet32 or imagenet64 (of 2017; with -2016, of 2016), folder or hub:<name>"""
@@ -104,24 +109,30 @@ class TrainConfig:
     def __post_init__(self):
         if isinstance(self.guidance, int | float):  # its weight, as flags and runs had it before there was more
             object.__setattr__(self, "guidance", Guidance(self.guidance))
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0; got {getattr(self, name)}")
-        for name in (
-            "sigma",
-            "label_drop",
-            "ema_decay",
-            "beta2",
-            "weight_decay",
-            "warmup_steps",
-            "seed",
-            "score_draws",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number >= 0; got {getattr(self, name)}")
-        for name in ("label_drop", "ema_decay", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}: expected a number below 1; got {getattr(self, name)}")
+        kinds = get_type_hints(type(self))
+        for name, value in vars(self).items():
+            choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else (value,)
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+        for name, least in _LEAST.items():
+            value, most = getattr(self, name), MOST_DRAWS if name == "score_draws" else 2**63 - 1
+            if not isinstance(value, int) or not least <= value <= most:
+                range_of = f"{least} to {'2^63 - 1' if most == 2**63 - 1 else most}"
+                raise ValueError(f"{name}: expected an integer from {range_of}; got {value}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name}: expected a number > 0, at most {_LARGEST:.2g}; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay <= _LARGEST:
+            raise ValueError(f"weight_decay: expected a number >= 0, at most {_LARGEST:.2g}; got {self.weight_decay}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate: expected a number from 0 to the learning rate, {self.learning_rate}; "
+                f"got {self.min_learning_rate}"
+            )
+        for name in ("label_drop", "ema_decay", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number >= 0 and below 1; got {getattr(self, name)}")
+        check_sigma("sigma", self.sigma)
         if self.model == "flowpp" and self.conditional:
             raise ValueError("conditional: expected False for flowpp, which has no labels; got True")
         if self.model == "flowpp" and self.noise == "gaussian":
@@ -174,19 +185,52 @@ class TrainConfig:
             told["num_classes"] = dataset.num_classes if self.conditional else 0
         return kind(**told)
 
+    def unused(self) -> dict[str, str]:
+        """The settings that say nothing here, and the flag that would give each a meaning."""
+        unused = {}
+        if not self.conditional:
+            unused["label_drop"] = "--conditional"
+        if self.coupling == "affine":
+            unused["num_mixtures"] = "--coupling mixture"
+        if self.noise != "gaussian":
+            unused["sigma"] = "--noise gaussian"
+        if self.noise != "variational":
+            unused["dequantizer"] = "--noise variational"
+        if self.model == "tarflow":
+            return unused | dict.fromkeys(_OF_FLOWPP, "--model flowpp")
+        return unused | dict.fromkeys(_OF_TARFLOW, "--model tarflow")
 
-_POSITIVE = (
-    "max_steps",
-    "batch_size",
-    "learning_rate",
-    "gradient_clip",
-    "max_bad_steps",
-    "log_every",
-    "evaluate_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
+
+_OF_TARFLOW = (
+    "patch_size",
+    "channels",
+    "num_blocks",
+    "layers_per_block",
+    "head_dim",
+    "expansion",
+    "volume_preserving",
+    "sigma",
+    "label_drop",
+    "guidance",
 )
+_OF_FLOWPP = (
+    "stack",
+    "filters",
+    "blocks_per_coupling",
+    "attention",
+    "pointwise",
+    "elu_output",
+    "weight_norm",
+    "dropout",
+)
+
+_LEAST = {
+    **dict.fromkeys(("max_steps", "batch_size", "max_bad_steps", "keep_checkpoints"), 1),
+    **dict.fromkeys(("log_every", "evaluate_every", "sample_every", "checkpoint_every"), 1),
+    **dict.fromkeys(("warmup_steps", "seed", "score_draws"), 0),
+}
+MOST_DRAWS = 100_000
+_LARGEST = torch.finfo(torch.float32).max
 
 # What a run cannot change when it is resumed, because what it has learned depends on it.
 FIXED_ON_RESUME = (

@@ -433,15 +433,18 @@ def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the accelerator that PyTorch finds, or the CPU."""
+    """The device of that name; ``auto`` is the accelerator that PyTorch finds, or the CPU.
+
+    ValueError where there is none of that name.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected auto or a device that PyTorch has here; got {name!r}") from error
-    return device
+        return accelerator or torch.device("cpu")
+    counts = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
+    present = [name for kind, count in counts.items() for name in (kind, *(f"{kind}:{n}" for n in range(count)))]
+    if name not in present:
+        raise ValueError(f"device: expected auto or a device that PyTorch has here, {', '.join(present)}; got {name!r}")
+    return torch.device(name)
 
 
 @contextlib.contextmanager
