@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import cases
 import torch.utils.tensorboard
 from cases import FINDINGS
 from files import Files
@@ -33,10 +34,12 @@ def main() -> int:
     parser.add_argument("campaign", choices=[*CAMPAIGNS, "all"])
     parser.add_argument("--count", type=int, help="cases; by default 300 files, 300 invocations, 40 kills, 16 folders")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=cases.SECONDS, help="limit of a case; more on a busy machine")
     parser.add_argument("--only", type=int, help="this case alone (kills: its run so far), and keep its files")
     parser.add_argument("--report", type=Path, help="a .json with all cases")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    cases.SECONDS = arguments.seconds
     report = {"seed": arguments.seed, "figures": {}, "cases": []}
     for name in CAMPAIGNS if arguments.campaign == "all" else [arguments.campaign]:
         rows: list[dict] = []
@@ -61,19 +64,15 @@ def campaign(name: str, arguments: argparse.Namespace, rows: list[dict]) -> None
     folder = Path(tempfile.mkdtemp(prefix=f"hostile-{name}-"))
     os.environ["MPLCONFIGDIR"] = str(folder)
     try:
-        cases, began = kind(folder), time.monotonic()
+        made, began = kind(folder), time.monotonic()
         for number in numbers:
-            row = cases.case(random.Random(f"{arguments.seed}/{name}/{number}"), number)
+            row = made.case(random.Random(f"{arguments.seed}/{name}/{number}"), number)
             rows.append(told(name, number, row))
             if name not in ("kills", "folders") and arguments.only is None:
                 shutil.rmtree(row["folder"], ignore_errors=True)
             if row["verdict"] in FINDINGS:
-                print(
-                    f"{name} {number}: {row['verdict']}: {row['case']}",
-                    *rows[-1]["stderr"][-2:],
-                    sep="\n    ",
-                    flush=True,
-                )
+                lines = f"{name} {number}: {row['verdict']}: {row['case']}", *rows[-1]["stderr"][-2:]
+                print(*lines, sep="\n    ", flush=True)
         print(f"{name}: {len(rows)} cases in {time.monotonic() - began:.0f} s", flush=True)
     finally:
         if arguments.only is None:

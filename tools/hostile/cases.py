@@ -1,6 +1,7 @@
 """Commands in processes of their own, forked from one that has imported everything, and what became of them."""
 
 import atexit
+import ctypes
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from safetensors.numpy import load
 
 from tarflow.cli import main
 
-SECONDS = 60
+SECONDS = 60  # of a case; `--seconds` sets it
 MEMORY = 2**30
 TINY = (
     *("--patch-size=7", "--channels=16", "--head-dim=8", "--num-blocks=2", "--layers-per-block=1", "--batch-size=4"),
@@ -71,6 +72,8 @@ class Process:
 
     def __init__(self, argv: Sequence[str], cwd: Path, prepare: Callable[[], None] = lambda: None):
         self.logs = [cwd.parent / f"{cwd.name}.{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        for log in self.logs:
+            log.touch()
         self.began = time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()
@@ -82,10 +85,11 @@ class Process:
         status = 1
         try:
             os.setsid()
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # nothing outlives the campaign
             os.chdir(cwd)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, log in enumerate(self.logs, 1):
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
+                os.dup2(os.open(log, os.O_WRONLY), number)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             prepare()
             status = main(argv)
@@ -116,11 +120,11 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL) if os.getpgid(self.pid) == self.pid else os.kill(self.pid, 9)
         return self.poll(stopped, 0)
 
-    def wait(self, seconds: float = SECONDS, memory: int = 4 * 2**30) -> Ended:
-        """How it ends, which is by force beyond so many seconds or bytes."""
+    def wait(self, memory: int = 4 * 2**30) -> Ended:
+        """How it ends, which is by force beyond :data:`SECONDS` or so many bytes."""
         page = os.sysconf("SC_PAGESIZE")
         while (ended := self.poll()) is None:
-            if time.monotonic() - self.began > seconds:
+            if time.monotonic() - self.began > SECONDS:
                 return self.kill("time")
             if int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * page > memory:
                 return self.kill("memory")
