@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from cases import TINY, Ended, must_run, results, run, same, sound
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 # What a mutation promises of its command: "same" results or a refusal; "any" sound results; "refuse" is a refusal.
@@ -177,7 +177,10 @@ def odd_tensors(rng: random.Random, path: Path) -> tuple[str, str]:
     else:
         place[key] = rng.choice(ODD)
         what = f"became {str(place[key])[:30]}"
-    torch.save(tree, path) if pickled else save_file({name: t.contiguous() for name, t in tree.items()}, path)
+    if pickled:
+        torch.save(tree, path)
+    else:
+        path.write_bytes(save({name: tensor.clone().contiguous() for name, tensor in tree.items()}))
     return f"{key}: {what}", promise
 
 
