@@ -226,7 +226,8 @@ class Folders:
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             again = run(resume_or_start(disk / "run", KINDS["tarflow"]), disk) if verdict == "refused" else ended
             wrong = difference(whole, disk / "run") if again.status == 0 else ["does not go on"]
-            return f"{room} bytes {', '.join(sorted(wrong))}", "lost" if wrong else verdict, again
+            right = "refused" if verdict == "refused" else "same"
+            return f"{room} bytes {', '.join(sorted(wrong))}", "lost" if wrong else right, again
         finally:
             subprocess.run(["umount", disk], check=True)
 
