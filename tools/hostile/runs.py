@@ -82,7 +82,6 @@ class Kills:
 
     def __init__(self, folder: Path):
         self.whole = Whole(folder)
-        self.left_behind = 0
 
     def case(self, rng: random.Random, number: int) -> dict:
         """A kill and, when its turn has come, the end of the run, as a row of the report."""
