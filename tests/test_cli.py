@@ -649,7 +649,9 @@ train --seed=-1                     seed: expected an integer from 0 to 2\^63 - 
 train --seed=9223372036854775808    seed: expected .* got 9223372036854775808
 train --max-steps=0                 max_steps: expected an integer from 1 to 2\^63 - 1; got 0
 train --max-steps=1{thirty}         max_steps: expected .* got 1{thirty}
-train --batch-size=1{eighteen}      batch_size: expected .* got 1{eighteen}
+train --channels=1{eighteen}        channels: expected .* got 1{eighteen}
+train --num-blocks=1{thirty}        num_blocks: expected .* got 1{thirty}
+train --batch-size=1{eighteen}      memory: expected training at batch size 1{eighteen} to take at most
 train --batch-size=1{thirty}        batch_size: expected .* got 1{thirty}
 train --score-draws=1{eighteen}     score_draws: expected an integer from 0 to 100000; got 1{eighteen}
 train --image-size=0                image_size: expected 1 to 7071, got 0
@@ -751,7 +753,6 @@ train --dequantizer.dropout=-1      --dequantizer\.dropout: expected a number in
 train --guidance=1e300              --guidance\.weight: expected a number from 0 to 100; got 1e\+300
 train --guidance=nan                --guidance\.weight: expected .* got nan
 train --guidance.temperature=0      --guidance\.temperature: expected a number from 0\.001 to 1000; got 0
-train --channels=1{eighteen}        channels: expected .* got 1{eighteen}
 train --batch-size                  --batch-size: expected a value; got none
 train --max-steps --out=new         --max-steps: expected a value; got none
 train --nonsense 3                  --nonsense: expected a flag of tarflow train.*; got '--nonsense'
