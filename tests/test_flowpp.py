@@ -626,10 +626,6 @@ BAD = {
     "no words": ({"stack": ""}, "stack: expected couplings, as in 'stripe4 .*'; got ''"),
     "a level of nothing": ({"stack": "stripe0"}, r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'"),
     "another": ({"stack": "stripe1 stripe00"}, r"stack: expected words .* got 'stripe00' in 'stripe1 stripe00'"),
-    "a dequantizer of nothing": (
-        {"dequantizer": DequantizerConfig(stack="stripe0")},
-        r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'",
-    ),
     "odd": ({"stack": "squeeze squeeze stripe1"}, "stack: expected even sizes where stripe1 halves them"),
     "dropout": ({"dropout": 1.0}, "dropout: expected a number in"),
     "no dropout": ({"dropout": "0.1"}, "dropout: expected a number; got '0.1'"),
@@ -675,6 +671,8 @@ def test_weights_for_an_endless_flow_are_refused_before_it_is_built(tmp_path, mo
 def test_a_dequantizer_is_one_of_columns():
     with pytest.raises(ValueError, match="stack: expected levels stripe<n> alone in a dequantizer; got 'squeeze"):
         DequantizerConfig(stack="squeeze stripe4")
+    with pytest.raises(ValueError, match=r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'"):
+        DequantizerConfig(stack="stripe0")
 
 
 def test_attention_in_a_context_needs_whole_heads():
