@@ -20,15 +20,26 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException as error:
+        with naming_full_disk(path):
+            yield beside
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+    except BaseException:
         beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
         raise
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Within the block an error of a full disk says what was to be written, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full or error.strerror != os.strerror(error.errno):  # else it has a message of its own
+            raise
+        raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
 
 
 def remove_abandoned(folder: Path) -> None:

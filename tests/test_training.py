@@ -1,5 +1,6 @@
 """A run that was killed, stopped or ran out of space goes on as if it had not been, or loses nothing."""
 
+import errno
 import gc
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.summary.writer import record_writer
 from torch.testing import assert_close
 
 from tarflow import Guidance, TarFlow, cli, datasets
@@ -644,6 +646,19 @@ def test_a_run_without_space_for_its_checkpoint_says_so_and_loses_nothing(run, c
     assert "Traceback" not in errors
     assert kept(run) == before
     assert main(["train", f"--resume={run}", "--max-steps=8"]) == 0
+
+
+def test_events_without_space_are_one_line(run, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = kept(run)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", refuse)
+    assert main(["train", f"--resume={run}", "--max-steps=12"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    message = f"no space left to write {run}; what was there before is unchanged"
+    assert errors == [f"tarflow train: error: [Errno {errno.ENOSPC}] {message}"]
+    assert kept(run) == before
 
 
 def test_weights_without_space_say_so_and_lose_nothing(run):

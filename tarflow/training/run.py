@@ -9,6 +9,7 @@ import errno
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from .. import datasets, evaluation, memory, pictures
 from ..datasets import Folder, Images
-from ..files import remove_abandoned, replacing
+from ..files import naming_full_disk, remove_abandoned, replacing
 from ..gallery import Gallery, spread
 from ..image_flow import ImageFlow, read_config
 from ..noise import quantization
@@ -195,6 +196,8 @@ class Run:
         step = self.trainer.step
         self.since, self.since_step = time.perf_counter(), step
         with (
+            naming_full_disk(self.folder),
+            errors_of_threads_raised_once(),
             SummaryWriter(str(self.folder), purge_step=step + 1) as self.writer,
             tqdm(
                 total=self.config.max_steps,
@@ -350,6 +353,17 @@ def hold(folder: Path) -> Iterator[None]:
                 if [*folder.iterdir()] == [path]:
                     path.unlink()
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def errors_of_threads_raised_once() -> Iterator[None]:
+    """Within the block no thread prints what it could not write: TensorBoard's raises it in the main thread, too."""
+    previous = threading.excepthook
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else previous(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 def refuse_taken(folder: Path) -> None:

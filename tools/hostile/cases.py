@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import sympy  # noqa: F401 (by PyTorch only when it is needed, from where another user may not read)
 import torch
 from safetensors.numpy import load
 

@@ -34,7 +34,7 @@ MEANINGLESS = {
         --patch-size=3 --num-blocks=7 --guidance=2 --noise=gaussian""",
     SAMPLE: """
         --sigma=nan --sigma=-1 --sigma=inf --sigma=1e300 --seed=-1 --seed=99999999999999999999 --guidance=1e300
-        --guidance=nan --guidance=inf --labels=-1 --labels=10 --labels --trajectory=drawn.png --trajectory=t.txt
+        --guidance=nan --guidance=inf --labels=-2 --labels=10 --labels --trajectory=drawn.png --trajectory=t.txt
         --tolerance=0.1|--decoder=sequential --tolerance=nan --num=0 --num=-1 --num=1000000000 --out=
         --out=nowhere/x.png --out=x.bmp --device=meta --device=cpu:7 --window=0|--decoder=jacobi --window=-5
         --temperature=nan|--guidance=1 --temperature=0|--guidance=1 --temperature=2 --decoder=foo
@@ -43,7 +43,7 @@ MEANINGLESS = {
         --num-images=0 --draws=0 --batch-size=-1 --image-size=0 --dataset= --dataset=foo --data-dir=nowhere
         --seed=-1 --seed=99999999999999999999 --device=meta --device=cpu:7 --nonsense|--help""",
     CALIBRATE: """
-        --guidance=nan --guidance=1e300 --guidance=inf --temperature=nan --tolerance=nan --tolerance=0 --tolerance=-1
+        --guidance=nan --guidance=1e300 --guidance=inf --temperature=nan --tolerance=nan --tolerance=inf --tolerance=-1
         --batches=0 --batches=-1 --batches --batches=1000000000000000000 --device=meta --device=cpu:7""",
     CONVERT: """
         --sigma=nan --sigma=inf --sigma=-1 --sigma=1e300 --in-channels=0 --in-channels=-3 --in-channels=5
