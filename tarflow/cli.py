@@ -281,7 +281,7 @@ def run_sample(arguments: Sequence[str]) -> None:
         command.quantization or quantization(info.get("sigma", 0.0)),
         command.on_nan,
     )
-    with _in_precision(command), _Progress(command.num, getattr(model.config, "num_blocks", 1)) as progress:
+    with _in_precision(command, model), _Progress(command.num, getattr(model.config, "num_blocks", 1)) as progress:
         if command.out.suffix == ".png":
             name = command.run.resolve().name
             gallery.samples(model, command.out, f"Samples of {name}", command.num, command.labels, progress.report)
@@ -289,7 +289,7 @@ def run_sample(arguments: Sequence[str]) -> None:
             _save_arrays(gallery, model, command, progress.report)
     print(progress.summary())
     if command.trajectory:
-        with _in_precision(command):
+        with _in_precision(command, model):
             gallery.trajectory(model, command.trajectory, "From latent to image", command.labels[:10])
     print(f"wrote {', '.join(str(path) for path in (command.out, command.trajectory) if path)}")
 
@@ -477,7 +477,7 @@ def run_calibrate(arguments: Sequence[str]) -> None:
             flush=True,
         )
 
-    with _in_precision(command):
+    with _in_precision(command, model):
         timings = calibration.calibrate(model.flow, guidance, command.tolerance, command.batches, show)
     calibration.save(command.run, timings)
     print(f"wrote {command.run / calibration.FILE}")
@@ -570,8 +570,12 @@ def run_convert(arguments: Sequence[str]) -> None:
     print(f"wrote {command.out}: {model.config}")
 
 
-def _in_precision(command: Sample | Calibrate) -> torch.autocast:
-    return torch.autocast(pick_device(command.device).type, torch.bfloat16, enabled=command.precision == "bfloat16")
+def _in_precision(command: Sample | Calibrate, model: ImageFlow) -> torch.autocast:
+    """Autocast to the precision asked for; ValueError for a model in float64, which autocast leaves as it is."""
+    low = command.precision == "bfloat16"
+    if low and model.dtype == torch.float64:
+        raise ValueError(f"precision: expected float32 for {command.run}, a model in float64; got bfloat16")
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=low)
 
 
 def _load(run: Path, device: str) -> tuple[ImageFlow, dict]:

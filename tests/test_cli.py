@@ -560,6 +560,13 @@ def test_the_usage_names_the_commands(capsys, monkeypatch, arguments):
     assert all(f"\n  {command} " in usage for command in cli.COMMANDS)
 
 
+def test_a_model_in_double_precision_is_not_drawn_from_in_a_lower_one(run, tmp_path, capsys):
+    TarFlow.from_pretrained(run).double().save_pretrained(tmp_path)
+    for command in ("sample", "calibrate"):
+        assert main(command, tmp_path, "--precision=bfloat16") == 1
+        assert "precision: expected float32 for " in capsys.readouterr().err
+
+
 def test_a_command_that_there_is_not_is_answered_with_those_that_there_are(capsys):
     assert main("trian", "--out=x") == 2
     commands = "train, sample, calibrate, evaluate, convert"
