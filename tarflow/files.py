@@ -1,11 +1,17 @@
-"""Writing files so that nothing is lost: beside, flushed to the disk, then renamed over what was there."""
+"""Writing files so that nothing is lost, beside, flushed to the disk, then renamed; and reading those of others."""
 
 import contextlib
 import errno
 import os
+import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextlib.contextmanager
@@ -40,6 +46,36 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         if not full or error.strerror != os.strerror(error.errno):  # else it has a message of its own
             raise
         raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
+
+
+def read_state(path: Path | str) -> Any:
+    """What ``torch.save`` has written to a file, on the CPU; no code in it is run, and its checksums are verified.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, compressed, or holds more than tensors, numbers and names.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # not so from before PyTorch 1.6
+            _check_zip(path)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:  # whose message says how to run code from it all the same
+        raise ValueError("it is damaged, or holds more than tensors, numbers and names") from error
+    except Exception as error:  # what a damaged file makes the unpickler throw has no end, KeyError to struct.error
+        raise ValueError(str(error).partition("\n")[0]) from error
+
+
+def _check_zip(path: Path | str) -> None:
+    """ValueError where an archive has wrong checksums, at which torch.load does not look, or is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"expected stored records; got a compressed one, {record.filename}")
+        if record := archive.testzip():
+            raise ValueError(f"wrong checksum of {record}")
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import read_state
 from .model import TarFlow, TarFlowConfig
 
 HEAD_DIM = 64  # the published code has no other, and no shape tells
@@ -44,31 +44,15 @@ def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> Tar
         state = source
     else:
         try:
-            _check_zip(source)
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # what is no checkpoint fails in the unpickler in any way, KeyError to struct.error
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {reason}") from error
+            state = read_state(source)
+        except ValueError as error:
+            raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {error}") from error
     _check(state)
     config = infer_config(state, in_channels)
     weights = {_rename(name): _convert(name, t) for name, t in state.items() if _is_kept(name)}
     if state is not source and sum(tensor.nbytes for tensor in weights.values()) > Path(source).stat().st_size:
         raise ValueError(f"source: expected weights that are stored in full; {source} is smaller than they are")
     return TarFlow.from_state(config, weights, "source")
-
-
-def _check_zip(path: Path | str) -> None:
-    """ValueError where a checkpoint has wrong checksums, at which torch.load does not look, or is compressed."""
-    if not zipfile.is_zipfile(path):  # from before PyTorch 1.6, or something else
-        return
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"expected stored records; got a compressed one, {record.filename}")
-        if record := archive.testzip():
-            raise ValueError(f"wrong checksum of {record}")
 
 
 def _check(state: Any) -> None:

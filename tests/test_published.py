@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -233,11 +234,13 @@ class Malice:
         return exec, (f"open({str(self.path)!r}, 'w')",)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
-    harm = tmp_path / "harm"
-    torch.save(published_state() | {"var": Malice(harm)}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"^source: .*model\.pth"):
-        TarFlow.from_published(tmp_path / "model.pth")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_file_that_would_run_code_is_refused_without_advice_to_run_it(tmp_path, protocol):
+    harm, path = tmp_path / "harm", tmp_path / "model.pth"
+    torch.save(published_state() | {"var": Malice(harm)}, path, pickle_protocol=protocol)
+    message = r"^source: .*model\.pth is .* it is damaged, or holds more than tensors, numbers and names$"
+    with warnings.catch_warnings(action="error"), pytest.raises(ValueError, match=message):
+        TarFlow.from_published(path)
     assert not harm.exists()
 
 

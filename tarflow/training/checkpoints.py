@@ -1,13 +1,12 @@
 """Checkpoints of a training run: written beside and renamed, the last few kept, refused when damaged."""
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import replacing
+from ..files import read_state, replacing
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -33,11 +32,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     if not paths:
         return None
     try:
-        with zipfile.ZipFile(paths[-1]) as archive:  # torch.load does not look at the checksums
-            if archive.testzip():
-                raise ValueError("wrong checksum")
-        return torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except Exception as error:  # what the unpickler throws at damaged data has no end
+        return read_state(paths[-1])
+    except ValueError as error:
         before = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
         raise ValueError(f"resume: {paths[-1]} is truncated or corrupt; {before}") from error
 
