@@ -199,12 +199,20 @@ def _stream(loader: torch.utils.data.DataLoader) -> Generator[tuple[Tensor, Tens
         read = iter(loader)
     while True:
         try:
-            images, labels = next(read)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            raise ChildProcessError("a process that reads images was killed, maybe for want of memory") from None
-        yield images, labels
+            batch, failure = next(read), None
+        except BaseException as error:
+            failure = _without_readers(error)
+        if failure is not None:
+            del read
+            raise failure
+        yield tuple(batch)
+
+
+def _without_readers(error: BaseException) -> BaseException:
+    """What is to be raised for an error of a loader, without a traceback that would keep its processes alive."""
+    if isinstance(error, RuntimeError) and "exited unexpectedly" in str(error):
+        return ChildProcessError("a process that reads images was killed, maybe for want of memory")
+    return error.with_traceback(None)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     tensor([2., 3., 6., 7.])
     """
     # Not pixel_unshuffle, which returns an empty batch as it was.
-    patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    batch, channels, height, width = images.shape
+    patches = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 

@@ -481,8 +481,17 @@ def test_a_folder_streams_what_fetch_reads(tmp_path, num_workers):
     assert torch.equal(torch.get_rng_state(), state), "streaming drew from the caller's random numbers"
 
 
+@pytest.fixture
+def no_collector():
+    """What ends then, ends because the last reference to it is gone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unreadable_image_is_one_line_whoever_reads_it(tmp_path, num_workers):
+def test_an_unreadable_image_is_one_line_whoever_reads_it(tmp_path, num_workers, no_collector):
     write_pictures(tmp_path / "train", ["a"], 4, size=(8, 8))
     write_pictures(tmp_path / "val", ["a"], 1, size=(8, 8))
     for path in (tmp_path / "train").rglob("*.png"):
@@ -490,14 +499,7 @@ def test_an_unreadable_image_is_one_line_whoever_reads_it(tmp_path, num_workers)
     with pytest.raises(ValueError, match=r"^/.*\.png: expected an image, but reading it fails with .*$") as error:
         next(batches(load("folder", "train", tmp_path, 8), 2, seed=0, num_workers=num_workers))
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.fixture
-def no_collector():
-    """What ends then, ends because the last reference to it is gone."""
-    gc.disable()
-    yield
-    gc.enable()
+    assert multiprocessing.active_children() == []
 
 
 def test_readers_end_with_the_stream_of_batches(tmp_path, no_collector):
@@ -511,7 +513,7 @@ def test_readers_end_with_the_stream_of_batches(tmp_path, no_collector):
     assert signal.getsignal(signal.SIGCHLD) == before, "a reader that ends could throw at anything that runs"
 
 
-def test_a_reader_that_is_killed_is_one_error_of_a_batch(tmp_path):
+def test_a_reader_that_is_killed_is_one_error_of_a_batch(tmp_path, no_collector):
     write_pictures(tmp_path, ["a", "b", "c"], 7)
     stream = batches(load("folder", "train", tmp_path, image_size=6), 8, seed=3, num_workers=2)
     next(stream)

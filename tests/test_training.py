@@ -564,7 +564,7 @@ def test_a_run_from_when_guidance_was_a_number_goes_on(conditional, weight):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance": -1.0}, r"^weight: expected a finite number .*; got -1"),
+        ({"guidance": -1.0}, r"^weight: expected a number from 0 to 100; got -1"),
         ({"conditional": False, "guidance": 1.0}, "^guidance: the reference branch equals the conditional one"),
         ({"guidance": Guidance(drop_label=False)}, "^guidance: the reference branch equals the conditional one"),
         ({"coupling": "mixture", "guidance": Guidance(parameters="mu")}, "^parameters: expected both with a mixture"),
