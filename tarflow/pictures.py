@@ -71,11 +71,17 @@ def trajectory(
         raise ValueError(f"column_labels: expected {len(frames)}, one a step, got {len(column_labels)}")
     frames = _to_numpy(frames)
     title = _counted(title, np.isfinite(frames).all(axis=(0, 2, 3, 4)))
-    bounds = [max(1.0, *np.quantile(np.abs(frame[np.isfinite(frame)]), [0.995])) for frame in frames]
+    bounds = [_reach(frame) for frame in frames]
     scaled = np.stack([frame / bound for frame, bound in zip(frames, bounds, strict=True)], axis=1)
     above = [textwrap.fill(label, 10) for label in column_labels]
     below = [f"[−{m:.3g}, {m:.3g}]" for m in bounds]
     _write_grid(scaled, path, title, quantization, inches=0.7, above=above, below=below)
+
+
+def _reach(frame: np.ndarray) -> float:
+    """The m, at least 1, such that [-m, m] holds 99.5% of the finite values."""
+    finite = np.abs(frame[np.isfinite(frame)])
+    return max(1.0, float(np.quantile(finite, 0.995))) if finite.size else 1.0
 
 
 def curves(metrics_path: str | Path, path: str | Path, title: str) -> None:

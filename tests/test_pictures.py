@@ -134,6 +134,11 @@ def test_a_trajectory_shows_the_finite_samples_beside_others(tmp_path):
     assert len(find(read(tmp_path / "trajectory.png"), shown([0.5] * 3))[0]) >= 128 * 128
 
 
+def test_a_trajectory_without_a_finite_value_is_drawn(tmp_path):
+    trajectory(plain([[np.inf], [np.nan]]), tmp_path / "trajectory.png", "steps", ["image"])
+    assert (tmp_path / "trajectory.png").is_file()
+
+
 def test_names_with_dollar_signs_are_no_formulas(tmp_path):
     name = r"cost: $\frac{5$"
     sample_grid(plain([[0.5]]), tmp_path / "grid.png", name, [name])
