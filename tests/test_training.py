@@ -625,6 +625,15 @@ def test_decoders_are_timed_under_the_guidance_of_the_run(run, monkeypatch, kept
     assert seen == [expected]
 
 
+@pytest.mark.parametrize("data", [5, {"train": 5}, {"train": {"digest": None}}, {"train": {"digest": "0"}, "test": []}])
+def test_data_that_are_recorded_wrongly_are_one_line(run, data, capsys):
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    for command in (["train", f"--resume={run}", "--max-steps=12"], ["evaluate", str(run), "--device=cpu"]):
+        assert main(command) == 1
+        assert "error: config.json: data: expected source, images, classes, digest of" in capsys.readouterr().err
+
+
 @contextmanager
 def no_file_beyond(size):
     """What a full disk looks like to whoever writes a longer file."""

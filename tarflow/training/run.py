@@ -126,7 +126,7 @@ class Run:
                     f"{name}: a checkpoint of another configuration; expected {getattr(before, name)!r} as in "
                     f"{self.folder}, got {getattr(self.config, name)!r}"
                 )
-        for split, data in settings.get("data", {}).items():
+        for split, data in _recorded(settings.get("data", {})).items():
             if data["digest"] != self.data[split]["digest"]:
                 raise ValueError(
                     f"data_dir: expected the {split} images that {self.folder} was begun with, {_named(data)}; "
@@ -399,7 +399,7 @@ def check_scored(data: dict[str, Any] | None, dataset: Images | Folder, chosen: 
     """
     if data is None:  # a run from before this was recorded, or no run
         return
-    scored = datasets.fingerprint(dataset)
+    data, scored = _recorded(data), datasets.fingerprint(dataset)
     if scored["digest"] == data["train"]["digest"]:
         raise ValueError(f"dataset: expected other images than the run was trained on; got {_named(scored)}")
     if scored["digest"] == data["test"]["digest"]:
@@ -411,6 +411,16 @@ def check_scored(data: dict[str, Any] | None, dataset: Images | Folder, chosen: 
     if not chosen:
         raise ValueError(f"data_dir: {what}")
     print(f"warning: {what}", file=sys.stderr)
+
+
+def _recorded(data: dict[str, Any]) -> dict[str, Any]:
+    """The data that config.json names, or nothing; ValueError where that is not what a run has written there."""
+    kinds = {"source": str, "images": int, "classes": int, "digest": str}
+    for split in ("train", "test") if data != {} else ():
+        part = data.get(split) if isinstance(data, dict) else None
+        if not isinstance(part, dict) or any(not isinstance(part.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError(f"config.json: data: expected {', '.join(kinds)} of the {split} images; got {part!r:.80}")
+    return data
 
 
 def _named(data: dict[str, Any]) -> str:
