@@ -37,7 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each stage may take of the time that is left when it starts.
 SHARES = {"check": 0.25, "tune": 0.25, "measure": 0.9, "profile": 1.0}
 _BEGUN = "-- "
-TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "mixture", "ops", "scales", "triton", "gpu"))
+TESTS = tuple(
+    f"tests/tarflow_kernels/test_{name}.py" for name in ("kernels", "mixture", "ops", "scales", "triton", "gpu")
+)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ settings.register_profile("gpu", settings.get_profile("tarflow"), max_examples=1
 settings.load_profile("interpreter" if INTERPRETED else "tarflow" if DEVICE == "cpu" else "gpu")
 
 # Where no kernel runs: test_jobs.py has it collected in a process that interprets them.
-collect_ignore = [] if "triton" in BACKENDS else ["test_triton.py"]
+collect_ignore = [] if "triton" in BACKENDS else ["tarflow_kernels/test_triton.py"]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""Record what the paper's code computes, for the tests: tests/published_cases.npz.
+"""Record what the paper's code computes, for the tests: tests/support/published_cases.npz.
 
     python tools/record_published.py path/to/ml-tarflow
 
-Takes a checkout of apple/ml-tarflow; the models, their weights and their inputs are those of tests/published_cases.py.
+Takes a checkout of apple/ml-tarflow; the models, their weights and their inputs are those of
+tests/support/published_cases.py.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import published_cases as cases
 from tarflow import Guidance

@@ -11,7 +11,7 @@ from tarflow_kernels import incremental
 from tarflow_kernels.adapters import common
 
 TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "kernels" / "examples"
+EXAMPLES = TESTS.parents[1] / "kernels" / "examples"
 SMALL = {
     "zuko": {"names": ("MAF", "NSF", "mixtures"), "features": 6, "hidden": 16, "steps": 5, "repeats": 1},
     "nflows": {"features": 6, "hidden": 16, "layers": 3, "steps": 5, "repeats": 1},

@@ -34,7 +34,7 @@ from tarflow.training.config import PRESETS, TrainConfig
 from tarflow.training.run import Diverged, Run, stop_signals, train
 from tarflow.training.trainer import Trainer
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+TRAIN = Path(__file__).parents[2] / "train.py"
 # With a warm-up longer than any run, no learning rate depends on max_steps. So a run that is to be killed needs no end
 # to race against, and is compared with one that ends a little after where it was killed.
 TINY = {

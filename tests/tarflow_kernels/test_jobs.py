@@ -12,7 +12,8 @@ import pytest
 import triton
 from packaging.version import Version
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 INTERPRETED = ["test_kernels.py", "test_mixture.py", "test_ops.py", "test_scales.py", "test_triton.py"]
 
 # In bytes per thread, by version of Triton, where the configuration that spills nothing with the newest does.
@@ -29,7 +30,7 @@ def jobs(tmp_path_factory):
     table = tmp_path_factory.mktemp("inspect") / "resources.json"
     commands = {"compile": ["-m", "tarflow_kernels.inspect", "--workers", "1", "--out", table]}
     for name in reversed([] if interprets.args[0] else INTERPRETED):
-        commands[name] = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / name]
+        commands[name] = ["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / name]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(_run, name, command, table) for name, command in commands.items()}
 
@@ -45,7 +46,7 @@ def _run(name, command, table):
 @pytest.fixture(scope="module")
 def compiled(jobs):
     """Job B: what the inspector finds, and the committed table of what it found before."""
-    return jobs["compile"].result(), json.loads((ROOT / "tests" / "resources.json").read_text())
+    return jobs["compile"].result(), json.loads((HERE / "resources.json").read_text())
 
 
 @interprets
@@ -56,7 +57,7 @@ def test_every_kernel_passes_under_the_interpreter(jobs, tests):
 
 
 def test_kernels_take_the_registers_and_memory_that_the_table_says(compiled):
-    """After a change that is meant: python -m tarflow_kernels.inspect --out tests/resources.json."""
+    """After a change that is meant: python -m tarflow_kernels.inspect --out tests/tarflow_kernels/resources.json."""
     found, committed = compiled
     if found["triton"] != committed["triton"]:
         pytest.skip(f"the table is that of triton {committed['triton']}, and this is {triton.__version__}")

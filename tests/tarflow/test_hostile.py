@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "hostile"
+TOOL = Path(__file__).parents[2] / "tools" / "hostile"
 
 
 @pytest.mark.slow

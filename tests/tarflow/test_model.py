@@ -173,7 +173,7 @@ def test_a_configuration_from_before_there_were_couplings_is_affine(saved):
 
 
 def test_the_trained_model_of_the_benchmarks_is_still_read():
-    folder = Path(__file__).parents[1] / "benchmarks" / "trained" / "fashion-mnist"
+    folder = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
     assert "coupling" not in json.loads((folder / "config.json").read_text())["model"]
     assert TarFlow.from_pretrained(folder).config.coupling == "affine"
 

@@ -15,7 +15,7 @@ from tarflow_kernels.self_attention import CausalSelfAttention
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-EXAMPLE = Path(__file__).parent.parent / "kernels" / "examples" / "attention_in_zuko.py"
+EXAMPLE = Path(__file__).parents[2] / "kernels" / "examples" / "attention_in_zuko.py"
 PRECISIONS = st.sampled_from([(torch.float32, 1e-5 if DEVICE == "cpu" else 2e-4), (torch.float64, 1e-10)])
 SIZES = st.tuples(st.integers(1, 4), st.sampled_from([1, 3, 8]))  # heads and their channels
 SEEDS = st.integers(0, 1000)

@@ -23,7 +23,7 @@ from tarflow.decoding.jacobi import _Iterates as Iterates
 from tarflow.decoding.step import Step
 from tarflow_kernels import dispatch
 
-TRAINED = Path(__file__).parents[1] / "benchmarks" / "trained" / "fashion-mnist"
+TRAINED = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
 TOKENS, CLASSES = 13, 3
 MIXTURE = {"coupling": "mixture", "num_mixtures": 3}
 WINDOWS = [1, 2, 5, TOKENS - 1, TOKENS + 3, None]
