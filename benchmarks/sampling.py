@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tarflow.patches import patchify
 from torch import Tensor
 
 import checkout
@@ -34,7 +35,6 @@ from row import DECODERS, Contender, Outputs, Row
 from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
 from tarflow.decoding import DISTANCE, TOLERANCE, Decoded
 from tarflow.decoding.calibration import calibrate
-from tarflow.patches import patchify
 
 OTHERS = ("eager", "published")
 # Of a batch, about so many samples are checked.

@@ -7,6 +7,8 @@ from .flowpp.model import FlowPP, FlowPPConfig
 from .guidance import Guidance
 from .image_flow import ImageFlow
 from .model import TarFlow, TarFlowConfig
+from .pretrained import load_pretrained
+from .published import load_published
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,4 +22,9 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "TokenFlow",
+    "load_pretrained",
+    "load_published",
 ]
+
+# The model cannot import what reads published checkpoints into it.
+TarFlow.from_published = staticmethod(load_published)

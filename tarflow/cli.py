@@ -20,18 +20,21 @@ import tyro
 from matplotlib.backend_bases import FigureCanvasBase
 from tqdm import tqdm
 
-from . import datasets, evaluation, memory
-from .decoding import NAMES, TOLERANCE, Decoded, Decoder, Report, calibration
-from .files import replacing
+from . import datasets, evaluation, hardware
+from .decoding import NAMES, TOLERANCE, BlockStatistics, Decoder, ProgressCallback, calibration
+from .files import atomic_write
 from .flowpp.model import FlowPP
 from .gallery import Gallery, spread
 from .guidance import MAX_WEIGHT, Guidance
-from .image_flow import ImageFlow, load_pretrained, read_config
-from .model import TarFlow, check_sigma
+from .hardware import pick_device
+from .image_flow import ImageFlow
+from .model import TarFlow
 from .noise import Quantization, quantization, to_pixels
-from .published import load as load_published
+from .pretrained import load_pretrained, read_config
+from .published import load_published
 from .training.config import MOST_DRAWS, PRESETS, TrainConfig
-from .training.run import Diverged, check_scored, pick_device, train, write_config
+from .training.run import Diverged, check_scored, train
+from .validation import check_sigma
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -381,7 +384,7 @@ class _Progress:
 
     def __init__(self, num: int, num_blocks: int):
         self.num, self.num_blocks = num, num_blocks
-        self.decoded: list[Decoded] = []
+        self.decoded: list[BlockStatistics] = []
 
     def __enter__(self) -> "_Progress":
         layout = "{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -391,7 +394,7 @@ class _Progress:
     def __exit__(self, *exception) -> None:
         self.bar.close()
 
-    def report(self, decoded: Decoded) -> None:
+    def report(self, decoded: BlockStatistics) -> None:
         """A block is done."""
         self.decoded.append(decoded)
         self.bar.set_postfix_str(f"block {decoded.block + 1}: {decoded.decoder}, {decoded.passes} passes")
@@ -414,17 +417,17 @@ class _Progress:
         )
 
 
-def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, report: Report) -> None:
+def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, progress: ProgressCallback) -> None:
     """Images uint8 (num, H, W, C) and labels int64 (num,), the classes in turn."""
     labels = None
     if model.config.num_classes:
         classes = torch.tensor(command.labels or range(model.config.num_classes))
         labels = classes.repeat(-(-command.num // len(classes)))[: command.num]
-    (images,) = gallery.draw(model, command.num, labels, report=report)
+    (images,) = gallery.draw(model, command.num, labels, progress=progress)
     arrays = {"images": to_pixels(images, gallery.quantization).permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()
-    with replacing(command.out) as path, path.open("wb") as file:
+    with atomic_write(command.out) as path, path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -467,7 +470,7 @@ def run_calibrate(arguments: Sequence[str]) -> None:
     guidance = replace(guidance, **{name: value for name, value in told.items() if value is not None})
     guidance.check(model.config.num_classes)
     largest = max(command.batches)
-    memory.check(largest * memory.decoding_bytes(model.config), model.device, f"batches of {largest}")
+    hardware.check_memory(largest * model.config.decoding_bytes(), model.device, f"batches of {largest}")
     print("rows  block  decoder              passes    seconds")
 
     def show(timing: calibration.Timing) -> None:
@@ -538,7 +541,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     print(f"{dataset.source}; {min(command.num_images, len(dataset)):,} of them, mean ± standard error over images")
     for name, estimate in scores.items():
         print(f"{estimate}   {name}")
-    with replacing(command.run / "evaluation.json") as path:
+    with atomic_write(command.run / "evaluation.json") as path:
         rows = {name: asdict(estimate) for name, estimate in scores.items()}
         path.write_text(
             json.dumps({"data": dataset.source, "settings": asdict(command), "scores": rows}, indent=2, default=str)
@@ -565,8 +568,7 @@ def run_convert(arguments: Sequence[str]) -> None:
     if (command.out / "config.json").exists():
         raise FileExistsError(f"out: {command.out} already holds a model; choose another folder")
     model = load_published(command.checkpoint, command.in_channels)
-    model.save_pretrained(command.out)
-    write_config(command.out, **model.describe(), sigma=command.sigma)
+    model.save_pretrained(command.out, sigma=command.sigma)
     print(f"wrote {command.out}: {model.config}")
 
 

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+__all__ = ["tweedie"]
+
 
 def tweedie(log_prob: Callable[[Tensor], Tensor], y: Tensor, sigma: float) -> Tensor:
-    """The posterior mean of clean data given noisy data: ``E[x | y] = y + sigma^2 * grad_y log p(y)``.
+    """Return the posterior mean of clean data given noisy data, ``E[x | y] = y + sigma^2 * grad_y log p(y)``.
 
     Args:
         log_prob: ``(B, ...)`` to ``(B,)``, the log-density in nats of data with noise of standard deviation sigma.

@@ -74,7 +74,7 @@ def bits_per_dim_of_images(
     """
 
     def score(pixels: Tensor, labels: Tensor | None) -> Tensor:
-        bounds = model.bounds(pixels, labels, draws, generator)
+        bounds = model.importance_log_weights(pixels, labels, draws, generator)
         both = torch.stack((bounds.mean(0), log_mean_exp(bounds)), dim=1)
         return -both / (model.config.num_dims * math.log(2))
 

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost, beside, flushed to the disk, then renamed; and reading those of others."""
+"""Files that are written whole or not at all: beside, flushed to the disk, renamed; and files of others, read."""
 
 import contextlib
 import errno
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+__all__ = ["atomic_write", "name_full_disk", "read_state", "remove_abandoned"]
+
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.
 
     On an error the half-written file is removed and what was at ``path`` stays.
@@ -26,7 +28,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with naming_full_disk(path):
+        with name_full_disk(path):
             yield beside
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
@@ -37,39 +39,39 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
-    """Within the block an error of a full disk says what was to be written, and that nothing is lost."""
+def name_full_disk(path: Path) -> Iterator[None]:
+    """Within the block, make an error of a full disk say what was to be written, and that nothing is lost."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full or error.strerror != os.strerror(error.errno):  # else it has a message of its own
+        if not full or error.strerror != os.strerror(error.errno):  # else the error has a message of its own
             raise
         raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
 
 
 def read_state(path: Path | str) -> Any:
-    """What ``torch.save`` has written to a file, on the CPU; no code in it is run, and its checksums are verified.
+    """Read what ``torch.save`` has written to a file, to the CPU; run no code in it, and verify its checksums.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, compressed, or holds more than tensors, numbers and names.
     """
     try:
-        if zipfile.is_zipfile(path):  # not so from before PyTorch 1.6
+        if zipfile.is_zipfile(path):  # files from before PyTorch 1.6 are none
             _check_zip(path)
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except pickle.UnpicklingError as error:  # whose message says how to run code from it all the same
+    except pickle.UnpicklingError as error:  # its message tells how to run code from the file
         raise ValueError("it is damaged, or holds more than tensors, numbers and names") from error
-    except Exception as error:  # what a damaged file makes the unpickler throw has no end, KeyError to struct.error
+    except Exception as error:  # the unpickler throws anything at a damaged file, from KeyError to struct.error
         raise ValueError(str(error).partition("\n")[0]) from error
 
 
 def _check_zip(path: Path | str) -> None:
-    """ValueError where an archive has wrong checksums, at which torch.load does not look, or is compressed."""
+    """Raise ValueError where an archive has wrong checksums, which torch.load ignores, or is compressed."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
@@ -79,8 +81,8 @@ def _check_zip(path: Path | str) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what processes that are no more left half-written beside the files of a folder."""
-    if os.name != "posix":  # elsewhere to ask for a process may end it
+    """Remove the half-written files that processes which no longer run have left in a folder."""
+    if os.name != "posix":  # elsewhere, os.kill may end a process
         return
     for path in folder.glob(".*.*"):
         found = re.fullmatch(r"\..+\.(?:json|jsonl|png|pt|safetensors)\.(\d{1,9})", path.name)
@@ -89,7 +91,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _is_another(process: int) -> bool:
-    """Whether there is such a process, and it is not this one: in a container the same number comes again."""
+    """Return whether there is such a process, other than this one: in a container the same number comes again."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

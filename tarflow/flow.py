@@ -1,10 +1,9 @@
 """The flow: blocks of autoregressive maps over tokens, in alternating order, under a Gaussian prior.
 
 Block t maps tokens x to z by ``z_0 = x_0`` and ``z_i = (v_i - mu_i) exp(-alpha_i)``, where v_i is x_i, or, with
-``coupling="mixture"``, the logit of a mixture of logistic distribution functions at x_i, value by value. A causal
-transformer computes mu_i, alpha_i and the mixture from x_<i. Odd blocks run from the last token to the first. Forward
-is one pass per block; the inverse runs a block's transformer token by token, and is the business of
-:mod:`tarflow.decoding`.
+``coupling="mixture"``, the logit of a mixture of logistic distribution functions at x_i, value by value
+(:mod:`tarflow.transforms`). A causal transformer computes mu_i, alpha_i and the mixture from x_<i. Odd blocks run from
+the last token to the first. Forward is one pass per block; the inverse is the task of :mod:`tarflow.decoding`.
 
 Source: TarFlow (arXiv 2412.06329); the mixture is that of Flow++ (arXiv 1902.00275).
 """
@@ -15,12 +14,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .coupling import Mixture, make_coupling
-from .decoding import Decoded, Decoder, Report
-from .decoding.branches import count_branches
-from .decoding.calibration import Timing, choose
+from .decoding import BlockStatistics, Decoder, ProgressCallback
+from .decoding.decoder import Timing, choose
+from .decoding.step import count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
+from .transforms import MixtureTransform, make_transform
+from .validation import describe_argument
+
+__all__ = ["Block", "TokenFlow", "check_labels"]
 
 
 class TokenFlow(nn.Module):
@@ -30,10 +32,12 @@ class TokenFlow(nn.Module):
         num_tokens, token_dim: N and D.
         channels, num_blocks, layers_per_block: width of the transformers, number of blocks, layers of each.
         head_dim, expansion: size of an attention head, factor of the hidden layer of the MLPs.
-        num_classes: 0 for an unconditional flow.
-        volume_preserving: alpha = 0 throughout; the prior then keeps a variance per coordinate, averaged in training.
-        coupling: ``"affine"`` or ``"mixture"``, which preserves no volumes; see :mod:`tarflow.coupling`.
-        num_mixtures: components of the mixture.
+        num_classes: number of classes, 0 for an unconditional flow.
+        volume_preserving: whether alpha = 0 throughout; the prior then keeps a variance per coordinate, averaged in
+            training.
+        coupling: the transform of each value, ``"affine"`` or ``"mixture"``, which preserves no volumes; see
+            :mod:`tarflow.transforms`.
+        num_mixtures: number of components of the mixture.
 
     Raises:
         ValueError: a head_dim that is no divisor of channels, an unknown coupling, a mixture of no or too many
@@ -45,7 +49,7 @@ class TokenFlow(nn.Module):
 
     prior_variance: Tensor
     calibration: Sequence[Timing] = ()
-    """What the ``auto`` decoder goes by, from :func:`tarflow.decoding.calibration.calibrate`."""
+    """Timings that the ``auto`` decoder follows, made by :func:`tarflow.decoding.calibration.calibrate`."""
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class TokenFlow(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.volume_preserving = volume_preserving
-        self.coupling = make_coupling(coupling, num_mixtures, volume_preserving)
+        self.transform = make_transform(coupling, num_mixtures, volume_preserving)
         self.blocks = nn.ModuleList(
             Block(
                 CausalTransformer(
@@ -76,7 +80,7 @@ class TokenFlow(nn.Module):
                     head_dim=head_dim,
                     expansion=expansion,
                     num_classes=num_classes,
-                    coupling=self.coupling,
+                    transform=self.transform,
                 ),
                 reverse=bool(t % 2),
             )
@@ -85,9 +89,9 @@ class TokenFlow(nn.Module):
         self.register_buffer("prior_variance", torch.ones(num_tokens, token_dim))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to latent: z ``(B, N, D)`` and the log-det of the map in nats, ``(B,)``, both at least float32."""
+        """Map data to latents z ``(B, N, D)``; also return the log-det in nats, ``(B,)``, both at least float32."""
         self._check(tokens, labels)
-        # Where a size may be symbolic it is shape[0]: torch.export makes a constant of what len() returns.
+        # shape[0], not len(), which torch.export would make a constant.
         z = tokens
         logdet = tokens.new_zeros(tokens.shape[0], dtype=torch.promote_types(tokens.dtype, torch.float32))
         for block in self.blocks:
@@ -96,12 +100,12 @@ class TokenFlow(nn.Module):
         return z, logdet
 
     def log_prob(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``log p(z) + logdet`` in nats, ``(B,)``."""
+        """Return the log-density of tokens, ``log p(z) + logdet``, in nats, ``(B,)``."""
         z, logdet = self(tokens, labels)
         return self.log_prior(z) + logdet
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """The log-density of latents ``(B, N, D)`` in nats, ``(B,)``."""
+        """Return the log-density of latents ``(B, N, D)`` under the prior, in nats, ``(B,)``."""
         variance = self.prior_variance
         return -0.5 * (z.square() / variance + (2 * math.pi * variance).log()).sum((1, 2))
 
@@ -111,13 +115,13 @@ class TokenFlow(nn.Module):
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
         decoder: str | Decoder = "auto",
-        report: Report = lambda decoded: None,
+        progress: ProgressCallback = lambda statistics: None,
     ) -> Tensor:
-        """Latent to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a map beside it.
+        """Map latents to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a guided map.
 
-        ``decoder`` is a :class:`~tarflow.Decoder` or the name of one; ``report`` is called after each block.
+        ``decoder`` is a :class:`~tarflow.Decoder` or the name of one; ``progress`` is called after each block.
         """
-        *_, tokens = self.trajectory(z, labels, guidance, decoder, report)
+        *_, tokens = self.trajectory(z, labels, guidance, decoder, progress)
         return tokens
 
     def trajectory(
@@ -126,26 +130,26 @@ class TokenFlow(nn.Module):
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
         decoder: str | Decoder = "auto",
-        report: Report = lambda decoded: None,
+        progress: ProgressCallback = lambda statistics: None,
     ) -> Iterator[Tensor]:
-        """The tokens after each block on the way from latent to data."""
+        """Yield the tokens after each block on the way from latents to data; arguments are those of :meth:`inverse`."""
         self._check(z, labels, "z")
         if Guidance.of(guidance) is not None:
-            guidance.check(self.num_classes, mixture=isinstance(self.coupling, Mixture))
-        return self._trajectory(z, labels, guidance, Decoder.of(decoder), report)
+            guidance.check(self.num_classes, mixture=isinstance(self.transform, MixtureTransform))
+        return self._trajectory(z, labels, guidance, Decoder.of(decoder), progress)
 
-    def _trajectory(self, tokens, labels, guidance, decoder, report):
+    def _trajectory(self, tokens, labels, guidance, decoder, progress):
         rows = len(tokens) * count_branches(guidance)
         for t, block in reversed(list(enumerate(self.blocks))):
             chosen = choose(self.calibration, decoder, t, rows, block.transformer.proj_in.weight)
             with torch.inference_mode():
                 decoded, passes = block.inverse(tokens, labels, guidance, chosen)
-            report(Decoded(t, chosen, len(tokens), passes, steps=tokens.shape[1] - 1))
-            tokens = decoded.clone()  # made in inference mode, it could never be trained on
+            progress(BlockStatistics(t, chosen, len(tokens), passes, steps=tokens.shape[1] - 1))
+            tokens = decoded.clone()  # a tensor of inference mode cannot be saved for a backward pass
             yield tokens
 
     def sample_prior(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        """Latents ``(num, N, D)`` drawn from the prior, on the device of the flow."""
+        """Draw latents ``(num, N, D)`` from the prior, on the device of the flow."""
         variance = self.prior_variance
         eps = torch.randn(num, *variance.shape, generator=generator, device=variance.device, dtype=variance.dtype)
         return eps * variance.sqrt()
@@ -154,14 +158,14 @@ class TokenFlow(nn.Module):
     def update_prior(self, z: Tensor, rate: float | Tensor = 0.1) -> None:
         """Move the variance of the prior by ``rate`` towards that of a batch; for volume-preserving flows only.
 
-        A batch that is not finite changes nothing.
+        A batch that is not finite leaves it unchanged.
         """
         moment = z.square().mean(0)
         self.prior_variance.lerp_(torch.where(moment.isfinite().all(), moment, self.prior_variance), rate)
 
     def _check(self, tokens: Tensor, labels: Tensor | None, name: str = "tokens") -> None:
         if not isinstance(tokens, Tensor):
-            raise TypeError(f"{name}: expected a floating-point torch.Tensor; got {described(tokens)}")
+            raise TypeError(f"{name}: expected a floating-point torch.Tensor; got {describe_argument(tokens)}")
         if tokens.dim() != 3 or tokens.shape[1:] != self.prior_variance.shape:
             num_tokens, token_dim = self.prior_variance.shape
             raise ValueError(f"{name}: expected shape (B, {num_tokens}, {token_dim}); got {tuple(tokens.shape)}")
@@ -171,7 +175,7 @@ class TokenFlow(nn.Module):
 
 
 class Block(nn.Module):
-    """One autoregressive map, in raster order or, with ``reverse``, from the last token to the first."""
+    """An autoregressive map, in raster order or, with ``reverse``, from the last token to the first."""
 
     def __init__(self, transformer: CausalTransformer, reverse: bool):
         super().__init__()
@@ -179,15 +183,15 @@ class Block(nn.Module):
         self.reverse = reverse
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``z_i = (v_i - mu_i) exp(-alpha_i)``, ``logdet = sum log dv/dx - sum alpha``; raster order in and out."""
+        """Return ``z_i = (v_i - mu_i) exp(-alpha_i)`` in raster order, and ``logdet = sum log dv/dx - sum alpha``."""
         x = self._permute(x)
-        z, logdet = self.transformer.coupling.forward(x, *self.transformer(x, labels))
+        z, logdet = self.transformer.transform.forward(x, *self.transformer(x, labels))
         return self._permute(z), logdet
 
     def inverse(
         self, z: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
     ) -> tuple[Tensor, int]:
-        """The tokens x whose latents are z, and the passes of the transformer that it took."""
+        """Return the tokens x whose latents are z, and the number of passes of the transformer."""
         x, passes = decoder(self.transformer, self._permute(z), labels, guidance)
         return self._permute(x), passes
 
@@ -196,27 +200,19 @@ class Block(nn.Module):
 
 
 def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> None:
-    """Raise where labels do not fit a batch and a model: TypeError for the type, ValueError for all else."""
+    """Raise TypeError for labels of another type, and ValueError for labels that do not fit a batch and a model."""
     if not num_classes:
         if labels is not None:
-            raise ValueError(f"labels: expected None for an unconditional model; got {described(labels)}")
+            raise ValueError(f"labels: expected None for an unconditional model; got {describe_argument(labels)}")
         return
     expected = f"int64 of shape ({batch},) in [-1, {num_classes}), -1 for a dropped label"
     if labels is None:
         raise ValueError(f"labels: expected {expected}; got None")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected {expected}; got {described(labels)}")
+        raise TypeError(f"labels: expected {expected}; got {describe_argument(labels)}")
     if labels.shape != (batch,):
         raise ValueError(f"labels: expected {expected}; got shape {tuple(labels.shape)}")
     if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
         low, high = (int(value) for value in labels.aminmax())
         if low < -1 or high >= num_classes:
             raise ValueError(f"labels: expected {expected}; got values from {low} to {high}")
-
-
-def described(value: object) -> str:
-    """What was given for a tensor, in an error."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    kind = type(value)
-    return repr(value) if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import pictures
-from .decoding import Decoder, Report
+from .decoding import Decoder, ProgressCallback
 from .flowpp.model import FlowPP
 from .guidance import Guidance
 from .model import TarFlow
@@ -50,7 +50,7 @@ class Gallery:
         title: str,
         num: int = 80,
         classes: Sequence[int] = (),
-        report: Report = lambda decoded: None,
+        progress: ProgressCallback = lambda statistics: None,
     ) -> None:
         """Draw ``num`` samples, in rows of eight; for a conditional model a row per class, ten of them or those given.
 
@@ -67,7 +67,7 @@ class Gallery:
         else:  # as many of each class, or one more of the first
             filled = torch.arange(columns) < (num + rows - 1 - torch.arange(rows))[:, None] // rows
         labels_of_all = None if labels is None else labels.repeat_interleave(filled.sum(1))
-        (images,) = self.draw(model, num, labels_of_all, report=report)
+        (images,) = self.draw(model, num, labels_of_all, progress=progress)
         grid = images.new_ones(rows, columns, *images.shape[1:], device="cpu")
         grid[filled] = images.cpu()
         pictures.sample_grid(grid, path, f"{title}{self.description}", self._names(labels), self.quantization)
@@ -121,7 +121,7 @@ class Gallery:
 
     def _sample(self, model: TarFlow | FlowPP, num: int, labels: Tensor | None, options: dict) -> tuple[Tensor, ...]:
         if isinstance(model, FlowPP):
-            drawn = model.sample(num, labels, **{name: value for name, value in options.items() if name != "report"})
+            drawn = model.sample(num, labels, **{name: value for name, value in options.items() if name != "progress"})
         else:
             drawn = model.sample(num, labels, self.guidance, self.denoise_sigma, self.decoder, **options)
         return drawn if isinstance(drawn, tuple) else (drawn,)

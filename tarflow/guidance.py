@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+__all__ = ["Guidance"]
+
 # Far beyond any use: published weights are below 10, temperatures between 0.1 and 2.
 MAX_WEIGHT = 100
 MAX_TEMPERATURE = 1000
@@ -15,10 +17,10 @@ MAX_TEMPERATURE = 1000
 class Guidance:
     """``v <- (1 + w_i) v(cond) - w_i v(ref)`` for token i of N and each guided v of alpha and mu.
 
-    With a mixture coupling v is every parameter of the map: logits, means and log-scales of the components too, any
+    In a mixture transform v is every parameter of the map: the logits, means and log-scales of the components too, any
     real values of which make a map.
 
-    The reference branch is the same transformer with less to go by: without its label (label guidance), with its
+    The reference branch is the same transformer with less information: without its label (label guidance), with its
     attention logits divided by ``temperature`` (temperature guidance, which needs no labels), or both. Source: TarFlow
     (arXiv 2412.06329).
 
@@ -26,7 +28,7 @@ class Guidance:
         weight: w, at most 100; 0 is no guidance.
         schedule: ``"linear"`` is ``w_i = w * i / (N - 1)``, ``"constant"`` is ``w_i = w``.
         temperature: tau of the reference branch, from 0.001 to 1000; 1 leaves its attention as it is.
-        parameters: which of the affine parameters are guided; both with a mixture coupling.
+        parameters: which of the affine parameters are guided; both in a mixture transform.
         drop_label: whether the reference branch drops the label. A model without classes has none to drop.
 
     Raises:
@@ -55,7 +57,7 @@ class Guidance:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
 
     def weights(self, num_tokens: int) -> Tensor:
-        """w_i for every token, ``(N,)`` float64: a model of any precision may use them.
+        """Return w_i for every token, ``(N,)``, in float64: a model of any precision may use them.
 
         >>> Guidance(weight=3.0, schedule="linear").weights(4)
         tensor([0., 1., 2., 3.], dtype=torch.float64)
@@ -66,13 +68,13 @@ class Guidance:
 
     @classmethod
     def of(cls, guidance: "Guidance | None") -> "Guidance | None":
-        """Guidance or None, as it is; TypeError for anything else, such as a bare weight."""
+        """Return guidance or None unchanged; raise TypeError for anything else, such as a bare weight."""
         if guidance is not None and not isinstance(guidance, cls):
             raise TypeError(f"guidance: expected a tarflow.Guidance or None; got {guidance!r}")
         return guidance
 
     def check(self, num_classes: int, mixture: bool = False) -> None:
-        """Raise ValueError where the two branches of a model would be the same, or its mixture be guided in part."""
+        """Raise ValueError where both branches of a model would be the same, or a mixture be guided in part."""
         if mixture and self.parameters != "both":
             raise ValueError(f"parameters: expected both with a mixture coupling; got {self.parameters!r}")
         if self.weight and self.temperature == 1 and not (self.drop_label and num_classes):

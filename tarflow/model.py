@@ -1,33 +1,49 @@
 """TarFlow: the flow over the patches of an image, its configuration and its samples."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import memory
-from .coupling import make_coupling
-from .decoding import Decoder, Report, calibration
+from . import hardware
+from .decoding import NAMES, Decoder, ProgressCallback
+from .decoding.decoder import Timing
 from .denoising import tweedie
 from .flow import TokenFlow, check_labels
-from .flowpp.dequantizer import DequantizerConfig
+from .flowpp.dequantizer import Dequantizer, DequantizerConfig
 from .flowpp.layers import parse
 from .guidance import Guidance
 from .image_flow import ImageFlow, at_least_one
-from .patches import patchify, unpatchify
-from .sizes import check_fields, check_totals
+from .transforms import make_transform
+from .validation import check_fields, check_sigma, check_totals
+
+__all__ = ["TarFlow", "TarFlowConfig", "patchify", "unpatchify"]
 
 
 @dataclass(frozen=True)
 class TarFlowConfig:
-    """The shape of a TarFlow. The paper writes it as [patch_size-channels-num_blocks-layers_per_block].
+    """The architecture of a TarFlow; the paper writes it as [patch_size-channels-num_blocks-layers_per_block].
 
-    ``dequantizer`` is that of variational dequantization, Flow++'s; without one, the noise of training is uniform or
-    Gaussian, and no part of the model.
+    Args:
+        image_size, in_channels: size and channels of the images.
+        patch_size: P, the side of a patch.
+        channels: width of the transformers.
+        num_blocks, layers_per_block: number of blocks, and of transformer layers in each.
+        num_classes: number of classes, 0 for an unconditional model.
+        head_dim: size of an attention head.
+        expansion: factor of the hidden layer of the MLPs.
+        volume_preserving: whether alpha is 0 throughout.
+        coupling: the transform of each value, ``"affine"`` or ``"mixture"`` of logistics; see
+            :mod:`tarflow.transforms`.
+        num_mixtures: number of components of the mixture.
+        dequantizer: configuration of variational dequantization, Flow++'s; without one, the noise of training is
+            uniform or Gaussian, and no part of the model.
 
     Raises:
-        ValueError: a size that is no positive integer or beyond :mod:`tarflow.sizes`, an image that is not a whole
+        ValueError: a size that is no positive integer or beyond :mod:`tarflow.validation`, an image that is not a whole
             number of patches, a width that is not a whole number of heads, an unknown coupling, a mixture that is to
             preserve volumes.
     """
@@ -53,7 +69,7 @@ class TarFlowConfig:
             raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}")
         if self.channels % self.head_dim:
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
-        make_coupling(self.coupling, self.num_mixtures, self.volume_preserving)
+        make_transform(self.coupling, self.num_mixtures, self.volume_preserving)
         if self.dequantizer is not None:
             parse(self.dequantizer.stack, self.image_shape)
 
@@ -64,7 +80,7 @@ class TarFlowConfig:
 
     @property
     def num_layers(self) -> int:
-        """Of all blocks; each has weights of its own."""
+        """The number of layers of all blocks; each has weights of its own."""
         return self.num_blocks * self.layers_per_block
 
     @property
@@ -84,15 +100,41 @@ class TarFlowConfig:
 
     @property
     def summary(self) -> str:
-        """In a line."""
+        """The architecture in one line."""
         return (
             f"TarFlow {self.patch_size}-{self.channels}-{self.num_blocks}-{self.layers_per_block} "
             f"(patch-channels-blocks-layers), {self.num_tokens} tokens of {self.token_dim}"
         )
 
+    def for_data(self, image_size: int, in_channels: int, num_classes: int) -> Self:
+        """Return the configuration of the same architecture for other images."""
+        return replace(self, image_size=image_size, in_channels=in_channels, num_classes=num_classes)
+
     def activation_bytes(self, itemsize: int = 4) -> int:
-        """What autograd keeps of one image."""
-        return memory.activation_bytes(self, itemsize)
+        """Estimate the bytes that autograd keeps of one image.
+
+        Per layer these are two norms' inputs and outputs, qkv, attention, the MLP twice; per block the parameters of
+        its mixtures, and about as much again for the computation of their map.
+        """
+        per_token = (4 + 3 + 1 + 2 * self.expansion) * self.channels * itemsize
+        return self.num_layers * self.num_tokens * per_token + 2 * self.num_blocks * self._mixture_bytes
+
+    def decoding_bytes(self, branches: int = 1, itemsize: int = 4) -> int:
+        """Estimate the bytes that decoding one image takes.
+
+        These are the key-value cache in the block being decoded, and a layer's activations of all its tokens; or the
+        parameters of their mixtures, of each branch and guided, and the intermediate results of solving for the tokens.
+        """
+        cached = 2 * self.layers_per_block
+        active = 3 + 2 * self.expansion + 6  # qkv, the MLP before and after its GELU, residuals and norms
+        layers = branches * self.num_tokens * self.channels * (cached + active) * itemsize
+        solving = 7  # exponentials, sums and their products, in stock operators, over the parameters
+        return layers + (branches + 1 + solving) * self._mixture_bytes
+
+    @property
+    def _mixture_bytes(self) -> int:
+        """The bytes of the float32 logits, means and log-scales for every value of an image."""
+        return 4 * self.num_dims * 3 * self.num_mixtures if self.coupling == "mixture" else 0
 
 
 class TarFlow(ImageFlow):
@@ -110,9 +152,12 @@ class TarFlow(ImageFlow):
     """
 
     config_class = TarFlowConfig
+    network_name = "transformers"
+    decoders = NAMES
+    supports_guidance = True
 
     def __init__(self, config: TarFlowConfig):
-        super().__init__(config)
+        super().__init__(config, config.dequantizer and Dequantizer(config.dequantizer, config.image_shape))
         self.flow = TokenFlow(
             config.num_tokens,
             config.token_dim,
@@ -127,16 +172,31 @@ class TarFlow(ImageFlow):
             num_mixtures=config.num_mixtures,
         )
 
+    @property
+    def stages(self) -> list[str]:
+        """Names of the frames of a trajectory that follow the latent."""
+        return [f"after block {t}" for t in range(self.config.num_blocks, 0, -1)]
+
+    @property
+    def calibration(self) -> Sequence[Timing]:
+        """Timings that the ``auto`` decoder follows."""
+        return self.flow.calibration
+
+    @calibration.setter
+    def calibration(self, timings: Sequence[Timing]) -> None:
+        self.flow.calibration = timings
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Image to latent: z ``(B, N, D)`` and the log-det of the map in nats, ``(B,)``."""
-        return self.flow(self._to_tokens(x), labels)
+        """Map images to latents z ``(B, N, D)``; also return the log-det in nats, ``(B,)``."""
+        self._check_images(x, "x")
+        return self.flow(patchify(x, self.config.patch_size), labels)
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """The log-density of latents ``(B, N, D)`` in nats, ``(B,)``."""
+        """Return the log-density of latents ``(B, N, D)`` in nats, ``(B,)``."""
         return self.flow.log_prior(z)
 
     def update_prior(self, z: Tensor, rate: float | Tensor) -> None:
-        """See :meth:`TokenFlow.update_prior`; only that of a volume-preserving flow adapts."""
+        """Adapt the prior to the latents of a batch; only that of a volume-preserving flow adapts."""
         if self.config.volume_preserving:
             self.flow.update_prior(z, rate)
 
@@ -147,18 +207,18 @@ class TarFlow(ImageFlow):
         guidance: Guidance | None = None,
         decoder: str | Decoder = "auto",
     ) -> Tensor:
-        """Latent ``(B, N, D)`` to image ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable.
+        """Map latents ``(B, N, D)`` to images ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable.
 
         A calibrated model may decode in parallel, to a tolerance: ``"sequential"`` is exact. See :meth:`sample`.
         """
         return self._to_images(self.flow.inverse(z, labels, guidance, decoder))
 
     def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
-        """``y + sigma^2 grad_y log p(y)``, the mean of clean images given images with the noise of training.
+        """Return ``y + sigma^2 grad_y log p(y)``, the mean of clean images given images with the noise of training.
 
         ValueError for a sigma that is no number in [0, 10].
         """
-        self._check(y, "y")
+        self._check_images(y, "y")
         check_sigma("sigma", sigma)
         return tweedie(lambda noisy: self.log_prob(noisy, labels), y, sigma)
 
@@ -172,47 +232,26 @@ class TarFlow(ImageFlow):
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
         chunk_size: int | None = None,
-        report: Report = lambda decoded: None,
+        progress: ProgressCallback = lambda statistics: None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Draw ``num`` images.
-
-        Args:
-            num: how many.
-            labels: int64 ``(num,)``, or None for an unconditional model.
-            guidance: see :class:`tarflow.Guidance`; None samples the model's own distribution.
-            denoise_sigma: the standard deviation of the noise in training, to be removed from the samples; 0 leaves it.
-            decoder: a :class:`tarflow.Decoder` or the name of one: ``"sequential"``, ``"jacobi"``, or ``"auto"``, the
-                faster of these for each block where the model was calibrated (``tarflow calibrate``).
-            generator: makes the samples reproducible, whatever the chunks (to the tolerance, where ``auto`` decodes
-                chunks of different sizes differently); on the device of the model.
-            return_trajectory: also return the image after every block.
-            chunk_size: how many images to decode at a time; by default what half of the free memory holds.
-            report: called after every block of every chunk with a :class:`tarflow.decoding.Decoded`.
-
-        Returns:
-            images ``(num, C, H, W)``, nominally in [-1, 1] but not clipped, and, if asked for, their trajectory
-            ``(num_blocks + 1, num, C, H, W)`` from the latent to the image before denoising.
-
-        Raises:
-            ValueError, TypeError: num below 1, or more than there is memory for; labels that do not fit; a guidance
-                that can have no effect; a denoise_sigma beyond [0, 10]; an unknown decoder.
-        """
+        """Draw ``num`` images; arguments, results and errors are those of :meth:`ImageFlow.sample`."""
         num = self.check_num(num)
-        check_sigma("denoise_sigma", denoise_sigma)
+        if denoise_sigma:
+            check_sigma("denoise_sigma", denoise_sigma)
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)
         labels = None if labels is None else labels.to(z.device)
         if chunk_size is None:
-            per_sample = memory.decoding_bytes(self.config, branches=2)
+            per_sample = self.config.decoding_bytes(branches=2)
             if denoise_sigma:
                 per_sample = max(per_sample, self.config.activation_bytes())
-            chunk_size = memory.chunk_size(per_sample, z.device)
+            chunk_size = hardware.chunk_size(per_sample, z.device)
         chunk_size = at_least_one("chunk_size", chunk_size)
         samples, trajectories = [], []
         for start in range(0, num, chunk_size):
             chunk = slice(start, start + chunk_size)
             chunk_labels = None if labels is None else labels[chunk]
-            frames = [z[chunk], *self.flow.trajectory(z[chunk], chunk_labels, guidance, decoder, report)]
+            frames = [z[chunk], *self.flow.trajectory(z[chunk], chunk_labels, guidance, decoder, progress)]
             images = self._to_images(frames[-1])
             if return_trajectory:
                 trajectories.append(torch.stack([self._to_images(frame) for frame in frames]))
@@ -220,37 +259,33 @@ class TarFlow(ImageFlow):
         images = torch.cat(samples)
         return (images, torch.cat(trajectories, dim=1)) if return_trajectory else images
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``config.json`` and ``model.safetensors``, and the calibration of the decoders, or remove another's."""
-        super().save_pretrained(folder)
-        calibration.replace(Path(folder), self.flow.calibration)
-
     def check_state(self, state: dict[str, Tensor], origin: str) -> None:
-        """See :meth:`ImageFlow.check_state`; the variance of the prior has to be positive."""
+        """Raise ValueError for a state dict that is not one of this model, or has a variance that is not positive."""
         super().check_state(state, origin)
         least = state["flow.prior_variance"].min()
         if not least > 0:
             raise ValueError(f"{origin}: expected positive numbers in flow.prior_variance; got {least:g}")
 
-    def _load_beside(self, folder: Path) -> None:
-        self.flow.calibration = calibration.load(folder)
-
-    @classmethod
-    def from_published(cls, source: Path | str | dict[str, Tensor], in_channels: int = 3) -> "TarFlow":
-        """Read a checkpoint of the paper's code; see :func:`tarflow.published.load`."""
-        from .published import load
-
-        return load(source, in_channels)
-
-    def _to_tokens(self, x: Tensor) -> Tensor:
-        self._check(x, "x")
-        return patchify(x, self.config.patch_size)
-
     def _to_images(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.config.patch_size, self.config.image_size)
 
 
-def check_sigma(name: str, sigma: float) -> None:
-    """ValueError for a standard deviation of noise that is no number in [0, 10], five times the range of images."""
-    if not 0 <= sigma <= 10:
-        raise ValueError(f"{name}: expected a number from 0 to 10, images being in [-1, 1]; got {sigma}")
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images ``(B, C, H, W)`` into patches, tokens ``(B, N, C * P * P)`` in raster order.
+
+    A token is laid out as :func:`torch.nn.functional.unfold` does it.
+
+    >>> images = torch.arange(16.0).view(1, 1, 4, 4)
+    >>> patchify(images, 2)[0, 1]  # the upper right patch
+    tensor([2., 3., 6., 7.])
+    """
+    # Not pixel_unshuffle, which returns an empty batch unchanged.
+    batch, channels, height, width = images.shape
+    patches = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, image_size: int) -> Tensor:
+    """Join tokens ``(B, N, C * P * P)`` to square images ``(B, C, H, W)``, the inverse of :func:`patchify`."""
+    side = image_size // patch_size
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), patch_size)

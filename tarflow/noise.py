@@ -16,23 +16,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Quantization",
+    "add_gaussian_noise",
+    "add_uniform_noise",
+    "bits_per_dim",
+    "log_normal",
+    "quantization",
+    "to_image",
+    "to_pixels",
+]
+
 
 def add_gaussian_noise(pixels: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
-    """``pixels / 127.5 - 1 + sigma * eps``, eps ~ N(0, 1): uint8 (B, C, H, W) to float32."""
+    """Return ``pixels / 127.5 - 1 + sigma * eps`` with eps ~ N(0, 1): uint8 (B, C, H, W) to float32."""
     x = pixels.float() / 127.5 - 1
     return x + sigma * torch.randn(x.shape, generator=generator, device=x.device)
 
 
 def add_uniform_noise(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """``2 (pixels + u) / 256 - 1``, u ~ U[0, 1): uint8 (B, C, H, W) to float32 in [-1, 1)."""
+    """Return ``2 (pixels + u) / 256 - 1`` with u ~ U[0, 1): uint8 (B, C, H, W) to float32 in [-1, 1)."""
     u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
-    # Beside a pixel, float32 holds 16 bits of u; rounding up at the end of a bin would lead into the next one.
+    # Added to a pixel, u keeps 16 bits in float32; rounding up at the end of a bin would lead into the next bin.
     u = (u * 2**16).floor() / 2**16
     return to_image(pixels, u)
 
 
 def to_image(pixels: Tensor, u: Tensor) -> Tensor:
-    """``(pixels + u) / 128 - 1``: 8-bit pixels and where in their bins [0, 1] they lie, to [-1, 1]."""
+    """Return ``(pixels + u) / 128 - 1``: 8-bit pixels and positions u in their bins [0, 1], mapped to [-1, 1]."""
     return (pixels + u) / 128 - 1
 
 
@@ -40,12 +51,12 @@ Quantization = Literal["round", "floor", "truncate"]
 
 
 def quantization(sigma: float) -> Quantization:
-    """What fits the samples of a model trained with Gaussian noise of sigma, or, where 0, with noise in bins."""
+    """Choose the quantization that fits a model trained with Gaussian noise of sigma or, if 0, with noise in bins."""
     return "round" if sigma else "floor"
 
 
 def to_pixels(images: Tensor, quantization: Quantization) -> Tensor:
-    """The 8-bit pixels, uint8, of images in [-1, 1]; beyond it they are 0 or 255, and nan is 0.
+    """Convert images in [-1, 1] to 8-bit pixels, uint8; values beyond become 0 or 255, and nan becomes 0.
 
     ``"round"``: ``round((x + 1) 127.5)``, the nearest of the levels p/127.5 - 1 that Gaussian noise was added to.
     ``"floor"``: ``floor((x + 1) 128)``, the bin [p, p + 1)/128 - 1 that uniform or variational noise has filled.
@@ -60,12 +71,12 @@ def to_pixels(images: Tensor, quantization: Quantization) -> Tensor:
 
 
 def log_normal(z: Tensor) -> Tensor:
-    """``log N(z; 0, I)`` in nats, summed per sample, ``(B,)``."""
+    """Return ``log N(z; 0, I)`` in nats, summed per sample, ``(B,)``."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
 def bits_per_dim(log_prob: Tensor, num_dims: int) -> Tensor:
-    """``-(log p(x) - n ln 128) / (n ln 2)`` for n dimensions scaled from 256 levels to [-1, 1].
+    """Return ``-(log p(x) - n ln 128) / (n ln 2)`` for n dimensions scaled from 256 levels to [-1, 1].
 
     ``log_prob`` is in nats; ln 128 is the log-det, per dimension, of that scaling. It is the density of an image with
     uniform noise, or the density less the log-density ``log q(u)`` of other noise within the bins.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from .files import replacing
+from .files import atomic_write
 from .noise import Quantization, to_pixels
 
 DPI = 200
@@ -219,5 +219,5 @@ def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(figure: Figure, path: str | Path, **options) -> None:
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, dpi=DPI, format=Path(path).suffix[1:] or "png", **options)

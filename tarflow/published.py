@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's own code (apple/ml-tarflow): its state dicts, renamed to ours."""
+"""Checkpoints of the paper's own code (apple/ml-tarflow): its state dicts, renamed to ours and back."""
 
 import math
 import re
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .files import read_state
 from .model import TarFlow, TarFlowConfig
+from .pretrained import build_model
+
+__all__ = ["infer_config", "load_published", "to_published"]
 
 HEAD_DIM = 64  # the published code has no other, and no shape tells
 
@@ -20,21 +23,23 @@ _TELLING = tuple(
     f"blocks.0.{name}" for name in ("proj_in.weight", "pos_embed", "attn_blocks.0.mlp.main.0.weight", "proj_out.weight")
 )
 
-_RENAMED = (
-    (r"attn_blocks\.(\d+)\.attention\.norm\.", r"layers.\1.attention_norm."),
-    (r"attn_blocks\.(\d+)\.attention\.", r"layers.\1."),
-    (r"attn_blocks\.(\d+)\.mlp\.norm\.", r"layers.\1.mlp_norm."),
-    (r"attn_blocks\.(\d+)\.mlp\.main\.", r"layers.\1.mlp."),
-)
+# The modules of a layer, ours and theirs.
+_LAYER_NAMES = {
+    "attention_norm": "attention.norm",
+    "qkv": "attention.qkv",
+    "proj": "attention.proj",
+    "mlp_norm": "mlp.norm",
+    "mlp": "mlp.main",
+}
 
 
-def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> TarFlow:
-    """A model from a published checkpoint, in evaluation mode; the shapes of the weights tell its configuration.
+def load_published(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> TarFlow:
+    """Make a model of a published checkpoint, in evaluation mode; the shapes of the weights tell its configuration.
 
     Args:
         source: path of a ``.pth`` file, read without executing code from it, or the state dict of the published
             ``Model``.
-        in_channels: of the images; the one thing that the shapes leave open.
+        in_channels: channels of the images, the one thing that the shapes leave open.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -49,14 +54,19 @@ def load(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> Tar
             raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {error}") from error
     _check(state)
     config = infer_config(state, in_channels)
-    weights = {_rename(name): _convert(name, t) for name, t in state.items() if _is_kept(name)}
+    weights = {_our_name(name): _our_layout(name, t) for name, t in state.items() if not name.endswith("attn_mask")}
     if state is not source and sum(tensor.nbytes for tensor in weights.values()) > Path(source).stat().st_size:
         raise ValueError(f"source: expected weights that are stored in full; {source} is smaller than they are")
-    return TarFlow.from_state(config, weights, "source")
+    return build_model(TarFlow, config, weights, "source")
+
+
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the state dict of a TarFlow to that of the published ``Model``, but for its attention masks."""
+    return {_their_name(name): _their_layout(name, tensor) for name, tensor in state.items()}
 
 
 def _check(state: Any) -> None:
-    """ValueError where a state dict does not have the tensors, of the dimensions, that tell the configuration."""
+    """Raise ValueError where the tensors that tell the configuration are missing, or of other dimensions."""
     if not isinstance(state, Mapping):
         raise ValueError(f"source: expected the state dict of a published TarFlow; got a {type(state).__name__}")
     for name in _TELLING:
@@ -73,7 +83,7 @@ def _check(state: Any) -> None:
 
 
 def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowConfig:
-    """The configuration behind a published state dict."""
+    """Infer the configuration of a published state dict."""
     channels, token_dim = state["blocks.0.proj_in.weight"].shape
     patch_size = math.isqrt(token_dim // in_channels) if in_channels > 0 else 0
     if in_channels * patch_size**2 != token_dim:
@@ -103,22 +113,36 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
-def _is_kept(name: str) -> bool:
-    return not name.endswith("attn_mask")
-
-
-def _rename(name: str) -> str:
+def _our_name(name: str) -> str:
     if name == "var":
         return "flow.prior_variance"
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
+    for ours, theirs in _LAYER_NAMES.items():
+        name = re.sub(rf"attn_blocks\.(\d+)\.{re.escape(theirs)}\.", rf"layers.\1.{ours}.", name)
     return re.sub(r"^blocks\.(\d+)\.", r"flow.blocks.\1.transformer.", name)
 
 
-def _convert(name: str, tensor: Tensor) -> Tensor:
-    """Ours has positions in the order in which a block generates, and class embeddings without the token dimension."""
+def _their_name(name: str) -> str:
+    if name == "flow.prior_variance":
+        return "var"
+    for ours, theirs in _LAYER_NAMES.items():
+        name = re.sub(rf"layers\.(\d+)\.{ours}\.", rf"attn_blocks.\1.{theirs}.", name)
+    return re.sub(r"^flow\.blocks\.(\d+)\.transformer\.", r"blocks.\1.", name)
+
+
+def _our_layout(name: str, tensor: Tensor) -> Tensor:
+    """Put positions in the order in which a block generates, and drop the token dimension of class embeddings."""
     if name.endswith("class_embed"):
         return tensor[:, 0]
-    if re.match(r"blocks\.\d*[13579]\.pos_embed", name):
-        return tensor.flip(0)
-    return tensor
+    return _in_other_order(name, tensor)
+
+
+def _their_layout(name: str, tensor: Tensor) -> Tensor:
+    """Put positions in raster order, and give class embeddings a token dimension."""
+    if name.endswith("class_embed"):
+        return tensor[:, None]
+    return _in_other_order(name, tensor)
+
+
+def _in_other_order(name: str, tensor: Tensor) -> Tensor:
+    """Reverse the positions of odd blocks, which generate from the last token to the first."""
+    return tensor.flip(0) if re.search(r"blocks\.\d*[13579]\.(transformer\.)?pos_embed", name) else tensor

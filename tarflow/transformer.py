@@ -5,16 +5,18 @@ from torch import Tensor, nn
 
 from tarflow_kernels import causal_attention
 
-from .coupling import Affine, Parameters
+from .transforms import AffineTransform, Parameters
+
+__all__ = ["CausalTransformer", "TransformerLayer"]
 
 
 class CausalTransformer(nn.Module):
     """Pre-norm transformer of tokens ``(B, N, D)``; row i of the output sees tokens 0 to i.
 
-    It returns the parameters of a :mod:`~tarflow.coupling`: mu and alpha, each ``(B, N, D)``, and what else the map
-    takes. The weight of the output projection starts at zero and its bias as the coupling says, so that an untrained
-    block is about the identity. Tokens are in the order in which the block generates them. Under autocast the layers
-    run in its precision, and the two projections at the ends in full.
+    It returns the parameters of a transform (:mod:`tarflow.transforms`): mu and alpha, each ``(B, N, D)``, and the
+    mixture if there is one. The weight of the output projection starts at zero and its bias as the transform asks, so
+    that an untrained block is about the identity. Tokens are in the order in which the block generates them. Under
+    autocast the layers run in its precision, and the two projections at the ends in full.
     """
 
     def __init__(
@@ -27,22 +29,22 @@ class CausalTransformer(nn.Module):
         head_dim: int = 64,
         expansion: int = 4,
         num_classes: int = 0,
-        coupling: Affine,
+        transform: AffineTransform,
     ):
         super().__init__()
         if channels % head_dim:
             raise ValueError(f"head_dim: expected a divisor of channels {channels}; got {head_dim}")
-        self.coupling = coupling
+        self.transform = transform
         self.proj_in = nn.Linear(token_dim, channels)
         self.pos_embed = nn.Parameter(0.01 * torch.randn(num_tokens, channels))
         self.class_embed = nn.Parameter(0.01 * torch.randn(num_classes, channels)) if num_classes else None
         self.layers = nn.ModuleList(TransformerLayer(channels, head_dim, expansion) for _ in range(num_layers))
-        self.proj_out = nn.Linear(channels, coupling.outputs * token_dim)
+        self.proj_out = nn.Linear(channels, transform.outputs * token_dim)
         nn.init.zeros_(self.proj_out.weight)
-        coupling.initialize(self.proj_out.bias.data)
+        transform.initialize(self.proj_out.bias.data)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Parameters:
-        """All positions at once, in training and scoring."""
+        """Compute the parameters of all positions at once, in training and scoring."""
         context = self.embed_classes(labels)
         with _full_precision(tokens):
             h = self.proj_in(tokens) + self.pos_embed
@@ -50,20 +52,20 @@ class CausalTransformer(nn.Module):
             h = h + context[:, None]
         for layer in self.layers:
             h = layer(h)
-        return self.coupling_parameters(h)
+        return self.project_out(h)
 
     def embed_classes(self, labels: Tensor | None) -> Tensor | None:
-        """``(B, C)``: the embedding of each label; that of a dropped one (-1) is the mean over all classes."""
+        """Return the embedding of each label, ``(B, C)``; that of a dropped one (-1) is the mean over all classes."""
         if self.class_embed is None:
             return None
         table = torch.cat((self.class_embed.mean(0, keepdim=True), self.class_embed))
-        # Indexing fails beyond the end of the table, but what is negative it counts from there.
+        # A negative index would count from the end of the table; one beyond its end is an error.
         return table[torch.where(labels < -1, len(table), labels + 1)]
 
-    def coupling_parameters(self, h: Tensor) -> Parameters:
-        """The parameters of the coupling from the last activations."""
+    def project_out(self, h: Tensor) -> Parameters:
+        """Project the last activations ``(B, N, C)`` to the parameters of the transform."""
         with _full_precision(h):
-            return self.coupling.split(self.proj_out(h))
+            return self.transform.split(self.proj_out(h))
 
 
 class TransformerLayer(nn.Module):
@@ -81,16 +83,16 @@ class TransformerLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to the same; row i of the output sees rows 0 to i."""
+        """Map ``(B, N, C)`` to the same shape; row i of the output sees rows 0 to i."""
         batch, length, channels = x.shape
-        # No size is left to be inferred, which is impossible for an empty batch.
+        # All sizes are given: PyTorch cannot infer one in an empty batch.
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, channels // self.head_dim, self.head_dim)
-        # Unbound before they are transposed, the three gradients are joined by one copy.
+        # Unbinding before transposing lets autograd join the three gradients by one copy.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         x = x + self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, channels))
         return x + self.mlp(self.mlp_norm(x))
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Latents and the parameters of a map stay float32 under autocast: their rounding would break inversion."""
+    """Switch autocast off: latents and parameters of a map stay float32, since rounding them would break inversion."""
     return torch.autocast(tensor.device.type, enabled=False)

@@ -11,8 +11,8 @@ of the G tokens behind p:
   differ by no more than the tolerance, in latents, ``|f_i(x_i) - z_i| <= tolerance``, or by the rounding of the
   transformer's precision, since bfloat16 does not hold a token to 1e-2 of a latent, and iterating would chase its
   noise;
-- the first that disagrees becomes what F says, which is exact given the accepted ones, and the row moves there;
-- the rest becomes what F says and is iterated further.
+- the first that disagrees takes its value in F, which is exact given the accepted ones, and the row moves there;
+- the rest take their values in F and are iterated further.
 
 So each pass moves each row by at least one token, whatever the others do, and N - 1 passes are the worst case, which is
 the sequential decoder's.
@@ -23,13 +23,16 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
-from .branches import Branches
-from .graphs import Replayed
-from .step import Step, at, put
+from .step import CachedStep, GraphRunner, GuidedBatch, gather_tokens, scatter_tokens
 
-# An iterate beyond this, or one that is not a number, starts over from its latent: it is no guess, and an infinity
-# would reach through a masked attention to the tokens before it. The squares of a layer norm still hold the bound.
+__all__ = ["JacobiIteration", "jacobi"]
+
 LARGEST = 1e15
+"""The largest iterate. A larger one, or one that is not a number, is no guess and starts over from its latent.
+
+An infinity would reach through a masked attention to the tokens before it. The squares in a layer norm still hold the
+bound.
+"""
 
 
 def jacobi(
@@ -40,89 +43,99 @@ def jacobi(
     window: int | None = None,
     tolerance: float = 1e-2,
 ) -> tuple[Tensor, int]:
-    """Latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in the order in which the block generates; and the passes.
+    """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
     Args:
-        window: G, the tokens of a row that a pass updates; None is the whole sequence.
-        tolerance: the result is the exact inverse, for either coupling, of latents that differ from z by at most this,
-            each, and by what the rounding of the layers' dtype, ``eps |x_i|``, does to them.
+        window: G, the number of tokens of a row that a pass updates; None is the whole sequence.
+        tolerance: the result is the exact inverse, for any transform, of latents each of which differs from z by at
+            most this, and by the effect of the rounding of the layers' dtype, ``eps |x_i|``.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
-    iterates = _Iterates(transformer, z, labels, guidance, min(window or last, last), tolerance)
+    iteration = JacobiIteration(transformer, z, labels, guidance, min(window or last, last), tolerance)
     x = torch.empty_like(z)
     passes = 0
-    # A pass over whole sequences takes far longer than looking at what it did.
-    look = 4 if z.is_cuda and iterates.window < last else 1
+    # A pass over whole sequences takes far longer than reading back how far the rows have come.
+    passes_per_look = 4 if z.is_cuda and iteration.window < last else 1
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False):
-        while iterates.remain(x):
-            for _ in range(look):
-                iterates.advance()
-            passes += look
+        while iteration.retire_finished(x):
+            for _ in range(passes_per_look):
+                iteration.advance()
+            passes += passes_per_look
     return x, passes
 
 
-class _Iterates:
+class JacobiIteration:
     """The rows that are still decoded, and a pass over their windows.
 
     Attributes:
-        home: the index of each row in the batch, ``(B,)``.
+        batch_index: the index of each row in the batch, ``(B,)``.
         z, x: latents and iterates, ``(B, N, D)``.
-        exact: where each row stands: its tokens up to this one are exact. int64 ``(B,)``, on the device.
+        num_accepted: the position of each row: its tokens up to this one are exact. int64 ``(B,)``, on the device.
     """
 
-    def __init__(self, transformer, z, labels, guidance, window, tolerance):
-        self.branches = Branches(transformer, z, labels, guidance)
-        self.step = Step(transformer, self.branches, z.dtype, window)
-        self.refine = transformer.coupling.refine
+    def __init__(
+        self,
+        transformer: CausalTransformer,
+        z: Tensor,
+        labels: Tensor | None,
+        guidance: Guidance | None,
+        window: int,
+        tolerance: float,
+    ):
+        self.batch = GuidedBatch(transformer, z, labels, guidance)
+        self.step = CachedStep(transformer, self.batch, z.dtype, window)
+        self.refine = transformer.transform.refine
         self.last = z.shape[1] - 1
         self.window = window
         self.tolerance = tolerance
         self.rounding = torch.finfo(self.step.qkv.dtype).eps
-        self.home = torch.arange(len(z), device=z.device)
+        self.batch_index = torch.arange(len(z), device=z.device)
         self.z = z
         self.x = z.clone()
-        self.exact = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        self.replayed = Replayed(z.device)
+        self.num_accepted = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        self.runner = GraphRunner(z.device)
 
     def advance(self) -> None:
-        """One pass."""
-        self.replayed(self._advance)
+        """Run one pass."""
+        self.runner(self.update_window)
 
-    def remain(self, x: Tensor) -> bool:
-        """Whether there are rows to go on with; when a quarter of them is finished they leave for x."""
-        standing = self.exact.tolist()
-        live = [row for row, place in enumerate(standing) if place < self.last]
-        if len(live) <= 0.75 * len(standing):
-            x[self.home] = self.x
-            self._keep(torch.tensor(live, dtype=torch.int64, device=x.device))
-        if live and not x.is_cuda:  # there a graph keeps its shapes
-            self.window = min(self.window, self.last - min(standing))
+    def retire_finished(self, x: Tensor) -> bool:
+        """Write finished rows to x once they are a quarter of all; return whether there are rows to go on with."""
+        accepted = self.num_accepted.tolist()
+        live = [row for row, position in enumerate(accepted) if position < self.last]
+        if len(live) <= 0.75 * len(accepted):
+            x[self.batch_index] = self.x
+            self._select(torch.tensor(live, dtype=torch.int64, device=x.device))
+        if live and not x.is_cuda:  # a CUDA graph keeps its shapes
+            self.window = min(self.window, self.last - min(accepted))
         return bool(live)
 
-    def _keep(self, rows: Tensor) -> None:
-        self.step.keep(self.branches.rows_of(rows, len(self.home)))
-        self.home, self.z, self.x, self.exact = (t[rows] for t in (self.home, self.z, self.x, self.exact))
-        self.replayed = Replayed(rows.device)
-
-    def _advance(self) -> None:
-        """At the end of a sequence the window stays whole and reaches back over tokens that are exact."""
-        start = self.exact.clamp(max=self.last - self.window)
+    def update_window(self) -> None:
+        """Update the window of every row; at the end of a sequence it stays whole, reaching back over exact tokens."""
+        start = self.num_accepted.clamp(max=self.last - self.window)
         inputs = start[:, None] + self.step.offsets[: self.window]
-        places = inputs + 1
-        old, z = at(places, self.x), at(places, self.z)
-        self.step.positions.copy_(self.branches.repeat(start))
-        parameters = self.branches.guide(self.step(self.branches.repeat(at(inputs, self.x))), places)
+        positions = inputs + 1
+        old, z = gather_tokens(self.x, positions), gather_tokens(self.z, positions)
+        self.step.positions.copy_(self.batch.repeat(start))
+        parameters = self.batch.guide(self.step(self.batch.repeat(gather_tokens(self.x, inputs))), positions)
         new, agrees = self.refine(old, z, self.tolerance, self.rounding, *parameters)
 
         sound = new.abs() < LARGEST
         agrees = (sound & agrees).all(-1)
-        known = places <= self.exact[:, None]
-        accepted = (agrees | known).cumprod(1).sum(1)
-        exact = start + (accepted + 1).clamp(max=self.window)
-        first = (places == exact[:, None])[..., None]
-        held = (places < exact[:, None])[..., None]
+        known = positions <= self.num_accepted[:, None]
+        run_length = (agrees | known).cumprod(1).sum(1)
+        num_accepted = start + (run_length + 1).clamp(max=self.window)
+        first = (positions == num_accepted[:, None])[..., None]
+        held = (positions < num_accepted[:, None])[..., None]
         iterate = torch.where(held, old, torch.where(sound | first, new, z))
-        put(places, self.x, iterate)
-        self.exact.copy_(exact)
+        scatter_tokens(self.x, positions, iterate)
+        self.num_accepted.copy_(num_accepted)
+
+    def _select(self, rows: Tensor) -> None:
+        self.step.select(self.batch.rows_of(rows, len(self.batch_index)))
+        self.batch_index, self.z, self.x, self.num_accepted = (
+            t[rows] for t in (self.batch_index, self.z, self.x, self.num_accepted)
+        )
+        self.runner = GraphRunner(rows.device)

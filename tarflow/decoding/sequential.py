@@ -11,45 +11,54 @@ from torch import Tensor
 
 from tarflow_kernels import embed_next
 
-from ..coupling import Mixture
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
-from .branches import Branches
-from .graphs import Replayed
-from .step import Step, at, put
+from ..transforms import MixtureTransform
+from .step import CachedStep, GraphRunner, GuidedBatch, gather_tokens, scatter_tokens
+
+__all__ = ["sequential"]
 
 
 def sequential(
     transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
 ) -> tuple[Tensor, int]:
-    """Latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in the order in which the block generates; and the passes."""
+    """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    x, steps = z.clone(), z.shape[1] - 1
-    branches = Branches(transformer, z, labels, guidance)
-    step = Step(transformer, branches, z.dtype)
-    h = step.embed(branches.repeat(x[:, :1]))
+    x, num_steps = z.clone(), z.shape[1] - 1
+    batch = GuidedBatch(transformer, z, labels, guidance)
+    step = CachedStep(transformer, batch, z.dtype)
+    h = step.embed(batch.repeat(x[:, :1]))
 
-    def advance() -> None:
-        """An affine map, its guidance and the embedding of what it makes are one operator."""
-        mu, alpha = step.transform(h)
-        given, refs = branches.pair((mu[:, 0], alpha[:, 0]))
-        places = step.positions[: len(x)]
-        h[:, 0] = embed_next(x, z, *given, *refs, branches.weights, places, step.proj_in, step.embedding, step.context)
+    def advance_affine() -> None:
+        """Decode the next token; the affine map, its guidance and the embedding of the token are one operator."""
+        mu, alpha = step.run_layers(h)
+        conditional, reference = batch.split_branches((mu[:, 0], alpha[:, 0]))
+        h[:, 0] = embed_next(
+            x,
+            z,
+            *conditional,
+            *reference,
+            batch.weights,
+            step.positions[: len(x)],
+            step.proj_in,
+            step.embedding,
+            step.context,
+        )
         step.positions.add_(1)
 
     def advance_mixture() -> None:
-        """A mixture's are one after the other."""
-        parameters = step.transform(h)
+        """Decode the next token; guidance, mixture and embedding are one operator after the other."""
+        parameters = step.run_layers(h)
         step.positions.add_(1)
-        places = step.positions[: len(x), None].long()
-        token = transformer.coupling.inverse(at(places, z), *branches.guide(parameters, places))
-        put(places, x, token)
-        h.copy_(step.embed(branches.repeat(token)))
+        positions = step.positions[: len(x), None].long()
+        token = transformer.transform.inverse(gather_tokens(z, positions), *batch.guide(parameters, positions))
+        scatter_tokens(x, positions, token)
+        h.copy_(step.embed(batch.repeat(token)))
 
-    step_on = advance_mixture if isinstance(transformer.coupling, Mixture) else advance
-    replayed = Replayed(z.device)
+    advance = advance_mixture if isinstance(transformer.transform, MixtureTransform) else advance_affine
+    runner = GraphRunner(z.device)
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False):
-        for _ in range(steps):
-            replayed(step_on)
-    return x, steps
+        for _ in range(num_steps):
+            runner(advance)
+    return x, num_steps

@@ -1,20 +1,100 @@
-"""One pass of a block's transformer over the next G tokens of every row, against a key-value cache made beforehand."""
+"""One pass of a block's transformer over the next G tokens of every row, against a key-value cache made beforehand.
+
+:class:`GuidedBatch` says which rows there are, :class:`CachedStep` is the pass, :class:`GraphRunner` repeats it without
+launching its kernels one by one.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow_kernels import KVCache, decode_attention, residual_norm
+from tarflow_kernels import KVCache, decode_attention, dispatch, residual_norm
 
-from ..coupling import Parameters
+from ..guidance import Guidance
 from ..transformer import CausalTransformer, TransformerLayer
-from .branches import Branches
+from ..transforms import Parameters
 
-_FEW_ROWS = 8
+__all__ = ["CachedStep", "GraphRunner", "GuidedBatch", "count_branches", "gather_tokens", "scatter_tokens"]
+
+FEW_ROWS = 8
 
 
-class Step:
-    """What :class:`CausalTransformer` computes for G new tokens per row, given all the earlier ones.
+def count_branches(guidance: Guidance | None) -> int:
+    """Return the number of rows per sample: two under guidance of any weight, else one."""
+    return 2 if guidance is not None and guidance.weight else 1
+
+
+class GuidedBatch:
+    """The rows of a decoding batch: B of the conditional branch and, under guidance, B of the reference branch behind.
+
+    Attributes:
+        num_branches: 2 under guidance, else 1.
+        rows: B, or 2B under guidance.
+        context: class embedding of each row, ``(rows, C)``, or None for a model without classes.
+        temperature: temperature of the attention logits, 1.0 or ``(rows,)``.
+        weights: w_i of guidance for every token, ``(N,)``, or None without guidance.
+    """
+
+    def __init__(
+        self,
+        transformer: CausalTransformer,
+        z: Tensor,
+        labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ):
+        batch, num_tokens, _ = z.shape
+        self.num_branches = count_branches(guidance)
+        self.guidance = guidance if self.num_branches == 2 else None
+        self.rows = self.num_branches * batch
+        self.temperature: float | Tensor = 1.0
+        self.weights: Tensor | None = None
+        if self.guidance is not None:
+            self.weights = self.guidance.weights(num_tokens).to(z)
+            if labels is not None:
+                reference = torch.full_like(labels, -1) if self.guidance.drop_label else labels
+                labels = torch.cat((labels, reference))
+            if self.guidance.temperature != 1:
+                taus = transformer.pos_embed.new_tensor([1.0, self.guidance.temperature])
+                self.temperature = taus.repeat_interleave(batch)
+        self.context = transformer.embed_classes(labels)
+
+    def repeat(self, samples: Tensor) -> Tensor:
+        """Repeat ``(B, ...)`` for every branch: ``(rows, ...)``."""
+        return samples if self.guidance is None else torch.cat((samples, samples))
+
+    def rows_of(self, samples: Tensor, batch: int) -> Tensor:
+        """Return the rows of samples, given by their indices in a batch of that size."""
+        return samples if self.guidance is None else torch.cat((samples, samples + batch))
+
+    def guide(self, parameters: Parameters, positions: Tensor) -> Parameters:
+        """Combine parameters ``(rows, G, ...)`` of all branches, for the tokens at ``positions`` ``(B, G)``."""
+        if self.weights is None:
+            return parameters
+        w = -self.weights[positions]
+        pairs = zip(*self.split_branches(parameters), strict=True)
+        return tuple(torch.lerp(v, ref, w.view(*w.shape, *[1] * (v.dim() - 2))) for v, ref in pairs)
+
+    def split_branches(self, parameters: Parameters) -> tuple[Parameters, Parameters | tuple[None, ...]]:
+        """Split parameters of all rows into those of the conditional and of the reference branch, None without one.
+
+        Where one of mu and alpha is not guided, its reference is itself.
+        """
+        if self.guidance is None:
+            return parameters, (None,) * len(parameters)
+        conditional, reference = zip(*(v.chunk(2) for v in parameters), strict=True)
+        if self.guidance.parameters == "alpha":
+            reference = conditional[0], *reference[1:]
+        elif self.guidance.parameters == "mu":
+            reference = reference[0], *conditional[1:]
+        return conditional, reference
+
+
+class CachedStep:
+    """The pass of a :class:`CausalTransformer` over G new tokens per row, given all the earlier ones.
 
     Weights are cast and laid out once; the cache and the activations that outlive an operator have fixed buffers, so
     that a step allocates nothing but what its operators return. The layers run in the dtype of the autocast in force,
@@ -24,37 +104,37 @@ class Step:
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
     and the GELU between them. Around the L layers five more: the last residual, the projection to mu and alpha, the
     guided affine map with the embedding of the next token, its copy, the positions: ``8 L + 5``, 69 for eight layers.
-    With the mixture coupling guidance, map and embedding are operators of their own, and 20 in place of five.
+    With a mixture transform guidance, map and embedding are operators of their own, and 20 in place of five.
 
     *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
 
     Args:
-        transformer: of the block.
-        branches: whose rows are decoded.
-        dtype: of the tokens, float32 or float64.
+        transformer: the transformer of the block.
+        batch: the rows that are decoded.
+        dtype: dtype of the tokens, float32 or float64.
         window: the largest G.
 
     Attributes:
         positions: int32 ``(R,)``, where the first new token of each row stands, from 0; whoever decodes moves it.
     """
 
-    def __init__(self, transformer: CausalTransformer, branches: Branches, dtype: torch.dtype, window: int = 1):
-        weight, rows = transformer.proj_in.weight, branches.rows
+    def __init__(self, transformer: CausalTransformer, batch: GuidedBatch, dtype: torch.dtype, window: int = 1):
+        weight, rows = transformer.proj_in.weight, batch.rows
         device, (num_tokens, channels) = weight.device, transformer.pos_embed.shape
         autocast = torch.is_autocast_enabled(device.type)
         low = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         heads, head_dim = channels // transformer.layers[0].head_dim, transformer.layers[0].head_dim
         hidden_channels = transformer.layers[0].mlp[0].out_features
 
-        self.split = transformer.coupling.split
+        self.split = transformer.transform.split
         self.heads, self.head_dim = heads, head_dim
-        self.context = None if branches.context is None else branches.context.to(dtype)
-        self.temperature = branches.temperature
+        self.context = None if batch.context is None else batch.context.to(dtype)
+        self.temperature = batch.temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
         cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low)
         self.caches = list(cache)
-        self.layers = [_Layer(layer, dtype, low) for layer in transformer.layers]
+        self.layers = [_LayerWeights(layer, dtype, low) for layer in transformer.layers]
         self.proj_in, bias = _prepare(transformer.proj_in, dtype)
         self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
         self.embedding = transformer.pos_embed.to(dtype) + bias
@@ -64,23 +144,22 @@ class Step:
         self.shape: tuple[int, int] | None = None
 
     def __call__(self, tokens: Tensor) -> Parameters:
-        """The tokens ``(R, G, D)`` at ``positions`` and behind to parameters ``(R, G, ...)``, one token further on.
+        """Compute the parameters ``(R, G, ...)`` of the tokens that follow each of ``(R, G, D)`` at ``positions``.
 
-        Where it stands is on the device alone, so that one CUDA graph serves every step.
+        The positions are on the device alone, so that one CUDA graph serves every step.
         """
-        return self.transform(self.embed(tokens))
+        return self.run_layers(self.embed(tokens))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """``(R, G, D)`` to the first activations, ``(R, G, C)``."""
-        places = self.positions[:, None] + self.offsets[: tokens.shape[1]]
-        h = F.embedding(places, self.embedding)
+        """Embed tokens ``(R, G, D)`` at ``positions``: the first activations, ``(R, G, C)``."""
+        h = F.embedding(self.positions[:, None] + self.offsets[: tokens.shape[1]], self.embedding)
         if self.context is not None:
             h += self.context[:, None]
         h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.proj_in)
         return h
 
-    def transform(self, h: Tensor) -> Parameters:
-        """The first activations, which it overwrites, to the parameters of the coupling."""
+    def run_layers(self, h: Tensor) -> Parameters:
+        """Map the first activations, which are overwritten, to the parameters of the transform."""
         rows, new, _ = h.shape
         qkv, hidden, activation, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
@@ -96,7 +175,7 @@ class Step:
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
         return self.split(torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new)))
 
-    def keep(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.positions = self.positions[rows]
         self.caches = [(keys[rows], values[rows]) for keys, values in self.caches]
@@ -106,25 +185,25 @@ class Step:
             self.temperature = self.temperature[rows]
 
     def _buffers(self, rows: int, new: int) -> tuple[Tensor, ...]:
-        """Those of qkv and of the hidden layer for so many tokens, and the views of them that operators take."""
+        """Return the buffers of qkv and of the hidden layer for so many tokens, and their views for the operators."""
         if self.shape != (rows, new):
             qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
             heads = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            self.shape, self.views = (rows, new), (qkv, hidden, self._activation(hidden), *heads.unbind())
+            self.shape, self.views = (rows, new), (qkv, hidden, self._gelu_view(hidden), *heads.unbind())
         return self.views
 
-    def _activation(self, hidden: Tensor) -> Tensor:
-        """The hidden layer as the GELU takes it: of few float32 rows on a CPU, a view that is not contiguous.
+    def _gelu_view(self, hidden: Tensor) -> Tensor:
+        """Return the hidden layer as the GELU takes it: for few float32 rows on a CPU, a view that is not contiguous.
 
-        oneDNN takes longer to set itself up than such a GELU lasts, and leaves to PyTorch what is not contiguous. (It
-        can be turned off, but only for all threads of the process.)
+        oneDNN takes longer to set itself up than such a GELU lasts, and leaves tensors that are not contiguous to
+        PyTorch. (It can be turned off, but only for all threads of the process.)
         """
-        few = hidden.is_cpu and hidden.dtype == torch.float32 and len(self.hidden) <= _FEW_ROWS
+        few = hidden.is_cpu and hidden.dtype == torch.float32 and len(self.hidden) <= FEW_ROWS
         return hidden.view(2, -1).transpose(0, 1) if few and hidden.numel() % 2 == 0 else hidden
 
 
-class _Layer:
-    """The weights of a layer: of its norms in the dtype of the residuals, of its products in that which they run in."""
+class _LayerWeights:
+    """The weights of a layer: norms in the dtype of the residuals, products in the dtype in which they run."""
 
     def __init__(self, layer: TransformerLayer, residuals: torch.dtype, dtype: torch.dtype):
         self.attention_norm = layer.attention_norm.weight.to(residuals), layer.attention_norm.bias.to(residuals)
@@ -135,16 +214,68 @@ class _Layer:
         self.down, self.down_bias = _prepare(layer.mlp[2], dtype)
 
 
-def at(places: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens ``(B, G, D)`` at ``places`` ``(B, G)`` of ``(B, N, D)``."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
-
-
-def put(places: Tensor, tokens: Tensor, new: Tensor) -> None:
-    """Write ``new`` ``(B, G, D)`` to ``places`` ``(B, G)`` of the tokens ``(B, N, D)``."""
-    tokens.scatter_(1, places[..., None].expand_as(new), new)
-
-
 def _prepare(linear: torch.nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias as addmm reads them fastest."""
+    """Return weight and bias as addmm reads them fastest."""
     return linear.weight.to(dtype).t().contiguous(), linear.bias.to(dtype)
+
+
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Read the tokens ``(B, G, D)`` at ``positions`` ``(B, G)`` of ``(B, N, D)``."""
+    return tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def scatter_tokens(tokens: Tensor, positions: Tensor, new: Tensor) -> None:
+    """Write ``new`` ``(B, G, D)`` to ``positions`` ``(B, G)`` of the tokens ``(B, N, D)``."""
+    tokens.scatter_(1, positions[..., None].expand_as(new), new)
+
+
+class GraphRunner:
+    """``runner(run)`` calls ``run``, which returns nothing and never waits for the device; on CUDA, as a graph.
+
+    It is the same ``run`` every time, and whatever changes from one call to the next is in tensors that stay where they
+    are. The first calls, in which libraries and compilers set themselves up, run kernel by kernel; then one is
+    captured. No reference to ``run`` is kept, so that its owner may hold this object.
+    """
+
+    WARM_UP = 2
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.on_graph = device.type == "cuda" and dispatch.can_be_captured()
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, run: Callable[[], None]) -> None:
+        """Call ``run``, or replay it."""
+        if not self.on_graph:
+            run()
+            return
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.run_on_side_stream(run)
+            return
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Work of other threads is not captured, and does not disturb the capture.
+            with torch.cuda.graph(graph, stream=side_stream(self.device), capture_error_mode="thread_local"):
+                run()
+            self.graph = graph
+        self.graph.replay()
+
+    def run_on_side_stream(self, run: Callable[[], None]) -> None:
+        """Call ``run`` on another stream, as warming up for a capture requires."""
+        stream, current = side_stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            run()
+        current.wait_stream(stream)
+
+
+def side_stream(device: torch.device) -> "torch.cuda.Stream":
+    """Return the one stream on which this thread warms up and captures: libraries keep a workspace for every stream."""
+    return _side_stream(device, threading.get_ident())
+
+
+@functools.cache
+def _side_stream(device: torch.device, thread: int) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..noise import log_normal, to_image
-from ..sizes import check_totals
+from ..validation import check_totals
 from .layers import CouplingConfig, Stack, count_couplings
 from .networks import NUM_HEADS, Attention, ContextNetwork
 from .splits import split_stripes

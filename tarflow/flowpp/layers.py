@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tarflow_kernels import affine_forward, affine_inverse, mixture_logistic, mixture_logistic_inverse, scales
 
-from ..sizes import check_fields
+from ..validation import check_fields
 from .networks import NUM_HEADS, Attention, Conditioner
 from .splits import SPLITS, Halves, squeeze, unsqueeze
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import memory
-from ..flow import described
+from .. import hardware
 from ..image_flow import ImageFlow, at_least_one, in_mode
 from ..noise import log_normal
-from ..sizes import check_totals
-from .dequantizer import DequantizerConfig
+from ..validation import check_totals, describe_argument
+from .dequantizer import Dequantizer, DequantizerConfig
 from .layers import CouplingConfig, Stack, count_couplings, parse
 from .splits import squeeze, unsqueeze
 
@@ -37,8 +36,8 @@ class FlowPPConfig(CouplingConfig):
         dequantizer: of variational dequantization; None for uniform.
 
     Raises:
-        ValueError: a size that is no positive integer or beyond :mod:`tarflow.sizes`, an unknown name, a stack that the
-            image does not fit.
+        ValueError: a size that is no positive integer or beyond :mod:`tarflow.validation`, an unknown name, a stack
+            that the image does not fit.
     """
 
     image_size: int = 28
@@ -187,7 +186,7 @@ class FlowPP(ImageFlow):
     MARGIN = 0.05
 
     def __init__(self, config: FlowPPConfig):
-        super().__init__(config)
+        super().__init__(config, config.dequantizer and Dequantizer(config.dequantizer, config.image_shape))
         self.flow = Stack(config.stack, config.image_shape, config)
 
     def forward(self, x: Tensor, labels: None = None) -> tuple[Tensor, Tensor]:
@@ -195,7 +194,7 @@ class FlowPP(ImageFlow):
 
         ``z = stack(logit(0.05 + 0.9 (x + 1) / 2))``. An image from outside [-1.1, 1.1] has no logit and becomes nan.
         """
-        self._check(x, "x")
+        self._check_images(x, "x")
         check_no_labels(labels)
         p = self.MARGIN + (0.5 - self.MARGIN) * (x + 1)
         log_p, log_q = p.log(), (1 - p).log()
@@ -207,7 +206,7 @@ class FlowPP(ImageFlow):
         """Latent to image ``(B, C, H, W)``, within [-1.11, 1.11]: the inverse of :meth:`forward` without dropout."""
         check_no_labels(labels)
         if not isinstance(z, Tensor) or not z.is_floating_point():
-            raise TypeError(f"z: expected a floating-point torch.Tensor; got {described(z)}")
+            raise TypeError(f"z: expected a floating-point torch.Tensor; got {describe_argument(z)}")
         if z.shape[1:] != self.config.latent_shape:
             raise ValueError(f"z: expected shape (B, *{self.config.latent_shape}); got {tuple(z.shape)}")
         with in_mode(self, training=False):
@@ -247,7 +246,7 @@ class FlowPP(ImageFlow):
         check_no_labels(labels)
         eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device, dtype=self.dtype)
         if chunk_size is None:
-            chunk_size = memory.chunk_size(self.config.activation_bytes() // self.config.num_couplings, eps.device)
+            chunk_size = hardware.chunk_size(self.config.activation_bytes() // self.config.num_couplings, eps.device)
         chunk_size = at_least_one("chunk_size", chunk_size)
         with in_mode(self, training=False):
             chunks = [self._decode(chunk) for chunk in eps.split(chunk_size)]

@@ -6,7 +6,6 @@ half. Under autocast its layers run in low precision and its output in float32.
 Source: Flow++ (arXiv 1902.00275).
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,18 +16,6 @@ Attention = Literal["softmax", "max", "none"]
 """Among pixels; "max", its ablation, takes the largest of query, key and value; "none" has no such layer."""
 
 NUM_HEADS = 4
-
-
-def initialize_from_data(model: nn.Module, run: Callable[[], object]) -> None:
-    """Run a model once; every layer that has a method ``initialize`` first sets itself by what comes in."""
-    layers = [layer for layer in model.modules() if layer is not model and hasattr(layer, "initialize")]
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialize(*inputs)) for layer in layers]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Conv(nn.Conv2d):

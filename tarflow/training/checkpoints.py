@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..files import read_state, replacing
+from ..files import atomic_write, read_state
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``step-<step>.pt``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"step-{step:08d}.pt") as beside, beside.open("wb") as file:
+    with atomic_write(folder / f"step-{step:08d}.pt") as beside, beside.open("wb") as file:
         _dump(state, file)
 
 

@@ -10,7 +10,8 @@ from ..datasets import RESIZE, Folder, Images
 from ..flowpp.dequantizer import DequantizerConfig
 from ..flowpp.model import FlowPPConfig
 from ..guidance import Guidance
-from ..model import TarFlowConfig, check_sigma
+from ..model import TarFlowConfig
+from ..validation import check_sigma
 from .schedule import Schedule
 
 

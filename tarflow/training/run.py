@@ -23,15 +23,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .. import datasets, evaluation, memory, pictures
+from .. import datasets, evaluation, hardware, pictures
 from ..datasets import Folder, Images
-from ..files import naming_full_disk, remove_abandoned, replacing
+from ..files import atomic_write, name_full_disk, remove_abandoned
 from ..gallery import Gallery, spread
-from ..image_flow import ImageFlow, read_config
+from ..hardware import pick_device, uses_bfloat16
+from ..image_flow import ImageFlow
 from ..noise import quantization
+from ..pretrained import read_config, write_config
 from . import checkpoints
 from .config import FIXED_ON_RESUME, TrainConfig
-from .trainer import MEASURES, Trainer, build, uses_bfloat16
+from .trainer import MEASURES, Trainer, build
 
 try:
     import fcntl
@@ -168,7 +170,7 @@ class Run:
         if metrics.exists():
             rows = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [row for row in rows if self._is_kept(row)]
-            with replacing(metrics) as path:
+            with atomic_write(metrics) as path:
                 path.write_text("".join(kept))
         self._write_settings()
         print(f"run     {self.folder}, steps {self.trainer.step} to {self.config.max_steps}", flush=True)
@@ -196,7 +198,7 @@ class Run:
         step = self.trainer.step
         self.since, self.since_step = time.perf_counter(), step
         with (
-            naming_full_disk(self.folder),
+            name_full_disk(self.folder),
             errors_of_threads_raised_once(),
             SummaryWriter(str(self.folder), purge_step=step + 1) as self.writer,
             tqdm(
@@ -313,7 +315,7 @@ class Run:
     def _write_settings(self) -> None:
         write_config(
             self.folder,
-            **self.trainer.model.describe(),
+            **self.trainer.model.config_dict(),
             sigma=self.config.noise_sigma,
             class_names=self.gallery.class_names,
             train=asdict(self.config),
@@ -444,8 +446,8 @@ def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device
         model = build(config, dataset)
     shape, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     bfloat16 = uses_bfloat16(config.precision, device)
-    total = memory.training_bytes(shape.activation_bytes(2 if bfloat16 else 4), parameters, config.batch_size)
-    memory.check(total, device, f"training at batch size {config.batch_size}")
+    total = hardware.training_bytes(shape.activation_bytes(2 if bfloat16 else 4), parameters, config.batch_size)
+    hardware.check_memory(total, device, f"training at batch size {config.batch_size}")
     noise = f"Gaussian noise of sigma {config.sigma}" if config.noise == "gaussian" else f"{config.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"
@@ -454,21 +456,6 @@ def describe(config: TrainConfig, dataset: Images | Folder, device: torch.device
         f"device  {device}, {'transformers' if config.model == 'tarflow' else 'conditioners'} in "
         f"{'bfloat16' if bfloat16 else 'float32'}"
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the accelerator that PyTorch finds, or the CPU.
-
-    ValueError where there is none of that name.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    counts = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
-    present = [name for kind, count in counts.items() for name in (kind, *(f"{kind}:{n}" for n in range(count)))]
-    if name not in present:
-        raise ValueError(f"device: expected auto or a device that PyTorch has here, {', '.join(present)}; got {name!r}")
-    return torch.device(name)
 
 
 @contextlib.contextmanager
@@ -487,9 +474,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def write_config(folder: Path, **parts) -> None:
-    """``config.json``: the shape of the model, the noise it was trained with, the names of its classes."""
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(parts, indent=2, default=str) + "\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..datasets import Folder, Images
 from ..flowpp.model import FlowPP
 from ..gallery import spread
+from ..hardware import uses_bfloat16
 from ..model import TarFlow
 from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
 from .config import TrainConfig
@@ -225,17 +226,6 @@ def build(config: TrainConfig, dataset: Images | Folder) -> TarFlow | FlowPP:
 def derive_seed(seed: int, step: int, purpose: int = 0) -> int:
     """A seed for the random numbers of one step, unrelated to those of its neighbours and of other purposes."""
     return int(np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether the transformers run in bfloat16: as told, or where the device gains from it."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # A PyTorch that cannot tell trains a CPU in float32.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and capabilities.get("amx_bf16", False)
 
 
 def _check_like(got: Any, expected: Any, name: str) -> None:

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
+from tarflow.coupling import Mixture
 
 from tarflow import TarFlow, TarFlowConfig
-from tarflow.coupling import Mixture
 
 # The Triton kernels run on a GPU, or, in a process of their own, under Triton's interpreter: see test_triton.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tarflow.decoding.graphs import Replayed
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,6 @@ from helpers import draw, randomize, tarflow
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, TOLERANCE, calibration, graphs
 from tarflow.decoding.calibration import Timing, choose
-from tarflow.decoding.graphs import Replayed
 from tarflow.decoding.jacobi import _Iterates as Iterates
 from tarflow.decoding.step import Step
 from tarflow_kernels import dispatch

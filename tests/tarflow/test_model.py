@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tarflow.patches import patchify, unpatchify
 from torch.distributions import MultivariateNormal, Uniform
 from torch.testing import assert_close
 
@@ -21,7 +22,6 @@ from tarflow.denoising import tweedie
 from tarflow.evaluation import evaluate
 from tarflow.image_flow import load_pretrained
 from tarflow.noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
-from tarflow.patches import patchify, unpatchify
 
 PIXELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
 LABELS = torch.tensor([0, 1, 2, -1, 1])

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
+from tarflow.decoding.graphs import Replayed
 from torch.testing import assert_close
 
 import tarflow_kernels
 from helpers import DEVICE, randomize
 from tarflow import Decoder, FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig
-from tarflow.decoding.graphs import Replayed
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,

@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from tarflow.decoding.graphs import Replayed
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from helpers import BACKENDS, DEVICE, INTERPRETED, draw
-from tarflow.decoding.graphs import Replayed
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,

@@ -1,12 +1,12 @@
-"""The coupling of a block: the map of each value of a token whose parameters the transformer makes of earlier tokens.
+"""Element-wise transforms of a block: the map of each value of a token, given parameters that earlier tokens determine.
 
-Every coupling ends in the affine map of TarFlow, ``z = (v - mu) exp(-alpha)``, and they differ in what v is of x. A
-coupling has no weights. It knows
+Every transform ends in the affine map of TarFlow, ``z = (v - mu) exp(-alpha)``, and transforms differ in what v is of
+x. A transform has no weights: a causal transformer computes its parameters. It knows
 
 - how many ``outputs`` of the transformer a value takes, and how to ``split`` them into the parameters of the map;
-- with which bias of the last projection, its weight being zero, an untrained block is about the identity;
+- the bias of the last projection with which an untrained block is about the identity, the weight being zero;
 - the map ``forward``, shifted by one token, and its ``inverse``, value by value;
-- where a guess of the inverse is good enough, and the inverse: ``refine``.
+- whether a guess of the inverse is good enough, and the inverse: ``refine``.
 """
 
 import math
@@ -17,70 +17,73 @@ from torch import Tensor
 from tarflow_kernels import affine_forward, mixture_logistic, mixture_logistic_inverse
 from tarflow_kernels.mixture import MAX_COMPONENTS
 
+__all__ = ["AffineTransform", "MixtureTransform", "Parameters", "VolumePreservingTransform", "make_transform"]
+
 NAMES = ("affine", "mixture")
 
 Parameters = tuple[Tensor, ...]
-"""mu and alpha ``(..., D)``, and the mixture ``(..., 3, D, K)`` if there is one."""
+"""mu and alpha ``(..., D)``, followed by the mixture ``(..., 3, D, K)`` if there is one."""
 
 
-class Affine:
-    """``v = x``: TarFlow's own. Source: arXiv 2412.06329."""
+class AffineTransform:
+    """``z = (x - mu) exp(-alpha)``, ``logdet = -sum alpha``: TarFlow's own. Source: arXiv 2412.06329."""
 
     outputs = 2
 
     def split(self, out: Tensor) -> Parameters:
-        """The parameters from the output of the last projection, ``(..., outputs * D)``."""
+        """Split the output of the last projection, ``(..., outputs * D)``, into the parameters."""
         alpha, mu = out.chunk(2, dim=-1)
         return mu, alpha
 
     def initialize(self, bias: Tensor) -> None:
-        """Set the bias of the last projection to what makes the map about the identity."""
+        """Set the bias of the last projection so that the map is about the identity."""
         bias.zero_()
 
     def forward(self, x: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, N, D)`` to latents and the log-det, ``(B,)``.
+        """Map tokens ``(B, N, D)`` to latents and the log-det in nats, ``(B,)``.
 
         Token i uses the parameters at position i - 1, and token 0 passes through.
         """
         return affine_forward(x, mu, alpha, shift=True)
 
     def inverse(self, z: Tensor, mu: Tensor, alpha: Tensor) -> Tensor:
-        """Latents ``(..., D)`` to tokens, given the parameters of each."""
+        """Map latents ``(..., D)`` to tokens, given the parameters of each."""
         return torch.addcmul(mu, z, alpha.exp())
 
     def refine(
         self, x: Tensor, z: Tensor, tolerance: float, rounding: float, mu: Tensor, alpha: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The inverse of z, and where the values x agree with it, all ``(..., D)``.
+        """Return the inverse of z, and whether each value of the guess x agrees with it, both ``(..., D)``.
 
-        To agree is to have latents that differ from z by at most the tolerance: ``|(x - mu) exp(-alpha) - z|``, which
-        is the distance of x from the inverse over exp(alpha). What ``rounding`` moves, relatively, is no difference.
+        A value agrees if its latent differs from z by at most the tolerance: ``|(x - mu) exp(-alpha) - z|``, which is
+        the distance of x from the inverse over exp(alpha). A relative difference of ``rounding`` is allowed as well.
         """
         scale = alpha.exp()
         inverse = torch.addcmul(mu, z, scale)
         return inverse, (inverse - x).abs() <= tolerance * scale + rounding * inverse.abs()
 
 
-class VolumePreserving(Affine):
-    """``v = x`` and ``alpha = 0``."""
+class VolumePreservingTransform(AffineTransform):
+    """``z = x - mu``: the affine map with ``alpha = 0``, whose log-det is 0."""
 
     outputs = 1
 
     def split(self, out: Tensor) -> Parameters:
-        """The parameters from the output of the last projection, ``(..., D)``."""
+        """Return the output of the last projection, ``(..., D)``, as mu, and zeros as alpha."""
         return out, torch.zeros_like(out)
 
 
-class Mixture(Affine):
-    """``v = logit(sum_k softmax(logits)_k sigmoid((x - means_k) exp(-log_scales_k)))``, over K logistic components.
+class MixtureTransform(AffineTransform):
+    """``z = (v - mu) exp(-alpha)`` with ``v = logit(sum_k pi_k sigmoid((x - means_k) exp(-log_scales_k)))``.
 
-    Logits, means and log-scales come as one parameter, ``(..., 3, D, K)``. Log-scales below -7, an eighth of the step
-    between two grey levels of 256 in [-1, 1], count as -7. Source: Flow++ (arXiv 1902.00275).
+    The weights ``pi = softmax(logits)`` are over K logistic components. Logits, means and log-scales come as one
+    parameter, ``(..., 3, D, K)``. Log-scales below -7, an eighth of the step between two grey levels of 256 in [-1, 1],
+    count as -7. Source: Flow++ (arXiv 1902.00275).
 
     *Untrained.* Were all components alike, with zero weights they would have the same gradients for ever. So their
     means are spread evenly over [-1, 1], where pixels lie, as the midpoints of K intervals; and they have one scale,
-    with which the variance of the mixture is that of the standard logistic distribution, whose v is x. What is left of
-    the difference, ``|v - x|``, is below 0.05 for |x| < 4 and 6 % of |x| beyond, for any K.
+    with which the variance of the mixture is that of the standard logistic distribution, whose v is x. The remaining
+    difference, ``|v - x|``, is below 0.05 for |x| < 4 and 6 % of |x| beyond, for any K.
     """
 
     def __init__(self, num_mixtures: int):
@@ -88,13 +91,13 @@ class Mixture(Affine):
         self.outputs = 2 + 3 * num_mixtures
 
     def split(self, out: Tensor) -> Parameters:
-        """mu, alpha and the mixture from the output of the last projection, ``(..., outputs * D)``."""
+        """Split the output of the last projection, ``(..., outputs * D)``, into mu, alpha and the mixture."""
         token_dim = out.shape[-1] // self.outputs
         alpha, mu, mixture = out.tensor_split((token_dim, 2 * token_dim), dim=-1)
         return mu, alpha, mixture.unflatten(-1, (3, token_dim, self.num_mixtures))
 
     def initialize(self, bias: Tensor) -> None:
-        """Set the bias of the last projection to what makes the map about the identity."""
+        """Set the bias of the last projection so that the map is about the identity."""
         *_, mixture = self.split(bias.zero_())
         _, means, log_scales = mixture.unbind(-3)
         variance = (1 - self.num_mixtures**-2) / 3
@@ -102,23 +105,23 @@ class Mixture(Affine):
         log_scales.fill_(0.5 * math.log(1 - variance * 3 / math.pi**2))
 
     def forward(self, x: Tensor, mu: Tensor, alpha: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, N, D)`` to latents and the log-det, ``(B,)``, shifted as that of :class:`Affine`."""
+        """Map tokens ``(B, N, D)`` to latents and the log-det, ``(B,)``, shifted as that of AffineTransform."""
         v, logdet = mixture_logistic(x[:, 1:], *mixture[:, :-1].unbind(-3))
         z, affine_logdet = super().forward(torch.cat((x[:, :1], v), dim=1), mu, alpha)
         return z, logdet + affine_logdet
 
     def inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, mixture: Tensor) -> Tensor:
-        """Latents ``(..., D)`` to tokens, given the parameters of each."""
+        """Map latents ``(..., D)`` to tokens, given the parameters of each."""
         x, _ = mixture_logistic_inverse(super().inverse(z, mu, alpha), *mixture.unbind(-3))
         return x
 
     def refine(
         self, x: Tensor, z: Tensor, tolerance: float, rounding: float, mu: Tensor, alpha: Tensor, mixture: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The inverse of z, and where the values x agree with it, all ``(..., D)``.
+        """Return the inverse of z, and whether each value of the guess x agrees with it, both ``(..., D)``.
 
-        The slope of the mixture varies, so that it is the latents of x themselves that are looked at: they differ from
-        z by ``|v(x) - v| exp(-alpha)``.
+        The slope of a mixture varies, so the latents of x themselves are compared: they differ from z by
+        ``|v(x) - v| exp(-alpha)``.
         """
         scale, components = alpha.exp(), mixture.unbind(-3)
         v = torch.addcmul(mu, z, scale)
@@ -128,8 +131,8 @@ class Mixture(Affine):
         return inverse, near | ((inverse - x).abs() <= rounding * inverse.abs())
 
 
-def make_coupling(name: str, num_mixtures: int, volume_preserving: bool) -> Affine:
-    """The coupling of that name, with as many components if it is a mixture, or with ``alpha = 0``.
+def make_transform(name: str, num_mixtures: int, volume_preserving: bool) -> AffineTransform:
+    """Make the transform of that name: a mixture has ``num_mixtures`` components, an affine map may preserve volumes.
 
     Raises:
         ValueError: an unknown name, no or too many components, a mixture that is to preserve volumes.
@@ -137,9 +140,9 @@ def make_coupling(name: str, num_mixtures: int, volume_preserving: bool) -> Affi
     if name not in NAMES:
         raise ValueError(f"coupling: expected one of {', '.join(NAMES)}; got {name!r}")
     if name == "affine":
-        return VolumePreserving() if volume_preserving else Affine()
+        return VolumePreservingTransform() if volume_preserving else AffineTransform()
     if not 1 <= num_mixtures <= MAX_COMPONENTS:
         raise ValueError(f"num_mixtures: expected 1 to {MAX_COMPONENTS}; got {num_mixtures}")
     if volume_preserving:
         raise ValueError("volume_preserving: expected False with the mixture coupling, which stretches space; got True")
-    return Mixture(num_mixtures)
+    return MixtureTransform(num_mixtures)

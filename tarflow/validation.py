@@ -1,4 +1,4 @@
-"""The sizes that a model may have: what no model has is refused by name, before anything is built."""
+"""Checks of arguments and of the sizes of models, each with one error that names the argument."""
 
 import math
 from dataclasses import fields
@@ -6,7 +6,11 @@ from numbers import Integral, Real
 from reprlib import repr as short
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 from tarflow_kernels.mixture import MAX_COMPONENTS
+
+__all__ = ["check_fields", "check_sigma", "check_totals", "describe_argument"]
 
 LARGEST = {
     "image_size": 8192,
@@ -24,21 +28,21 @@ LARGEST = {
     "context_filters": 16_384,
     "context_blocks": 1024,
 }
-"""By name of a field, many times what the largest published models have."""
+"""The largest value of each field of a configuration: many times that of the largest published models."""
 
 MOST_LAYERS = 1024
-"""Of a model in all: so many take seconds to build."""
+"""The largest number of layers of a model: so many take seconds to build."""
 
 MOST_VALUES = 2**28
-"""In an image."""
+"""The largest number of values in an image."""
 
 
 def check_fields(config: object) -> None:
     """Check the fields of a configuration by their annotations; integers of any kind become ints.
 
     Raises:
-        ValueError: an integer that is none or not in [1, ``LARGEST``] (classes: [0, ...]), what is no bool, number or
-            string where one has to be, a name that is not among its choices.
+        ValueError: an integer that is none or not in [1, ``LARGEST``] (classes: [0, ...]), a value of another type
+            where a bool, number or string has to be, a name that is not among its choices.
     """
     kinds = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
@@ -57,8 +61,22 @@ def check_fields(config: object) -> None:
 
 
 def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> None:
-    """ValueError, with the name of the field that asks for them, for more layers or values than any model has."""
+    """Raise ValueError, with the name of the field that asks for them, for more layers or values than any model has."""
     if layers > MOST_LAYERS:
         raise ValueError(f"{name}: expected at most {MOST_LAYERS} layers in all; got {layers}")
     if math.prod(image_shape) > MOST_VALUES:
         raise ValueError(f"image_size: expected at most {MOST_VALUES} values in an image; got {image_shape}")
+
+
+def check_sigma(name: str, sigma: float) -> None:
+    """Raise ValueError for a standard deviation of noise that is no number in [0, 10], 5 times the range of images."""
+    if not 0 <= sigma <= 10:
+        raise ValueError(f"{name}: expected a number from 0 to 10, images being in [-1, 1]; got {sigma}")
+
+
+def describe_argument(value: object) -> str:
+    """Describe an argument that should have been a tensor, for an error."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    kind = type(value)
+    return repr(value) if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

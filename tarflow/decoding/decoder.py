@@ -1,0 +1,175 @@
+"""The choice of a decoder for each block of a flow, and what a decoder reports."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..guidance import Guidance
+from ..transformer import CausalTransformer
+from .jacobi import jacobi
+from .sequential import sequential
+
+__all__ = ["DISTANCE", "NAMES", "TOLERANCE", "BlockStatistics", "Decoder", "ProgressCallback", "Timing", "choose"]
+
+NAMES = ("auto", "sequential", "jacobi")
+
+TOLERANCE = 1e-2
+"""Default of the largest difference between a latent and the one asked for; latents have a variance of about one."""
+
+DISTANCE = 40
+"""The largest distance of any value of a sample from the sequential decoder's, in multiples of the tolerance.
+
+Measured, not proved: over 90 batches of 16 samples of the trained model that the benchmarks use (3 draws of latents, 5
+kinds of guidance, 3 tolerances, 2 windows) the largest was 31, and the root mean square of a batch at most 1.
+"""
+
+SEQUENTIAL_HANDICAP = 0.85
+"""The sequential decoder's time counts as this share of it: a smaller gain may be noise in the clock of a machine."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How blocks are inverted.
+
+    Args:
+        name: ``"sequential"``; ``"jacobi"``; or ``"auto"``, for each block the one that a calibration of the model
+            found faster on this device, and sequential where there is no calibration.
+        window: the number of tokens of a row that a pass of ``"jacobi"`` updates; None is the whole sequence.
+        tolerance: the largest difference between a latent and the one asked for; see :mod:`tarflow.decoding`. It is 0
+            for the sequential decoder; for the others None is :data:`TOLERANCE`.
+
+    Raises:
+        ValueError: an unknown name, a window that is not positive, a negative tolerance, or one of these with a decoder
+            that has no use for it.
+    """
+
+    name: Literal["auto", "sequential", "jacobi"] = "auto"
+    window: int | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(f"decoder: expected one of {', '.join(NAMES)}; got {self.name!r}")
+        if self.window is not None and self.name != "jacobi":
+            raise ValueError(f"window: expected none with the {self.name} decoder, only with jacobi; got {self.window}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1; got {self.window}")
+        if self.tolerance is None:
+            object.__setattr__(self, "tolerance", 0.0 if self.name == "sequential" else TOLERANCE)
+        if not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"tolerance: expected a finite number >= 0; got {self.tolerance}")
+        if self.tolerance and self.name == "sequential":
+            raise ValueError(f"tolerance: expected none with the sequential decoder; got {self.tolerance}")
+
+    @classmethod
+    def of(cls, decoder: "str | Decoder") -> "Decoder":
+        """Return a decoder unchanged, or make the one of that name."""
+        return decoder if isinstance(decoder, Decoder) else cls(decoder)
+
+    def __call__(
+        self, transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
+    ) -> tuple[Tensor, int]:
+        """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes."""
+        if self.name == "jacobi":
+            return jacobi(transformer, z, labels, guidance, self.window, self.tolerance)
+        return sequential(transformer, z, labels, guidance)
+
+    def __str__(self) -> str:
+        return self.name if self.window is None else f"{self.name}, window {self.window}"
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """The cost of inverting a block: ``passes`` of its transformer, where the sequential decoder takes ``steps``."""
+
+    block: int
+    decoder: Decoder
+    batch: int
+    passes: int
+    steps: int
+
+
+ProgressCallback = Callable[[BlockStatistics], None]
+"""A function that is called after every block."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time that one decoder takes for one block of a model at one number of rows.
+
+    Attributes:
+        device, dtype: name of the device, and precision of the layers.
+        rows: samples times the branches of guidance.
+        block: index of the block.
+        decoder, window: name and window of a :class:`tarflow.Decoder`.
+        passes: passes of the transformer.
+        seconds: time of all passes together.
+
+    Raises:
+        ValueError: a value of another type, a number out of its range, a decoder that does not exist.
+    """
+
+    device: str
+    dtype: str
+    rows: int
+    block: int
+    decoder: str
+    window: int | None
+    passes: int
+    seconds: float
+
+    def __post_init__(self):
+        for name in ("device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: expected a name; got {getattr(self, name)!r}")
+        window = 1 if self.window is None else self.window
+        counts = ("rows", self.rows, 1), ("block", self.block, 0), ("window", window, 1), ("passes", self.passes, 0)
+        for name, value, least in counts:
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}; got {value!r}")
+        if self.decoder not in ("sequential", "jacobi"):
+            raise ValueError(f"decoder: expected sequential or jacobi; got {self.decoder!r}")
+        Decoder(self.decoder, self.window)
+        if type(self.seconds) not in (int, float) or not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds: expected a finite number >= 0; got {self.seconds!r}")
+
+
+def choose(timings: Iterable[Timing], decoder: Decoder, block: int, rows: int, weight: Tensor) -> Decoder:
+    """Choose the decoder that ``auto`` stands for: the fastest for a block, as timed on this device in this precision.
+
+    The timings of the next larger number of rows count, since parallel passes gain least on large batches; beyond all
+    of them, or where nothing was timed, the choice is the sequential decoder. Decoders other than ``auto`` are returned
+    unchanged.
+
+    Args:
+        weight: any weight of the layers, whose device and dtype count, unless an autocast is in force.
+    """
+    if decoder.name != "auto":
+        return decoder
+    place = *device_and_precision(weight), block
+    known = [t for t in timings if (t.device, t.dtype, t.block) == place and t.rows >= rows]
+    if not known:
+        return Decoder("sequential")
+    nearest = min(timing.rows for timing in known)
+    best = min((timing for timing in known if timing.rows == nearest), key=_handicapped_seconds)
+    if best.decoder == "sequential":
+        return Decoder("sequential")
+    return Decoder("jacobi", best.window, decoder.tolerance)
+
+
+def device_and_precision(weight: Tensor) -> tuple[str, str]:
+    """Name the device and the precision of the layers for which timings hold, as decoding would run them now."""
+    device = weight.device
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"{device.type}, {torch.get_num_threads()} threads"
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+    return name, str(dtype).removeprefix("torch.")
+
+
+def _handicapped_seconds(timing: Timing) -> float:
+    return timing.seconds * (SEQUENTIAL_HANDICAP if timing.decoder == "sequential" else 1)
