@@ -30,7 +30,7 @@ def forward(block: Block, tokens: Tensor, labels: Tensor | None, mask: Tensor) -
     h = _embed(block, tokens, labels) + transformer.pos_embed
     for layer in transformer.layers:
         h = _layer(layer, h, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    mu, alpha = (F.pad(parameter[:, :-1], (0, 0, 1, 0)) for parameter in transformer.coupling_parameters(h))
+    mu, alpha = (F.pad(parameter[:, :-1], (0, 0, 1, 0)) for parameter in transformer.project_out(h))
     return _permute(block, (tokens - mu) * torch.exp(-alpha)), -alpha.sum((1, 2))
 
 
@@ -60,7 +60,7 @@ def _step(block: Block, token: Tensor, i: int, labels: Tensor | None, cache: Cac
             return F.scaled_dot_product_attention(q, k, v)
 
         h = _layer(layer, h, attend)
-    return block.transformer.coupling_parameters(h)
+    return block.transformer.project_out(h)
 
 
 def _embed(block: Block, tokens: Tensor, labels: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow import Guidance, TarFlow, TarFlowConfig
-from tarflow.image_flow import read_config
+from tarflow.pretrained import read_config
 
 GUIDANCE = Guidance(weight=2.0, schedule="linear")
 TRAINED = Path(__file__).parent / "trained" / "fashion-mnist"

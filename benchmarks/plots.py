@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 import records
 from records import Record
-from tarflow.files import replacing
+from tarflow.files import atomic_write
 
 DPI = 200
 _BLUE, _ORANGE, _GRAY = "#0072b2", "#d55e00", "#777777"
@@ -245,5 +245,5 @@ def _title(rows: list[Record]) -> str:
 
 def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, dpi=DPI, format="png")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import device as devices
 from row import OURS, USUAL, Contender, Outputs, Row
-from tarflow.files import replacing
+from tarflow.files import atomic_write
 
 FOLDER = Path(__file__).parent / "results"
 SECONDS = 1.0
@@ -96,7 +96,7 @@ def update(path: Path, records: list[Record], **others: Any) -> None:
         if "not_measured" not in record or "contenders" not in known["rows"].get(record["name"], {}):
             known["rows"][record["name"]] = record
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(json.dumps(known | others, indent=1) + "\n")
 
 

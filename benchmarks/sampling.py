@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tarflow.patches import patchify
 from torch import Tensor
 
 import checkout
@@ -33,8 +32,9 @@ from models import (
 )
 from row import DECODERS, Contender, Outputs, Row
 from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
-from tarflow.decoding import DISTANCE, TOLERANCE, Decoded
+from tarflow.decoding import DISTANCE, TOLERANCE, BlockStatistics
 from tarflow.decoding.calibration import calibrate
+from tarflow.model import patchify
 
 OTHERS = ("eager", "published")
 # Of a batch, about so many samples are checked.
@@ -124,7 +124,7 @@ class Decoding:
     def __init__(self, decoder: Decoder, inputs: Inputs):
         self.decoder = decoder
         self.inputs = inputs
-        self.decoded: list[Decoded] = []
+        self.decoded: list[BlockStatistics] = []
 
     def __call__(self) -> Outputs:
         """Decode."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tarflow.patches import patchify
 from torch import Tensor
 
 import eager
 from models import TRAINING_ROWS, autocast, build, fashion_mnist, imagenet64, operations
 from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow import TarFlow, TarFlowConfig
+from tarflow.model import patchify
 from tarflow_kernels import use_backend
 
 

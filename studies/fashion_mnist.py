@@ -18,7 +18,7 @@ import torch
 
 from tarflow import DequantizerConfig, Guidance, ImageFlow, datasets
 from tarflow.evaluation import Estimate, bits_per_dim_of_images
-from tarflow.files import replacing
+from tarflow.files import atomic_write
 from tarflow.gallery import spread
 from tarflow.training.config import PRESETS, TrainConfig
 from tarflow.training.run import train
@@ -99,7 +99,7 @@ def run(name: str, steps: int, seed: int, out: Path) -> None:
         "config": asdict(config),
     }
     RESULTS.mkdir(exist_ok=True)
-    with replacing(RESULTS / f"{folder.name}.json") as path:
+    with atomic_write(RESULTS / f"{folder.name}.json") as path:
         path.write_text(json.dumps(result, default=str) + "\n")
     print(f"{name}: {Estimate.of(one_sample)} by one sample, {Estimate.of(weighted)} by {DRAWS}", flush=True)
 

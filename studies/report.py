@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fashion_mnist import COMMON, RESULTS, ROWS
 from tarflow.evaluation import Estimate
-from tarflow.files import replacing
+from tarflow.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
@@ -39,7 +39,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    with replacing(readme) as path:
+    with atomic_write(readme) as path:
         path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
     draw(results, ROOT / "docs" / "study.png")
 
@@ -126,7 +126,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images; one run each)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
         axes.legend(framealpha=1, edgecolor="none", loc="upper right")
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             figure.savefig(beside, dpi=200, format="png")
 
 

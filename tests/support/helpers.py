@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from tarflow.coupling import Mixture
 
 from tarflow import TarFlow, TarFlowConfig
+from tarflow.transforms import MixtureTransform
 
 # The Triton kernels run on a GPU, or, in a process of their own, under Triton's interpreter: see test_triton.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,8 +36,8 @@ def randomize(module, seed=0):
             else:
                 parameter.copy_(0.1 * noise)
         for part in module.modules():
-            if isinstance(getattr(part, "coupling", None), Mixture) and hasattr(part, "proj_out"):
-                randomize_mixture(part.coupling, part.proj_out, generator)
+            if isinstance(getattr(part, "transform", None), MixtureTransform) and hasattr(part, "proj_out"):
+                randomize_mixture(part.transform, part.proj_out, generator)
     return module
 
 

@@ -11,16 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tarflow.decoding.graphs import Replayed
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import draw, randomize, tarflow
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
-from tarflow.decoding import DISTANCE, TOLERANCE, calibration, graphs
-from tarflow.decoding.calibration import Timing, choose
-from tarflow.decoding.jacobi import _Iterates as Iterates
-from tarflow.decoding.step import Step
+from tarflow.decoding import DISTANCE, TOLERANCE, calibration, step
+from tarflow.decoding.decoder import Timing, choose, device_and_precision
+from tarflow.decoding.jacobi import JacobiIteration
+from tarflow.decoding.step import CachedStep, GraphRunner
+from tarflow.model import unpatchify
 from tarflow_kernels import dispatch
 
 TRAINED = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
@@ -117,15 +117,15 @@ def test_values_agree_that_have_the_latents_to_the_tolerance_or_differ_by_roundi
     z, rounding = draw(1, *tokens.shape), 1e-2
     parameters = flow.blocks[0].transformer(tokens, labels)
     shifted = [v[:, :-1] for v in parameters]
-    inverse = flow.coupling.inverse(z[:, 1:], *shifted)
+    inverse = flow.transform.inverse(z[:, 1:], *shifted)
     x = inverse + draw(2, *inverse.shape) * 10 ** draw(3, *inverse.shape)
-    latents, _ = flow.coupling.forward(torch.cat((z[:, :1], x), dim=1), *parameters)
+    latents, _ = flow.transform.forward(torch.cat((z[:, :1], x), dim=1), *parameters)
     near = (latents - z)[:, 1:].abs()
     for tolerance in (1e-2, 1e-1, 1.0):
-        refined, agrees = flow.coupling.refine(x, z[:, 1:], tolerance, 0.0, *shifted)
+        refined, agrees = flow.transform.refine(x, z[:, 1:], tolerance, 0.0, *shifted)
         assert_close(refined, inverse)
         assert torch.equal(agrees, near <= tolerance)
-    _, agrees = flow.coupling.refine(x, z[:, 1:], 0.0, rounding, *shifted)
+    _, agrees = flow.transform.refine(x, z[:, 1:], 0.0, rounding, *shifted)
     assert torch.equal(agrees, (x - inverse).abs() <= rounding * inverse.abs())
     assert 0.01 < agrees.double().mean() < 0.5
 
@@ -182,8 +182,8 @@ def test_a_row_depends_on_no_other_and_waits_for_none(guidance, window, options)
 def test_rows_that_are_finished_leave_the_batch(monkeypatch):
     flow = token_flow()
     z, labels = mixed_batch(flow)
-    rows, run = [], Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda step, tokens: rows.append(len(tokens)) or run(step, tokens))
+    rows, run = [], CachedStep.__call__
+    monkeypatch.setattr(CachedStep, "__call__", lambda step, tokens: rows.append(len(tokens)) or run(step, tokens))
     flow.blocks[0].inverse(z, labels, Guidance(1.5), Decoder("jacobi", tolerance=1e-2))
     assert rows[0] == 2 * len(z)
     assert rows == sorted(rows, reverse=True)
@@ -213,8 +213,10 @@ def test_batches_and_sequences_of_any_size(shape, options):
 @every_decoder
 def test_what_it_took_is_freed_when_it_returns(monkeypatch, decoder):
     """Caches are gigabytes on a GPU, and nobody knows when a garbage collection comes."""
-    steps, make = [], Step.__init__
-    monkeypatch.setattr(Step, "__init__", lambda step, *args: steps.append(weakref.ref(step)) or make(step, *args))
+    steps, make = [], CachedStep.__init__
+    monkeypatch.setattr(
+        CachedStep, "__init__", lambda step, *args: steps.append(weakref.ref(step)) or make(step, *args)
+    )
     flow = token_flow()
     z, labels = mixed_batch(flow)
     gc.collect()
@@ -233,8 +235,10 @@ def test_it_leaves_the_settings_of_the_process_alone(monkeypatch, batch, decoder
     """They are those of other threads too: what two of them saved and restored in turn would stay as it was not."""
     flow = token_flow(**options).float()
     z, labels = latents_and_labels(flow, batch)
-    found, run = [], Step.transform
-    monkeypatch.setattr(Step, "transform", lambda step, h: found.append(torch.backends.mkldnn.enabled) or run(step, h))
+    found, run = [], CachedStep.run_layers
+    monkeypatch.setattr(
+        CachedStep, "run_layers", lambda step, h: found.append(torch.backends.mkldnn.enabled) or run(step, h)
+    )
     flow.inverse(z.float(), labels, None, decoder)
     assert found
     assert all(found)
@@ -341,11 +345,11 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
         flow = TokenFlow(TOKENS, 2, 16, 1, 2, **{"head_dim": 8, "num_classes": CLASSES} | options)
         z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64) if flow.num_classes else None
         tokens = flow.inverse(z, labels, guidance, "sequential")
-        iterates = Iterates(flow.blocks[0].transformer, z, labels, guidance, 5, 1e-2)
-        iterates.advance()
-        assert tokens.shape == iterates.x.shape == z.shape
+        iteration = JacobiIteration(flow.blocks[0].transformer, z, labels, guidance, 5, 1e-2)
+        iteration.advance()
+        assert tokens.shape == iteration.x.shape == z.shape
         with pytest.raises(RuntimeError, match="meta"):
-            iterates.remain(z)
+            iteration.retire_finished(z)
 
 
 class Launches(TorchDispatchMode):
@@ -387,7 +391,7 @@ def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers, opti
         run()
         counts.append(launches.count - before)
 
-    monkeypatch.setattr(Replayed, "__call__", count)
+    monkeypatch.setattr(GraphRunner, "__call__", count)
     flow = TokenFlow(TOKENS, 2, 16, 1, num_layers, head_dim=8, num_classes=CLASSES, **options)
     with Launches(monkeypatch) as launches:
         flow.inverse(torch.randn(2, TOKENS, 2), torch.tensor([0, 1]), Guidance(1.0), "sequential")
@@ -411,9 +415,9 @@ def test_a_graph_is_captured_once_the_device_is_warm(monkeypatch, calls):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(graphs, "_aside", lambda device: None)
-    monkeypatch.setattr(Replayed, "_run_aside", lambda self, run: run())
-    replayed = Replayed(torch.device("cuda"))
+    monkeypatch.setattr(step, "side_stream", lambda device: None)
+    monkeypatch.setattr(GraphRunner, "run_on_side_stream", lambda self, run: run())
+    replayed = GraphRunner(torch.device("cuda"))
     for _ in range(calls):
         replayed(lambda: log.append("launched"))
     assert log == (["launched"] * 2 + ["captured"] + ["replayed"] * calls)[: calls if calls < 3 else calls + 1]
@@ -431,7 +435,7 @@ def test_a_thread_warms_up_and_captures_on_one_stream(monkeypatch):
         torch.cuda, "graph", lambda graph, stream=None, **options: contextlib.nullcontext(used.append(stream))
     )
     for _ in range(3):
-        replayed = Replayed(torch.device("cuda", 7))
+        replayed = GraphRunner(torch.device("cuda", 7))
         for _ in range(4):
             replayed(lambda: None)
     assert len(used) == 3 * 3
@@ -477,7 +481,7 @@ HERE = torch.zeros(1, dtype=torch.float64)  # a weight of the models above
 
 
 def timing(rows, block, decoder, seconds, window=None, **place):
-    here = dict(zip(("device", "dtype"), calibration._place(HERE), strict=True)) | place
+    here = dict(zip(("device", "dtype"), device_and_precision(HERE), strict=True)) | place
     return Timing(**here, rows=rows, block=block, decoder=decoder, window=window, passes=1, seconds=seconds)
 
 
@@ -561,7 +565,7 @@ def test_what_is_hopeless_on_a_small_batch_is_not_tried_on_a_larger_one(monkeypa
     def timed(block, tokens, labels, guidance, decoder):
         return tokens, 1, {"sequential": 1.0, "jacobi": 1.4 if block is flow.blocks[0] else 1.6}[decoder.name]
 
-    monkeypatch.setattr(calibration, "_timed", timed)
+    monkeypatch.setattr(calibration, "time_block", timed)
     flow = token_flow()
     timings = calibration.calibrate(flow, batches=(1, 5))
     tried = {rows: {t.block for t in timings if t.decoder == "jacobi" and t.rows == rows} for rows in (1, 5)}
@@ -617,7 +621,7 @@ def test_a_model_is_inverted_and_drawn_from_by_the_same_decoder_unless_told_othe
     z = model.flow.sample_prior(4, torch.Generator().manual_seed(0))
     images = model.inverse(z)
     assert torch.equal(images, model.sample(4, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(images, model._to_images(model.flow.inverse(z)))
+    assert torch.equal(images, unpatchify(model.flow.inverse(z), model.config.patch_size, model.config.image_size))
     assert not torch.equal(images, model.inverse(z, decoder="sequential"))
 
 

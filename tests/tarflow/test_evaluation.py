@@ -194,7 +194,7 @@ def test_a_model_gets_the_scores_that_make_sense_for_it(sigma, num_classes, name
 
 @pytest.mark.parametrize("draws", [0, -1])
 def test_scoring_takes_a_draw(draws):
-    with pytest.raises(ValueError, match=f"draws: expected at least 1; got {draws}"):
+    with pytest.raises(ValueError, match=f"num_samples: expected at least 1; got {draws}"):
         bits_per_dim(standard_normal(), shades(9)[0], draws=draws)
 
 

@@ -110,7 +110,7 @@ def test_untrained_a_mixture_is_nearly_the_identity(num_mixtures):
 def test_the_components_of_an_untrained_mixture_learn_different_things():
     flow = TokenFlow(4, 3, 64, 1, 1, coupling="mixture", num_mixtures=5)
     flow.log_prob(draw(0, 8, 4, 3, dtype=torch.float32)).mean().backward()
-    _, _, gradients = flow.coupling.split(flow.blocks[0].transformer.proj_out.weight.grad.t())
+    _, _, gradients = flow.transform.split(flow.blocks[0].transformer.proj_out.weight.grad.t())
     for gradient in gradients.unbind(1):  # (C, D, K)
         distances = torch.cdist(gradient.flatten(0, 1).t(), gradient.flatten(0, 1).t())
         assert (distances / gradient.abs().max() + torch.eye(5) > 0.01).all()

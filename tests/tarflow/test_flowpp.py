@@ -214,7 +214,7 @@ def test_the_importance_weighted_bound_rises_to_the_exact_probability_and_one_sa
         densities = model.log_prob((pixels + u.view(-1, 1, 2, 2)) / 128 - 1).exp()
         exact = (densities @ weights).log().item() - 4 * math.log(128)
         copies = pixels.expand(20_000, -1, -1, -1)
-        bounds = model.bounds(copies, draws=4, generator=torch.Generator().manual_seed(0))
+        bounds = model.importance_log_weights(copies, num_samples=4, generator=torch.Generator().manual_seed(0))
     ten = (bounds.view(-1, 10).logsumexp(1) - math.log(10)).mean().item()
     assert bounds.mean().item() < ten < exact
     # The noise is normal before its sigmoid: samples hardly ever come from the ends of a bin, where p is not small.
@@ -225,7 +225,7 @@ def test_bounds_are_densities_in_units_of_pixels():
     model = flowpp(dequantizer=None).float()
     pixels = pixels_of(TINY)
     x, _ = model.dequantize(pixels, torch.Generator().manual_seed(0))
-    (bound,) = model.bounds(pixels, generator=torch.Generator().manual_seed(0))
+    (bound,) = model.importance_log_weights(pixels, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(bound, model.log_prob(x).double() - 16 * math.log(128), rtol=0, atol=1e-6)
 
 
@@ -233,9 +233,12 @@ def test_discrete_log_prob_is_the_log_mean_of_the_bounds():
     model = flowpp()
     pixels = pixels_of(TINY)
     seeded = [torch.Generator().manual_seed(1) for _ in range(2)]
-    bounds = model.float().bounds(pixels, draws=3, generator=seeded[0])
+    bounds = model.float().importance_log_weights(pixels, num_samples=3, generator=seeded[0])
     torch.testing.assert_close(
-        model.discrete_log_prob(pixels, draws=3, generator=seeded[1]), bounds.exp().mean(0).log(), rtol=1e-6, atol=1e-6
+        model.discrete_log_prob(pixels, num_samples=3, generator=seeded[1]),
+        bounds.exp().mean(0).log(),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 
@@ -478,8 +481,8 @@ def seeded():
 # Every way to score and to sample; each returns a tensor.
 WITHOUT_DROPOUT = {
     "log_prob": lambda model: model.log_prob(pixels_of(TINY) / 128 - 1),
-    "discrete_log_prob": lambda model: model.discrete_log_prob(pixels_of(TINY), draws=2, generator=seeded()),
-    "bounds": lambda model: model.bounds(pixels_of(TINY), draws=2, generator=seeded()),
+    "discrete_log_prob": lambda model: model.discrete_log_prob(pixels_of(TINY), num_samples=2, generator=seeded()),
+    "log-weights": lambda model: model.importance_log_weights(pixels_of(TINY), num_samples=2, generator=seeded()),
     "inverse": lambda model: model.inverse(draw(0, 2, 4, 2, 2, dtype=torch.float32)),
     "sample": lambda model: model.sample(3, generator=seeded()),
     "trajectory": lambda model: model.sample(3, generator=seeded(), return_trajectory=True)[1],
@@ -507,7 +510,7 @@ def test_an_error_leaves_every_module_in_its_mode():
     modes = [module.training for module in model.modules()]
     for call in (
         lambda: model.log_prob(torch.zeros(2, 1, 4, 5)),
-        lambda: model.bounds(pixels_of(TINY), labels=torch.zeros(3)),
+        lambda: model.importance_log_weights(pixels_of(TINY), labels=torch.zeros(3)),
         lambda: evaluation.bits_per_dim(model, pixels_of(TINY), labels=torch.zeros(3)),
     ):
         with pytest.raises(ValueError, match="expected"):
@@ -701,14 +704,20 @@ def test_bad_input_to_a_model_is_refused():
         (lambda: model.inverse(x), r"z: expected shape \(B, \*\(4, 2, 2\)\); got \(2, 1, 4, 4\)"),
         (lambda: model.sample(0), "num: expected at least 1; got 0"),
         (lambda: model.sample(2, chunk_size=0), "chunk_size: expected at least 1; got 0"),
-        (lambda: model.bounds(pixels_of(TINY), draws=0), "draws: expected at least 1; got 0"),
-        (lambda: model.bounds(pixels_of(TINY)[..., :2]), r"pixels: expected images of shape .*; got \(3, 1, 4, 2\)"),
+        (
+            lambda: model.importance_log_weights(pixels_of(TINY), num_samples=0),
+            "num_samples: expected at least 1; got 0",
+        ),
+        (
+            lambda: model.importance_log_weights(pixels_of(TINY)[..., :2]),
+            r"pixels: expected images of shape .*; got \(3, 1, 4, 2\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     for call, message in (
-        (lambda: model.bounds(x), "pixels: expected uint8; got torch.float32"),
-        (lambda: model.bounds(x.numpy()), "pixels: expected a torch.Tensor; got numpy.ndarray"),
+        (lambda: model.importance_log_weights(x), "pixels: expected uint8; got torch.float32"),
+        (lambda: model.importance_log_weights(x.numpy()), "pixels: expected a torch.Tensor; got numpy.ndarray"),
         (lambda: model(x.numpy()), "x: expected a torch.Tensor; got numpy.ndarray"),
         (lambda: model.inverse(x.numpy()), "z: expected a floating-point torch.Tensor; got numpy.ndarray"),
         (lambda: model.inverse(x.long()), "z: expected a floating-point torch.Tensor; got torch.int64 of shape"),

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tarflow.patches import patchify, unpatchify
 from torch.distributions import MultivariateNormal, Uniform
 from torch.testing import assert_close
 
 from helpers import draw, tarflow
-from tarflow import FlowPP, FlowPPConfig, Guidance, ImageFlow, TarFlow, TarFlowConfig, memory
+from tarflow import FlowPP, FlowPPConfig, Guidance, ImageFlow, TarFlow, TarFlowConfig, hardware, load_pretrained
 from tarflow.decoding import calibration
 from tarflow.denoising import tweedie
 from tarflow.evaluation import evaluate
-from tarflow.image_flow import load_pretrained
+from tarflow.model import patchify, unpatchify
 from tarflow.noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
 
 PIXELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
@@ -96,7 +95,7 @@ def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size, coup
     model, finished = tarflow(num_classes=3, coupling=coupling), []
     images, frames = model.sample(
         5, LABELS, Guidance(0.5), 0.1, generator=seeded(), return_trajectory=True, chunk_size=chunk_size,
-        report=lambda decoded: finished.append(decoded.batch),
+        progress=lambda decoded: finished.append(decoded.batch),
     )  # fmt: skip
     z = model.flow.sample_prior(5, seeded())
     noisy = model.inverse(z, LABELS, Guidance(0.5))
@@ -113,8 +112,8 @@ def test_samples_are_those_of_the_generator_whatever_the_chunks(chunk_size, coup
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 def test_a_chunk_is_what_fits_into_memory(monkeypatch, coupling):
     model, finished = tarflow(num_classes=3, coupling=coupling), []
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2 * memory.decoding_bytes(model.config, branches=2))
-    model.sample(5, LABELS, report=lambda decoded: finished.append(decoded.batch))
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 2 * 2 * model.config.decoding_bytes(branches=2))
+    model.sample(5, LABELS, progress=lambda decoded: finished.append(decoded.batch))
     assert finished == [2, 2, 2, 2, 2, 2, 1, 1, 1]
 
 
@@ -122,9 +121,9 @@ def test_memory_counts_what_the_mixtures_take():
     """In training the parameters of every block at least; in decoding those of one block, of all branches, and more."""
     affine, mixture = (TarFlowConfig(coupling=coupling, num_mixtures=5) for coupling in ("affine", "mixture"))
     parameters = 4 * 3 * 5 * affine.num_dims
-    assert memory.activation_bytes(mixture) - memory.activation_bytes(affine) >= affine.num_blocks * parameters
+    assert mixture.activation_bytes() - affine.activation_bytes() >= affine.num_blocks * parameters
     for branches in (1, 2):
-        more = memory.decoding_bytes(mixture, branches) - memory.decoding_bytes(affine, branches)
+        more = mixture.decoding_bytes(branches) - affine.decoding_bytes(branches)
         assert more > (branches + 1) * parameters
 
 
@@ -412,7 +411,7 @@ def test_a_variance_that_is_not_positive_is_refused(saved, value):
 
 
 def test_weights_beyond_the_memory_of_the_machine_are_refused(saved, monkeypatch):
-    monkeypatch.setattr(memory, "total_bytes", lambda device: 10_000)
+    monkeypatch.setattr(hardware, "total_bytes", lambda device: 10_000)
     with pytest.raises(ValueError, match=r"memory: expected the weights of .* all that cpu has; got about "):
         TarFlow.from_pretrained(saved[1])
 
@@ -461,7 +460,7 @@ PLAIN, CLASSES, MIXTURE = {}, {"num_classes": 3}, {"num_classes": 3, "coupling":
         (PLAIN, lambda model: model.inverse(Z.numpy()), TypeError, "z"),
         (PLAIN, lambda model: model.discrete_log_prob(X.byte().numpy()), TypeError, "pixels"),
         (PLAIN, lambda model: model.discrete_log_prob(X), TypeError, "pixels"),
-        (PLAIN, lambda model: model.discrete_log_prob(X.byte(), draws=1.5), TypeError, "draws"),
+        (PLAIN, lambda model: model.discrete_log_prob(X.byte(), num_samples=1.5), TypeError, "num_samples"),
         (PLAIN, lambda model: model.sample(1.5), TypeError, "num"),
         (PLAIN, lambda model: model.sample("1"), TypeError, "num"),
         (PLAIN, lambda model: model.sample(10**30), ValueError, "memory"),
@@ -505,7 +504,7 @@ def test_a_batch_of_no_images_has_empty_results(config):
     model, labels = tarflow(dtype=torch.float32, **config), TWO[:0] if config else None
     z, logdet = model(X[:0], labels)
     assert (z.shape, logdet.shape) == (Z[:0].shape, (0,))
-    assert model.discrete_log_prob(X[:0].byte(), labels, draws=2).shape == (0,)
+    assert model.discrete_log_prob(X[:0].byte(), labels, num_samples=2).shape == (0,)
     assert model.denoise(X[:0], 0.1, labels).shape == X[:0].shape
     for decoder in ("sequential", "jacobi"):
         assert model.inverse(z, labels, Guidance(1.0, temperature=0.5), decoder).shape == X[:0].shape
@@ -514,7 +513,7 @@ def test_a_batch_of_no_images_has_empty_results(config):
 def test_counts_may_be_integers_of_numpy():
     model = tarflow(dtype=torch.float32)
     assert model.sample(np.int64(2), chunk_size=np.int32(1)).shape == (2, 1, 4, 4)
-    assert model.discrete_log_prob(X.byte(), draws=np.int64(2)).shape == (2,)
+    assert model.discrete_log_prob(X.byte(), num_samples=np.int64(2)).shape == (2,)
 
 
 @pytest.mark.parametrize("label", [-4, -3, -2, 3, 4, 5])

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 from tarflow import Guidance, TarFlow, cli, datasets
 from tarflow.cli import main
 from tarflow.decoding import calibration
-from tarflow.files import replacing
+from tarflow.files import atomic_write
 from tarflow.gallery import Gallery
 from tarflow.training import checkpoints
 from tarflow.training.config import PRESETS, TrainConfig
@@ -683,7 +683,7 @@ def test_weights_are_as_readable_as_the_other_files(finished):
 
 
 def write_half(path, error):
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text("half")
         raise error
 
@@ -692,7 +692,7 @@ def write_half(path, error):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
     path = tmp_path / "file"
     for text in ("old", "new"):
-        with replacing(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text(text)
         assert path.read_text() == text
     with pytest.raises(type(error)):

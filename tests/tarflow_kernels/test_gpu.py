@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-from tarflow.decoding.graphs import Replayed
 from torch.testing import assert_close
 
 import tarflow_kernels
 from helpers import DEVICE, randomize
 from tarflow import Decoder, FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig
+from tarflow.decoding.step import GraphRunner
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,
@@ -266,7 +266,7 @@ def test_replayed_graphs_decode_as_launched_kernels_do(monkeypatch, coupling, de
     reports: dict[bool, list[int]] = {}
     tokens = []
     for launched in (True, False):
-        monkeypatch.setattr(Replayed, "WARM_UP", 10**6 if launched else 2)
+        monkeypatch.setattr(GraphRunner, "WARM_UP", 10**6 if launched else 2)
         passes = reports.setdefault(launched, [])
         tokens.append(
             flow.inverse(z, labels, guidance, decoder, lambda done, passes=passes: passes.append(done.passes))
