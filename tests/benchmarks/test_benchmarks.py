@@ -14,6 +14,7 @@ import sampling
 import training
 from row import Contender, Row
 from tarflow import TarFlowConfig
+from tarflow.model import patchify
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,9 @@ def test_alpha_of_a_random_model_spreads_alike_at_every_width():
         model = models.build(wide(channels), CPU)
         x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            _, alpha = model.flow.blocks[0].transformer(model._to_tokens(x), torch.tensor([0, 1, 2, 0]))
+            _, alpha = model.flow.blocks[0].transformer(
+                patchify(x, model.config.patch_size), torch.tensor([0, 1, 2, 0])
+            )
         spreads.append(alpha.std())
     assert max(spreads) < 1.3 * min(spreads)
     assert min(spreads) > 0.02, "or there is nothing to decode"

@@ -27,9 +27,9 @@ from tarflow.flowpp.networks import (
     GatedConv,
     concat_elu,
     gate,
-    initialize_from_data,
 )
 from tarflow.flowpp.splits import SPLITS, squeeze, unsqueeze
+from tarflow.image_flow import initialize_from_data
 
 SMALL = CouplingConfig(num_mixtures=3, filters=8, blocks_per_coupling=1)
 TINY = FlowPPConfig(
