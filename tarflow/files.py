@@ -45,7 +45,7 @@ def name_full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full or error.strerror != os.strerror(error.errno):  # else the error has a message of its own
+        if not full or error.strerror != os.strerror(error.errno or 0):  # else the error has a message of its own
             raise
         raise OSError(error.errno, f"no space left to write {path}; what was there before is unchanged") from error
 
@@ -76,8 +76,8 @@ def _check_zip(path: Path | str) -> None:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"expected stored records; got a compressed one, {record.filename}")
-        if record := archive.testzip():
-            raise ValueError(f"wrong checksum of {record}")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
 
 
 def remove_abandoned(folder: Path) -> None:

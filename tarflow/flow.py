@@ -134,7 +134,7 @@ class TokenFlow(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the tokens after each block on the way from latents to data; arguments are those of :meth:`inverse`."""
         self._check(z, labels, "z")
-        if Guidance.of(guidance) is not None:
+        if (guidance := Guidance.of(guidance)) is not None:
             guidance.check(self.num_classes, mixture=isinstance(self.transform, MixtureTransform))
         return self._trajectory(z, labels, guidance, Decoder.of(decoder), progress)
 

@@ -38,7 +38,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # A PyTorch that cannot tell trains a CPU in float32.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and capabilities.get("amx_bf16", False)
 
 

@@ -1,8 +1,8 @@
 """TarFlow: the flow over the patches of an image, its configuration and its samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -155,9 +155,11 @@ class TarFlow(ImageFlow):
     network_name = "transformers"
     decoders = NAMES
     supports_guidance = True
+    from_published: ClassVar[Callable[..., "TarFlow"]]
+    """The former name of :func:`tarflow.load_published`."""
 
     def __init__(self, config: TarFlowConfig):
-        super().__init__(config, config.dequantizer and Dequantizer(config.dequantizer, config.image_shape))
+        super().__init__(config, Dequantizer.of(config.dequantizer, config.image_shape))
         self.flow = TokenFlow(
             config.num_tokens,
             config.token_dim,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,6 @@ from .flowpp.dequantizer import DequantizerConfig
 
 if TYPE_CHECKING:
     from .image_flow import ImageFlow
-
 __all__ = [
     "build_model",
     "check_state",
@@ -35,6 +34,8 @@ __all__ = [
     "save_weights",
     "write_config",
 ]
+
+Flow = TypeVar("Flow", bound="ImageFlow")
 
 FLOWS: list[type["ImageFlow"]] = []
 """All classes of models, in the order of their definition: each adds itself."""
@@ -70,7 +71,7 @@ def write_config(folder: Path, **entries: Any) -> None:
         path.write_text(json.dumps(entries, indent=2, default=str) + "\n")
 
 
-def load_pretrained(source: Path | str, kind: type["ImageFlow"] | None = None) -> tuple["ImageFlow", dict[str, Any]]:
+def load_pretrained(source: Path | str, kind: type[Flow] | None = None) -> tuple[Flow, dict[str, Any]]:
     """Read a model that :func:`save_pretrained` or a training run wrote, and what is known of it.
 
     Args:
@@ -102,7 +103,7 @@ def load_pretrained(source: Path | str, kind: type["ImageFlow"] | None = None) -
     return model, metadata
 
 
-def build_model(model_class: type["ImageFlow"], config: Any, state: dict[str, Tensor], origin: str) -> "ImageFlow":
+def build_model(model_class: type[Flow], config: Any, state: dict[str, Tensor], origin: str) -> Flow:
     """Make a model of a configuration with these weights, which are checked before it takes any memory.
 
     It is in evaluation mode, and in float32, or in float64 where any of its weights are: float16 and bfloat16 are read
@@ -190,11 +191,9 @@ def config_from_dict(config_class: type, settings: Any) -> Any:
     return config_class(**settings)
 
 
-def _find_class(
-    kind: type["ImageFlow"] | None, name: Any, settings: Any, origin: Path
-) -> tuple[type["ImageFlow"], Any]:
+def _find_class(kind: type[Flow] | None, name: Any, settings: Any, origin: Path) -> tuple[type[Flow], Any]:
     """Find the first class of that name that is ``kind`` or derived from it, and make its configuration."""
-    kinds: dict[str, type[ImageFlow]] = {}
+    kinds: dict[str, Any] = {}
     for flow in FLOWS:
         if hasattr(flow, "config_class") and (kind is None or issubclass(flow, kind)):
             kinds.setdefault(flow.__name__, flow)
@@ -225,7 +224,8 @@ def _digest(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        data: Any = tensor.flatten().view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -45,17 +45,12 @@ def load_published(source: Path | str | Mapping[str, Tensor], in_channels: int =
         FileNotFoundError: there is no such file.
         ValueError: the file is not a state dict of the published model, or does not fit ``in_channels``.
     """
-    if isinstance(source, Mapping):
-        state = source
-    else:
-        try:
-            state = read_state(source)
-        except ValueError as error:
-            raise ValueError(f"source: {source} is truncated, corrupt or not a state dict: {error}") from error
+    state = source if isinstance(source, Mapping) else _read(source)
     _check(state)
     config = infer_config(state, in_channels)
     weights = {_our_name(name): _our_layout(name, t) for name, t in state.items() if not name.endswith("attn_mask")}
-    if state is not source and sum(tensor.nbytes for tensor in weights.values()) > Path(source).stat().st_size:
+    in_full = sum(tensor.nbytes for tensor in weights.values())
+    if not isinstance(source, Mapping) and in_full > Path(source).stat().st_size:
         raise ValueError(f"source: expected weights that are stored in full; {source} is smaller than they are")
     return build_model(TarFlow, config, weights, "source")
 
@@ -63,6 +58,13 @@ def load_published(source: Path | str | Mapping[str, Tensor], in_channels: int =
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of a TarFlow to that of the published ``Model``, but for its attention masks."""
     return {_their_name(name): _their_layout(name, tensor) for name, tensor in state.items()}
+
+
+def _read(path: Path | str) -> Any:
+    try:
+        return read_state(path)
+    except ValueError as error:
+        raise ValueError(f"source: {path} is truncated, corrupt or not a state dict: {error}") from error
 
 
 def _check(state: Any) -> None:

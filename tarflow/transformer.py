@@ -58,6 +58,7 @@ class CausalTransformer(nn.Module):
         """Return the embedding of each label, ``(B, C)``; that of a dropped one (-1) is the mean over all classes."""
         if self.class_embed is None:
             return None
+        assert labels is not None, "a flow with classes checks its labels"
         table = torch.cat((self.class_embed.mean(0, keepdim=True), self.class_embed))
         # A negative index would count from the end of the table; one beyond its end is an error.
         return table[torch.where(labels < -1, len(table), labels + 1)]

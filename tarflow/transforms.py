@@ -39,25 +39,28 @@ class AffineTransform:
         """Set the bias of the last projection so that the map is about the identity."""
         bias.zero_()
 
-    def forward(self, x: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens ``(B, N, D)`` to latents and the log-det in nats, ``(B,)``.
 
         Token i uses the parameters at position i - 1, and token 0 passes through.
         """
+        mu, alpha = parameters
         return affine_forward(x, mu, alpha, shift=True)
 
-    def inverse(self, z: Tensor, mu: Tensor, alpha: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, *parameters: Tensor) -> Tensor:
         """Map latents ``(..., D)`` to tokens, given the parameters of each."""
+        mu, alpha = parameters
         return torch.addcmul(mu, z, alpha.exp())
 
     def refine(
-        self, x: Tensor, z: Tensor, tolerance: float, rounding: float, mu: Tensor, alpha: Tensor
+        self, x: Tensor, z: Tensor, tolerance: float, rounding: float, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the inverse of z, and whether each value of the guess x agrees with it, both ``(..., D)``.
 
         A value agrees if its latent differs from z by at most the tolerance: ``|(x - mu) exp(-alpha) - z|``, which is
         the distance of x from the inverse over exp(alpha). A relative difference of ``rounding`` is allowed as well.
         """
+        mu, alpha = parameters
         scale = alpha.exp()
         inverse = torch.addcmul(mu, z, scale)
         return inverse, (inverse - x).abs() <= tolerance * scale + rounding * inverse.abs()
@@ -104,25 +107,28 @@ class MixtureTransform(AffineTransform):
         means.copy_((2 * torch.arange(self.num_mixtures) + 1) / self.num_mixtures - 1)
         log_scales.fill_(0.5 * math.log(1 - variance * 3 / math.pi**2))
 
-    def forward(self, x: Tensor, mu: Tensor, alpha: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens ``(B, N, D)`` to latents and the log-det, ``(B,)``, shifted as that of AffineTransform."""
+        mu, alpha, mixture = parameters
         v, logdet = mixture_logistic(x[:, 1:], *mixture[:, :-1].unbind(-3))
         z, affine_logdet = super().forward(torch.cat((x[:, :1], v), dim=1), mu, alpha)
         return z, logdet + affine_logdet
 
-    def inverse(self, z: Tensor, mu: Tensor, alpha: Tensor, mixture: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, *parameters: Tensor) -> Tensor:
         """Map latents ``(..., D)`` to tokens, given the parameters of each."""
+        mu, alpha, mixture = parameters
         x, _ = mixture_logistic_inverse(super().inverse(z, mu, alpha), *mixture.unbind(-3))
         return x
 
     def refine(
-        self, x: Tensor, z: Tensor, tolerance: float, rounding: float, mu: Tensor, alpha: Tensor, mixture: Tensor
+        self, x: Tensor, z: Tensor, tolerance: float, rounding: float, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the inverse of z, and whether each value of the guess x agrees with it, both ``(..., D)``.
 
         The slope of a mixture varies, so the latents of x themselves are compared: they differ from z by
         ``|v(x) - v| exp(-alpha)``.
         """
+        mu, alpha, mixture = parameters
         scale, components = alpha.exp(), mixture.unbind(-3)
         v = torch.addcmul(mu, z, scale)
         inverse, _ = mixture_logistic_inverse(v, *components)

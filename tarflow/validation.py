@@ -4,7 +4,7 @@ import math
 from dataclasses import fields
 from numbers import Integral, Real
 from reprlib import repr as short
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -37,7 +37,7 @@ MOST_VALUES = 2**28
 """The largest number of values in an image."""
 
 
-def check_fields(config: object) -> None:
+def check_fields(config: Any) -> None:
     """Check the fields of a configuration by their annotations; integers of any kind become ints.
 
     Raises:
@@ -49,7 +49,7 @@ def check_fields(config: object) -> None:
         kind, value = kinds[name], getattr(config, name)
         if kind is int:
             least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
                 raise ValueError(f"{name}: expected an integer in [{least}, {most}]; got {short(value)}")
             object.__setattr__(config, name, int(value))
         elif kind is float and (not isinstance(value, Real) or isinstance(value, bool)):

@@ -10,14 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import atomic_write
 from ..guidance import Guidance
 from .decoder import TOLERANCE, Decoder, Timing, device_and_precision
 from .step import count_branches
+
+if TYPE_CHECKING:
+    from ..flow import Block, TokenFlow
 
 __all__ = ["BATCHES", "FILE", "Timing", "calibrate", "load", "save", "time_block", "write"]
 
@@ -31,7 +35,7 @@ HOPELESS = 1.5
 
 @torch.inference_mode()
 def calibrate(
-    flow: nn.Module,
+    flow: "TokenFlow",
     guidance: Guidance | None = None,
     tolerance: float = TOLERANCE,
     batches: Iterable[int] = BATCHES,
@@ -56,6 +60,7 @@ def calibrate(
         tokens = flow.sample_prior(batch, torch.Generator(device).manual_seed(0))
         labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
         rows = batch * count_branches(guidance)
+        block: Any
         for t, block in reversed(list(enumerate(flow.blocks))):
             decoders = sequential, *promising[t]
             # In turn, since the speed of a machine drifts.
@@ -72,7 +77,7 @@ def calibrate(
 
 
 def time_block(
-    block: nn.Module, tokens: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
+    block: "Block", tokens: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
 ) -> tuple[Tensor, int, float]:
     """Invert a block; return its tokens, the passes and the seconds that it took."""
     _synchronize(tokens.device)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Decoder:
 
     name: Literal["auto", "sequential", "jacobi"] = "auto"
     window: int | None = None
-    tolerance: float | None = None
+    tolerance: float = None  # type: ignore[assignment]  # it is a number once the decoder is made
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -68,7 +68,7 @@ class Decoder:
     @classmethod
     def of(cls, decoder: "str | Decoder") -> "Decoder":
         """Return a decoder unchanged, or make the one of that name."""
-        return decoder if isinstance(decoder, Decoder) else cls(decoder)
+        return decoder if isinstance(decoder, Decoder) else cls(cast(Any, decoder))
 
     def __call__(
         self, transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None

@@ -7,6 +7,7 @@ launching its kernels one by one.
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class GuidedBatch:
         if self.weights is None:
             return parameters
         w = -self.weights[positions]
-        pairs = zip(*self.split_branches(parameters), strict=True)
+        pairs: Any = zip(*self.split_branches(parameters), strict=True)
         return tuple(torch.lerp(v, ref, w.view(*w.shape, *[1] * (v.dim() - 2))) for v, ref in pairs)
 
     def split_branches(self, parameters: Parameters) -> tuple[Parameters, Parameters | tuple[None, ...]]:
@@ -124,8 +125,9 @@ class CachedStep:
         device, (num_tokens, channels) = weight.device, transformer.pos_embed.shape
         autocast = torch.is_autocast_enabled(device.type)
         low = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        heads, head_dim = channels // transformer.layers[0].head_dim, transformer.layers[0].head_dim
-        hidden_channels = transformer.layers[0].mlp[0].out_features
+        layers: Any = transformer.layers
+        head_dim, hidden_channels = layers[0].head_dim, layers[0].mlp[0].out_features
+        heads = channels // head_dim
 
         self.split = transformer.transform.split
         self.heads, self.head_dim = heads, head_dim
@@ -134,7 +136,7 @@ class CachedStep:
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
         cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low)
         self.caches = list(cache)
-        self.layers = [_LayerWeights(layer, dtype, low) for layer in transformer.layers]
+        self.layers = [_LayerWeights(layer, dtype, low) for layer in layers]
         self.proj_in, bias = _prepare(transformer.proj_in, dtype)
         self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
         self.embedding = transformer.pos_embed.to(dtype) + bias
@@ -163,7 +165,7 @@ class CachedStep:
         rows, new, _ = h.shape
         qkv, hidden, activation, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
-        delta = None
+        delta: Tensor | None = None
         for layer, (cache_k, cache_v) in zip(self.layers, self.caches, strict=True):
             y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
@@ -173,6 +175,7 @@ class CachedStep:
             torch.addmm(layer.up_bias, y, layer.up, out=hidden)
             torch.ops.aten.gelu_(activation)
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
+        assert delta is not None, "a transformer has a layer at least"
         return self.split(torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new)))
 
     def select(self, rows: Tensor) -> None:
@@ -210,11 +213,12 @@ class _LayerWeights:
         self.qkv, self.qkv_bias = _prepare(layer.qkv, dtype)
         self.proj, self.proj_bias = _prepare(layer.proj, dtype)
         self.mlp_norm = layer.mlp_norm.weight.to(residuals), layer.mlp_norm.bias.to(residuals)
-        self.up, self.up_bias = _prepare(layer.mlp[0], dtype)
-        self.down, self.down_bias = _prepare(layer.mlp[2], dtype)
+        up, _, down = layer.mlp
+        self.up, self.up_bias = _prepare(up, dtype)
+        self.down, self.down_bias = _prepare(down, dtype)
 
 
-def _prepare(linear: torch.nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _prepare(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return weight and bias as addmm reads them fastest."""
     return linear.weight.to(dtype).t().contiguous(), linear.bias.to(dtype)
 

@@ -75,6 +75,11 @@ class Dequantizer(nn.Module):
             weight_norm=config.weight_norm,
         )
 
+    @classmethod
+    def of(cls, config: DequantizerConfig | None, shape: tuple[int, int, int]) -> "Dequantizer | None":
+        """Make the dequantizer of images of that shape; None without a configuration."""
+        return None if config is None else cls(config, shape)
+
     def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """``u = sigmoid(flow(eps; pixels))`` and ``log q(u | pixels) = log N(eps; 0, I) - log |du / deps|``.
 

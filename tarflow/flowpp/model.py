@@ -186,7 +186,7 @@ class FlowPP(ImageFlow):
     MARGIN = 0.05
 
     def __init__(self, config: FlowPPConfig):
-        super().__init__(config, config.dequantizer and Dequantizer(config.dequantizer, config.image_shape))
+        super().__init__(config, Dequantizer.of(config.dequantizer, config.image_shape))
         self.flow = Stack(config.stack, config.image_shape, config)
 
     def forward(self, x: Tensor, labels: None = None) -> tuple[Tensor, Tensor]:
