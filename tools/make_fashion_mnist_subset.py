@@ -1,4 +1,4 @@
-"""Draws the Fashion-MNIST subset that ships with tarflow.
+"""Draw the Fashion-MNIST subset that ships with tarflow.
 
     python tools/make_fashion_mnist_subset.py [folder of the four IDX files]
 
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+import tarflow
 from tarflow import datasets
 
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1000, 100
-TARGET = Path(datasets.__file__).parent / "data" / "fashion_mnist_subset.npz"
+TARGET = Path(tarflow.__file__).parent / "data" / "fashion_mnist_subset.npz"
 
 
 def main(data_dir: Path = datasets.DEBIAN_FASHION_MNIST) -> None:
+    """Write the subset, with the indices of its images in the training split."""
     full = datasets.load("fashion-mnist", "train", data_dir)
     images, labels = full.images[:, 0].numpy(), full.labels.numpy().astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(full))

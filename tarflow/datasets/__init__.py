@@ -1,0 +1,85 @@
+"""Datasets of 8-bit images: the named ones, folders, Hugging Face hubs, and the batches that training draws from them.
+
+:mod:`.dataset` has the two kinds of datasets, :mod:`.readers` the layout of each named one, :mod:`.formats` what reads
+files that anyone may have made, and :mod:`.streaming` the batches.
+"""
+
+import math
+from pathlib import Path
+
+from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
+from .formats import MAX_PIXELS, RESIZE, Unreadable
+from .readers import READERS, read_folder, read_hub
+from .streaming import batches
+
+__all__ = [
+    "DEBIAN_FASHION_MNIST",
+    "RESIZE",
+    "ImageDataset",
+    "ImageFolder",
+    "Unreadable",
+    "batches",
+    "evenly_spaced",
+    "fingerprint",
+    "load",
+]
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def load(
+    name: str = "fashion-mnist",
+    split: str = "train",
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    resize: str = "lanczos",
+) -> ImageDataset | ImageFolder:
+    """Load the `split`, "train" or "test", of a dataset.
+
+    fashion-mnist   the four IDX files in `data_dir`, else the Debian package's, else the subset shipped with tarflow
+    mnist           the four IDX files in `data_dir`, plain or .gz
+    cifar10         the published binary version in `data_dir`, plain or .gz
+    imagenet64, imagenet32
+                    ImageNet downsampled by Chrabaszcz et al. (arXiv 1707.08819): the .npz batches in `data_dir` (the
+                    train split of 64 takes 16 GB of memory)
+    imagenet64-2016, imagenet32-2016
+                    ImageNet downsampled by van den Oord et al. (arXiv 1601.06759), on which most bits/dim are
+                    published, those of TarFlow and Flow++ among them: `train_64x64/` and `valid_64x64/`, the folders of
+                    PNG files that the tars hold, or `train_64x64.npz` and `valid_64x64.npz`, in `data_dir`. No labels
+    folder          class sub-folders of images in `data_dir`, or in its `train` and `test` (or `val`), resized to
+                    `image_size`; without such splits 5% are the test split, chosen by the hash of each image's name, so
+                    that other images stay where they are when one is added
+    hub:<id>        a Hugging Face dataset, cached in `data_dir`, resized to `image_size` where given
+
+    An image of `folder` or of a hub is resized so that its shorter side has `image_size` pixels and the longer, in
+    proportion, a whole number rounded down; the centre of that is cut out. That is what torchvision's `Resize` and
+    `CenterCrop` do. `resize` is the filter, "lanczos", "bicubic", "bilinear" or "box", antialiased as Pillow's are; the
+    published TarFlow takes "bilinear". All other datasets have images of one size, which are never resized.
+
+    Raises ValueError for a bad argument or a bad file, FileNotFoundError for a missing one.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    if image_size is not None and not 1 <= image_size <= math.isqrt(MAX_PIXELS):
+        raise ValueError(f"image_size: expected 1 to {math.isqrt(MAX_PIXELS)}, got {image_size}")
+    if resize not in RESIZE:
+        raise ValueError(f"resize: expected one of {', '.join(RESIZE)}; got {resize!r}")
+    if name.startswith("hub:") and name != "hub:":
+        return read_hub(name, split, data_dir, image_size, resize)
+    if name != "folder" and name not in READERS:
+        raise ValueError(f"name: expected one of {', '.join(READERS)}, folder, hub:<dataset id>; got {name!r}")
+    if data_dir is None and name != "fashion-mnist":
+        raise ValueError(f"data_dir: expected the folder that holds {name}, got None")
+    if name == "folder":
+        return read_folder(split, Path(data_dir), image_size, resize)
+    if data_dir is None and DEBIAN_FASHION_MNIST.is_dir():
+        data_dir = DEBIAN_FASHION_MNIST
+    dataset = READERS[name](split, data_dir and Path(data_dir))
+    if image_size not in (None, dataset.image_size):
+        raise ValueError(f"image_size: expected None or {dataset.image_size} for {name}, got {image_size}")
+    return dataset
+
+
+# Old names, until all callers have the new ones.
+Images, Folder = ImageDataset, ImageFolder
+ImageDataset.fetch, ImageFolder.fetch = ImageDataset.get_batch, ImageFolder.get_batch

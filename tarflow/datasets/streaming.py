@@ -1,0 +1,108 @@
+"""Endless batches in an order that a seed fixes; files are read ahead by processes of their own."""
+
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .dataset import ImageDataset, ImageFolder
+
+__all__ = ["batches"]
+
+
+def batches(
+    dataset: ImageDataset | ImageFolder, batch_size: int, seed: int, start: int = 0, num_workers: int | None = None
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield endless batches of (images, labels), shuffled anew each epoch, with no image twice in an epoch.
+
+    The order of epoch e depends on (seed, e) alone. So a run that resumes at step n passes start=n and sees the batches
+    that it would have seen. The len(dataset) % batch_size images left at the end of an epoch are dropped.
+
+    Args:
+        dataset: an ImageFolder is read ahead by other processes, which end when the generator is closed.
+        batch_size: images in a batch.
+        seed: seed of the order.
+        start: number of the first batch.
+        num_workers: number of these processes; by default one a core, at most 8.
+
+    Raises:
+        ValueError: an argument is out of range.
+        ChildProcessError: (from a batch) a process that reads was killed.
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise ValueError(f"batch_size: expected 1 to {len(dataset)}, the size of the dataset, got {batch_size}")
+    if seed < 0 or start < 0:
+        raise ValueError(f"seed, start: expected at least 0, got {seed} and {start}")
+    indices = _batch_indices(len(dataset), batch_size, seed, start)
+    if isinstance(dataset, ImageDataset):
+        return (dataset.get_batch(chosen) for chosen in indices)
+    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+    # No batch size: each item of this sampler is a batch. Its own generator: the global one is the caller's.
+    options = {"batch_size": None, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
+    options |= {"num_workers": workers, "worker_init_fn": _outlive_stop_signals}
+    return _stream(DataLoader(dataset, sampler=indices, **options))
+
+
+def _batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
+    steps = size // batch_size
+    epoch, step = divmod(start, steps)
+    while True:
+        order = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(size)
+        yield from torch.from_numpy(order[: steps * batch_size]).view(steps, batch_size)[step:]
+        epoch, step = epoch + 1, 0
+
+
+def _stream(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield the batches of a loader; its processes end with this generator, which holds the only reference to them.
+
+    An error is raised outside of the ``except`` block, without its traceback, which would refer to the processes too.
+    """
+    with _no_child_signals():
+        read = iter(loader)
+    while True:
+        try:
+            batch, failure = next(read), None
+        except BaseException as error:
+            failure = ChildProcessError(_KILLED) if _is_from_a_killed_reader(error) else error.with_traceback(None)
+        if failure is not None:
+            del read
+            raise failure
+        yield tuple(batch)
+
+
+_KILLED = "a process that reads images was killed, maybe for want of memory"
+
+
+def _is_from_a_killed_reader(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
+
+
+@contextmanager
+def _no_child_signals() -> Iterator[None]:
+    """Take back the signal handler that a DataLoader sets: it raises in whatever code runs when a reader dies.
+
+    That may be half an update of the weights. Without the handler, the death is found when the next batch is due.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """Let a reader outlive a stop signal by 30 seconds: stopping is the trainer's work, but every process may get it.
+
+    Not for ever, because multiprocessing sends SIGTERM to the readers that are left, and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
