@@ -80,7 +80,9 @@ _KILLED = "a process that reads images was killed, maybe for want of memory"
 
 
 def _is_from_a_killed_reader(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
+    """Tell the error of a DataLoader that misses a reader, or of the pipe from a reader that died while it wrote."""
+    missed = isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
+    return missed or isinstance(error, ConnectionError | EOFError)
 
 
 @contextmanager
