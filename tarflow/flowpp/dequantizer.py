@@ -8,72 +8,41 @@ be whatever suits the model, at the price of its own entropy:
 Source: Flow++ (arXiv 1902.00275).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..noise import log_normal, to_image
-from ..validation import check_totals
-from .layers import CouplingConfig, Stack, count_couplings
-from .networks import NUM_HEADS, Attention, ContextNetwork
+from .config import DequantizerConfig
+from .layers import MultiScaleFlow
+from .networks import DataInitConv2d, GatedBlock, concat_elu
 from .splits import split_stripes
 
-
-@dataclass(frozen=True)
-class DequantizerConfig(CouplingConfig):
-    """The shape of a dequantizer; by default a small one.
-
-    Args:
-        stack: the levels of its flow, all of them on columns.
-        context_filters, context_blocks: channels and gated blocks of the network that reads the pixels.
-        context_norm, context_attention: whether and which of them these blocks have.
-
-    The other fields are those of :class:`tarflow.FlowPPConfig`, for the couplings of the dequantizer.
-
-    Raises:
-        ValueError: as FlowPPConfig; a stack that has other levels.
-    """
-
-    filters: int = 16
-    blocks_per_coupling: int = 1
-    attention: Attention = "none"
-    stack: str = "stripe4"
-    context_filters: int = 16
-    context_blocks: int = 1
-    context_norm: bool = False
-    context_attention: Attention = "none"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.context_attention != "none" and self.context_filters % NUM_HEADS:
-            raise ValueError(
-                f"context_filters: expected a multiple of the {NUM_HEADS} heads of attention; "
-                f"got {self.context_filters}"
-            )
-        if any(not word.startswith("stripe") for word in self.stack.split()):
-            raise ValueError(f"stack: expected levels stripe<n> alone in a dequantizer; got {self.stack!r}")
-        check_totals("stack", self.blocks_per_coupling * count_couplings(self.stack, (1, 2, 2)))
+__all__ = ["ContextNetwork", "Dequantizer", "DequantizerConfig"]
 
 
 class Dequantizer(nn.Module):
-    """Noise for pixels ``(B, C, H, W)``, as a flow from normal noise of the same shape."""
+    """Noise for pixels ``(B, C, H, W)``, as a flow from normal noise of the same shape.
+
+    ``u = sigmoid(flow(eps; pixels))`` with ``log q(u | pixels) = log N(eps; 0, I) - log |du / deps|``.
+
+    >>> dequantizer = Dequantizer(DequantizerConfig(filters=8, stack="stripe2"), (1, 4, 4))
+    >>> pixels = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)
+    >>> x, log_q = dequantizer(pixels, torch.randn(3, 1, 4, 4))
+    >>> torch.equal(((x + 1) * 128).floor(), pixels.float()), log_q.shape
+    (True, torch.Size([3]))
+    """
 
     def __init__(self, config: DequantizerConfig, shape: tuple[int, int, int]):
         super().__init__()
         channels, height, width = shape
-        self.flow = Stack(config.stack, shape, config, context_channels=2 * config.context_filters)
-        self.context = ContextNetwork(
-            2 * channels,
-            (height, width // 2),
-            config.context_filters,
-            config.context_blocks,
-            attention=config.context_attention,
-            norm=config.context_norm,
-            dropout=config.dropout,
-            weight_norm=config.weight_norm,
-        )
+        self.flow = MultiScaleFlow(config.stack, shape, config, context_channels=2 * config.context_filters)
+        self.context = ContextNetwork(2 * channels, (height, width // 2), config)
+
+    @classmethod
+    def of(cls, config: DequantizerConfig | None, shape: tuple[int, int, int]) -> "Dequantizer | None":
+        """Make the dequantizer of images of that shape; None without a configuration."""
+        return None if config is None else cls(config, shape)
 
     @classmethod
     def of(cls, config: DequantizerConfig | None, shape: tuple[int, int, int]) -> "Dequantizer | None":
@@ -81,11 +50,11 @@ class Dequantizer(nn.Module):
         return None if config is None else cls(config, shape)
 
     def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """``u = sigmoid(flow(eps; pixels))`` and ``log q(u | pixels) = log N(eps; 0, I) - log |du / deps|``.
+        """Add noise to pixels.
 
         Args:
             pixels: uint8 ``(B, C, H, W)``.
-            eps: standard normal, of the same shape and the dtype of the weights.
+            eps: standard normal numbers, of the same shape and the dtype of the weights.
 
         Returns:
             the image ``(pixels + u) / 128 - 1`` and the log-density of u in nats, ``(B,)``.
@@ -95,3 +64,24 @@ class Dequantizer(nn.Module):
         # log sigmoid'(t) = -softplus(t) - softplus(-t)
         logdet = logdet - (F.softplus(t) + F.softplus(-t)).sum((1, 2, 3))
         return to_image(pixels, t.sigmoid()), log_normal(eps) - logdet
+
+
+class ContextNetwork(nn.Module):
+    """The network that reads the pixels, ``(B, inputs, H, W)``, for all couplings: to ``(B, 2 channels, H, W)``."""
+
+    def __init__(self, inputs: int, size: tuple[int, int], config: DequantizerConfig):
+        super().__init__()
+        channels, attention = config.context_filters, config.context_attention
+        options = {"norm": config.context_norm, "dropout": config.dropout, "weight_norm": config.weight_norm}
+        self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
+        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size)) if attention != "none" else None
+        self.blocks = nn.ModuleList(
+            GatedBlock(channels, attention=attention, size=3, **options) for _ in range(config.context_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the context, after the concat-ELU with which the gated convolutions of all couplings begin."""
+        h = self.proj_in(x.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            h = block(h, self.pos_embed)
+        return concat_elu(h)

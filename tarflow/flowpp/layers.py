@@ -1,53 +1,41 @@
-"""The maps of Flow++ between the halves of an image: normalization, pointwise products, couplings, and stacks of them.
+"""The maps of Flow++ between the halves of an image, and the flow that is made of them.
 
-A layer has two methods, ``forward(halves, context)`` and ``inverse(halves, context)``. Both return the halves and the
-log-det of the map that they ran, in nats, ``(B,)``. Only couplings look at the context.
+A layer has two methods, ``forward(halves, context)`` and ``inverse(halves, context)``, for two halves of one shape
+``(B, C, H, W)``. Both return halves and the log-det of the map that they ran, in nats, ``(B,)``. Only couplings look at
+the context.
 
 Source: Flow++ (arXiv 1902.00275).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tarflow_kernels import affine_forward, affine_inverse, mixture_logistic, mixture_logistic_inverse, scales
 
-from ..validation import check_fields
-from .networks import NUM_HEADS, Attention, Conditioner
-from .splits import SPLITS, Halves, squeeze, unsqueeze
+from .config import CouplingConfig
+from .networks import Conditioner
+from .splits import SPLITS, Halves, parse_stack, squeeze, unsqueeze
+
+__all__ = ["ActNorm", "Coupling", "InvertibleConv1x1", "MultiScaleFlow"]
 
 _TANH = scales.tanh(1.0)
 
 
-@dataclass(frozen=True)
-class CouplingConfig:
-    """What the couplings of a flow are made of; names and errors as in :class:`tarflow.FlowPPConfig`."""
+class ActNorm(nn.Module):
+    """Activation normalization: ``y = g x + b`` with a gain and a bias for every value of both halves.
 
-    coupling: Literal["mixture", "affine"] = "mixture"
-    num_mixtures: int = 8
-    filters: int = 32
-    blocks_per_coupling: int = 2
-    attention: Attention = "softmax"
-    pointwise: bool = True
-    elu_output: bool = False
-    weight_norm: bool = False
-    dropout: float = 0.0
+    Source: Glow (arXiv 1807.03039), which has them for every channel instead.
 
-    def __post_init__(self):
-        check_fields(self)
-        if self.filters % NUM_HEADS:
-            raise ValueError(f"filters: expected a multiple of the {NUM_HEADS} heads of attention; got {self.filters}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a number in [0, 1); got {self.dropout}")
+    >>> norm = ActNorm((1, 2, 2))
+    >>> norm.initialize((5 + torch.randn(9, 1, 2, 2), torch.rand(9, 1, 2, 2)))
+    >>> y, logdet = norm((torch.ones(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)))
+    >>> torch.allclose(logdet, norm.gain.log().sum())
+    True
+    """
 
-
-class Norm(nn.Module):
-    """``y = x g + b`` with a gain and a bias for every value of both halves, set by the first batch to normalize it."""
-
-    SMALLEST = 1e-10
+    SMALLEST_GAIN = 1e-10
 
     def __init__(self, shape: tuple[int, int, int]):
         super().__init__()
@@ -55,37 +43,41 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, *shape))
 
     def forward(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
-        """``logdet = sum log g``."""
-        gain = self.gain.clamp(min=self.SMALLEST)
+        """Normalize: ``y = g x + b`` and ``logdet = sum log g``."""
+        gain = self.gain.clamp(min=self.SMALLEST_GAIN)
         first, second = (x * g + b for x, g, b in zip(halves, gain, self.bias, strict=True))
         return (first, second), gain.log().sum().expand(first.shape[0])
 
     def inverse(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
-        """``x = (y - b) / g``."""
-        gain = self.gain.clamp(min=self.SMALLEST)
+        """Invert :meth:`forward`: ``x = (y - b) / g``."""
+        gain = self.gain.clamp(min=self.SMALLEST_GAIN)
         first, second = ((y - b) / g for y, g, b in zip(halves, gain, self.bias, strict=True))
         return (first, second), -gain.log().sum().expand(first.shape[0])
 
+    @torch.no_grad()
     def initialize(self, halves: Halves, context: Tensor | None = None) -> None:
-        """Mean 0 and variance 1 over the batch, value by value."""
+        """Set gain and bias so that every value has mean 0 and variance 1 over this batch."""
         variance, mean = torch.var_mean(torch.stack(halves), 1, correction=0)
         self.gain.copy_((variance + 1e-6).rsqrt())
         self.bias.copy_(-mean * self.gain)
 
 
-class Pointwise(nn.Module):
-    """``y = W x`` at every pixel, with a matrix of channels for each half, near the identity at first."""
+class InvertibleConv1x1(nn.Module):
+    """Invertible 1x1 convolution: ``y = W x`` at every pixel, with a ``(C, C)`` matrix for each half.
+
+    It begins near the identity. Source: Glow (arXiv 1807.03039).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.eye(channels) + 0.001 * torch.randn(2, channels, channels))
 
     def forward(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
-        """``logdet = H W sum log |det W|``."""
+        """Mix the channels: ``y = W x`` and ``logdet = H W sum log |det W|``."""
         return self._multiply(halves, self.weight), self._logdet(halves)
 
     def inverse(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
-        """``x = W^-1 y``."""
+        """Invert :meth:`forward`: ``x = W^-1 y``."""
         inverse, _ = torch.linalg.inv_ex(self.weight.double())  # which does not wait to see whether there is one
         return self._multiply(halves, inverse.to(self.weight.dtype)), -self._logdet(halves)
 
@@ -101,31 +93,31 @@ class Pointwise(nn.Module):
 
 
 class Coupling(nn.Module):
-    """The first half, and the context, say how every value x of the second half is mapped.
+    """A coupling: the first half, and the context, decide how every value x of the second half is mapped.
 
-    ``y = exp(a) logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k))) + b`` for a mixture, ``y = exp(a) x + b`` for an affine
-    coupling, where a is the tanh of what the network says.
+    ``y = exp(a) v + b`` with ``v = logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k)))``, a mixture of logistics, or with
+    ``v = x`` in an affine coupling. A conditioner tells ``tanh^-1 a`` and b, and K logits, means mu and log-scales s.
+
+    Args:
+        config: settings.
+        half: (C, H, W) of a half.
+        context_channels: channels of a context ``(B, context_channels, H, W)``; 0 for none.
+
+    >>> coupling = Coupling(CouplingConfig(filters=8, num_mixtures=3), (1, 4, 2))
+    >>> halves = torch.randn(2, 3, 1, 4, 2).unbind()
+    >>> (first, y), logdet = coupling(halves)
+    >>> torch.equal(first, halves[0]), torch.allclose(coupling.inverse((first, y))[0][1], halves[1], atol=1e-4)
+    (True, True)
     """
 
     def __init__(self, config: CouplingConfig, half: tuple[int, int, int], context_channels: int = 0):
         super().__init__()
         channels, *size = half
         self.num_mixtures = config.num_mixtures if config.coupling == "mixture" else 0
-        self.conditioner = Conditioner(
-            channels,
-            channels * (2 + 3 * self.num_mixtures),
-            size,
-            config.filters,
-            config.blocks_per_coupling,
-            context_channels,
-            attention=config.attention,
-            elu_output=config.elu_output,
-            dropout=config.dropout,
-            weight_norm=config.weight_norm,
-        )
+        self.conditioner = Conditioner(channels, channels * (2 + 3 * self.num_mixtures), size, config, context_channels)
 
     def forward(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
-        """``logdet = sum (a + log dv/dx)``, where v is the logit of the mixture."""
+        """Map the second half; ``logdet = sum (a + log dv/dx)``."""
         first, x = halves
         alpha, shift, mixture = self._condition(first, context)
         v, mixture_logdet = mixture_logistic(x, *mixture) if mixture else (x, 0.0)
@@ -133,7 +125,7 @@ class Coupling(nn.Module):
         return (first, y), logdet + mixture_logdet
 
     def inverse(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
-        """The same with x found by Newton's method, in logits, not probabilities."""
+        """Invert :meth:`forward`; x is found by Newton's method, on v and not on probabilities."""
         first, y = halves
         alpha, shift, mixture = self._condition(first, context)
         v, logdet = affine_forward(y, shift, alpha, scale=_TANH)
@@ -141,34 +133,51 @@ class Coupling(nn.Module):
         return (first, x), logdet + mixture_logdet
 
     def _condition(self, first: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """a before its tanh and b, of the shape of the other half, and the K logits, means and log-scales of each."""
+        """Return a before its tanh and b, in the shape of a half, and K logits, means and log-scales of every value."""
         out = self.conditioner(first, context).unflatten(1, (-1, 2 + 3 * self.num_mixtures)).movedim(2, -1)
         alpha, shift, *mixture = out.split([1, 1, *[self.num_mixtures] * (3 if self.num_mixtures else 0)], dim=-1)
         return alpha[..., 0], shift[..., 0], tuple(mixture)
 
 
-class Stack(nn.Module):
-    """A flow over images ``(B, C, H, W)``: levels of couplings between halves, with squeezes between levels.
+class MultiScaleFlow(nn.Module):
+    """A flow over images ``(B, C, H, W)``: levels of couplings between halves, with squeezes between the levels.
 
     Args:
-        stack: such as ``"stripe4 squeeze channel2"``: four steps on columns, a squeeze, two on channels. A step is a
-            norm, a pointwise product where asked for, a coupling, and an exchange of the halves.
+        stack: levels such as ``"stripe4 squeeze channel2"``: four steps between even and odd columns, a squeeze, two
+            steps between halves of the channels. A step is an :class:`ActNorm`, an :class:`InvertibleConv1x1` where
+            asked for, a :class:`Coupling`, and an exchange of the halves.
         shape: (C, H, W).
-        context_channels: of a context ``(B, context_channels, H, W / 2)``, for a stack of columns alone; 0 for none.
+        config: settings of the couplings.
+        context_channels: channels of a context ``(B, context_channels, H, W / 2)``, for a stack of stripes alone; 0 for
+            none.
+
+    Source: multi-scale flows, RealNVP (arXiv 1605.08803); no part of the image leaves early here.
+
+    >>> flow = MultiScaleFlow("stripe2 squeeze channel2", (1, 4, 4), CouplingConfig(filters=8, num_mixtures=3))
+    >>> x = torch.randn(3, 1, 4, 4)
+    >>> z, logdet = flow(x)
+    >>> z.shape, logdet.shape, torch.allclose(flow.inverse(z)[0], x, atol=1e-4)
+    (torch.Size([3, 4, 2, 2]), torch.Size([3]), True)
     """
 
     def __init__(self, stack: str, shape: tuple[int, int, int], config: CouplingConfig, context_channels: int = 0):
         super().__init__()
         self.shape = shape
         self.context_channels = context_channels
-        self.levels = [kind for kind, _, _ in parse(stack, shape)]
+        self.levels: list[str] = []
         self.steps = nn.ModuleList()
-        for kind, number, (channels, height, width) in parse(stack, shape):
+        for kind, number, (channels, height, width) in parse_stack(stack, shape):
             half = (channels, height, width // 2) if kind == "stripe" else (channels // 2, height, width)
+            self.levels.append(kind)
             self.steps.append(nn.ModuleList(self._step(config, half, context_channels) for _ in range(number)))
 
+    @staticmethod
+    def _step(config: CouplingConfig, half: tuple[int, int, int], context_channels: int) -> nn.ModuleList:
+        convolution = [InvertibleConv1x1(half[0])] if config.pointwise else []
+        return nn.ModuleList([ActNorm(half), *convolution, Coupling(config, half, context_channels)])
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to latent, ``(B, C', H', W')``, and the log-det ``(B,)``."""
+        """Map data to latents ``(B, C', H', W')``, and return the log-det ``(B,)``."""
         self._check_context(x, context)
         logdet = x.new_zeros(x.shape[0])
         for kind, steps in zip(self.levels, self.steps, strict=True):
@@ -186,15 +195,14 @@ class Stack(nn.Module):
         return x, logdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latent to data, and the log-det of that, ``(B,)``."""
-        logdet = z.new_zeros(z.shape[0])
-        x = z
+        """Map latents to data, and return the log-det of that, ``(B,)``."""
+        x, logdet = z, z.new_zeros(z.shape[0])
         for x, level_logdet in self.trajectory(z, context):  # noqa: B007
             logdet = logdet + level_logdet
         return x, logdet
 
     def trajectory(self, z: Tensor, context: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """What :meth:`inverse` passes through: the image after each level, and the log-det of the level."""
+        """Yield what :meth:`inverse` passes through: the image after each level, and the log-det of the level."""
         self._check_context(z, context)
         for kind, steps in zip(reversed(self.levels), reversed(self.steps), strict=True):
             logdet = z.new_zeros(z.shape[0])
@@ -218,42 +226,6 @@ class Stack(nn.Module):
         if shape != expected:
             raise ValueError(f"context: expected a tensor of shape {expected}, or None for None; got {shape}")
 
-    @staticmethod
-    def _step(config: CouplingConfig, half: tuple[int, int, int], context_channels: int) -> nn.ModuleList:
-        pointwise = [Pointwise(half[0])] if config.pointwise else []
-        return nn.ModuleList([Norm(half), *pointwise, Coupling(config, half, context_channels)])
 
-
-def parse(stack: str, shape: tuple[int, int, int]) -> list[tuple[str, int, tuple[int, int, int]]]:
-    """The levels of a stack: their kind, their number of steps, and the shape (C, H, W) that comes in.
-
-    Raises:
-        ValueError: a level that is not ``squeeze``, ``stripe<n>`` or ``channel<n>`` with n of at least 1, an odd number
-            to be halved, or squeezes alone.
-
-    >>> parse("stripe4 squeeze channel2", (1, 28, 28))
-    [('stripe', 4, (1, 28, 28)), ('squeeze', 0, (1, 28, 28)), ('channel', 2, (4, 14, 14))]
-    """
-    levels = []
-    for word in stack.split():
-        kind = word.rstrip("0123456789")
-        number = word.removeprefix(kind)
-        if kind not in ("squeeze", *SPLITS) or bool(number) != (kind != "squeeze") or (number and int(number) < 1):
-            raise ValueError(
-                f"stack: expected words squeeze, stripe<n> and channel<n>, n at least 1; got {word!r} in {stack!r}"
-            )
-        channels, height, width = shape
-        halved = {"squeeze": (height, width), "stripe": (width,), "channel": (channels,)}[kind]
-        if any(size % 2 for size in halved):
-            raise ValueError(f"stack: expected even sizes where {word} halves them; got (C, H, W) = {shape}")
-        levels.append((kind, int(number or 0), shape))
-        if kind == "squeeze":
-            shape = (4 * channels, height // 2, width // 2)
-    if all(kind == "squeeze" for kind, _, _ in levels):
-        raise ValueError(f"stack: expected couplings, as in 'stripe4 squeeze channel2'; got {stack!r}")
-    return levels
-
-
-def count_couplings(stack: str, shape: tuple[int, int, int]) -> int:
-    """The steps of all levels; errors are those of :func:`parse`."""
-    return sum(number for _, number, _ in parse(stack, shape))
+# Old names, until all callers have the new ones.
+Norm, Pointwise, Stack, parse = ActNorm, InvertibleConv1x1, MultiScaleFlow, parse_stack

@@ -1,27 +1,36 @@
-"""The networks of Flow++: gated convolutions and gated attention, and how data set their scales.
+"""The networks of Flow++: gated convolutions and gated attention, whose scales the first batch sets.
 
-A conditioner reads one half of an image (and a context) and writes what the coupling needs of every value of the other
-half. Under autocast its layers run in low precision and its output in float32.
+A conditioner reads one half of an image (and a context) and writes what the coupling needs to know for every value of
+the other half. Under autocast its layers run in low precision and its output in float32.
 
 Source: Flow++ (arXiv 1902.00275).
 """
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attention = Literal["softmax", "max", "none"]
-"""Among pixels; "max", its ablation, takes the largest of query, key and value; "none" has no such layer."""
+from .config import NUM_HEADS, Attention, CouplingConfig
 
-NUM_HEADS = 4
+__all__ = [
+    "ChannelNorm",
+    "Conditioner",
+    "DataInitConv2d",
+    "GatedAttention",
+    "GatedBlock",
+    "GatedConv",
+    "concat_elu",
+    "gate",
+]
 
 
-class Conv(nn.Conv2d):
-    """A convolution whose outputs over the batch that it first sees have mean 0 and standard deviation ``init_scale``.
+class DataInitConv2d(nn.Conv2d):
+    """A convolution, ``(B, inputs, H, W)`` to ``(B, outputs, H, W)``, with zeros around the image.
 
-    With ``weight_norm`` the kernel of each output channel is ``gain * weight / ||weight||``. Zeros surround the image.
+    :meth:`initialize` sets it by data: for that batch every output channel has mean 0 and standard deviation
+    ``init_scale``. With ``weight_norm`` the kernel of each output channel is ``gain * weight / ||weight||``.
+
+    Source: weight normalization (arXiv 1602.07868).
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, *, init_scale: float = 1.0, weight_norm: bool = False):
@@ -32,14 +41,14 @@ class Conv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` to ``(B, outputs, H, W)``."""
+        """Convolve ``(B, inputs, H, W)`` to ``(B, outputs, H, W)``."""
         weight = self.weight
         if self.gain is not None:
             weight = F.normalize(weight.flatten(1)).view_as(weight) * self.gain[:, None, None, None]
         return self._conv_forward(x, weight, self.bias)
 
     def initialize(self, x: Tensor) -> None:
-        """Rescale by the moments of the outputs for x."""
+        """Rescale the weights by the mean and variance of the outputs for x."""
         variance, mean = torch.var_mean(self.forward(x).float(), (0, 2, 3), correction=0)
         rate = self.init_scale / (variance + 1e-8).sqrt()
         if self.gain is None:
@@ -50,10 +59,10 @@ class Conv(nn.Conv2d):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm of every pixel over its channels."""
+    """Layer norm of every pixel over its channels, ``(B, C, H, W)`` to the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same."""
+        """Normalize ``(B, C, H, W)``."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -63,27 +72,32 @@ def concat_elu(x: Tensor) -> Tensor:
 
 
 def gate(x: Tensor) -> Tensor:
-    """``a sigmoid(b)`` for the two halves a, b of the channels, which it halves: :func:`torch.nn.functional.glu`."""
+    """``a sigmoid(b)`` for the two halves a, b of the channels, which halves them."""
     return F.glu(x, dim=1)
 
 
 class GatedConv(nn.Module):
-    """``x + gate(conv(dropout(celu(conv3x3(celu(x)) + conv1x1(context)))))``.
+    """``x + gate(conv(dropout(celu(conv3x3(celu(x)) + conv1x1(context)))))``, ``(B, C, H, W)`` to the same.
 
     Args:
-        channels, context_channels: of x and of the context; 0 for none.
-        size: of the kernel of the second convolution.
+        channels: C.
+        context_channels: channels of the context ``(B, context_channels, H, W)``; 0 for none.
+        size: side of the kernel of the second convolution.
+        dropout: probability in training.
+        weight_norm: whether all convolutions are weight-normalized.
     """
 
     def __init__(self, channels: int, context_channels: int = 0, *, size: int = 1, dropout: float, weight_norm: bool):
         super().__init__()
-        self.conv = Conv(2 * channels, channels, 3, weight_norm=weight_norm)
-        self.context = Conv(context_channels, channels, 1, weight_norm=weight_norm) if context_channels else None
+        self.conv = DataInitConv2d(2 * channels, channels, 3, weight_norm=weight_norm)
+        self.context = (
+            DataInitConv2d(context_channels, channels, 1, weight_norm=weight_norm) if context_channels else None
+        )
         self.dropout = nn.Dropout(dropout)
-        self.out = Conv(2 * channels, 2 * channels, size, init_scale=0.1, weight_norm=weight_norm)
+        self.out = DataInitConv2d(2 * channels, 2 * channels, size, init_scale=0.1, weight_norm=weight_norm)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same."""
+        """Add to x what the convolutions and the gate let through."""
         h = self.conv(concat_elu(x))
         if self.context is not None:
             h = h + self.context(context)
@@ -91,17 +105,17 @@ class GatedConv(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """``x + gate(conv1x1(dropout(attention(x + positions))))``, every pixel attending to all, by four heads."""
+    """``x + gate(conv1x1(dropout(attention(x + positions))))``; every pixel attends to all, with four heads."""
 
     def __init__(self, channels: int, attention: Attention, *, dropout: float, weight_norm: bool):
         super().__init__()
         self.attention = attention
-        self.qkv = Conv(channels, 3 * channels, 1, weight_norm=weight_norm)
+        self.qkv = DataInitConv2d(channels, 3 * channels, 1, weight_norm=weight_norm)
         self.dropout = nn.Dropout(dropout)
-        self.out = Conv(channels, 2 * channels, 1, init_scale=0.1, weight_norm=weight_norm)
+        self.out = DataInitConv2d(channels, 2 * channels, 1, init_scale=0.1, weight_norm=weight_norm)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``(B, C, H, W)`` and the embeddings of positions, ``(C, H, W)``, to ``(B, C, H, W)``."""
+        """Map x ``(B, C, H, W)``, with the embeddings of its positions, ``(C, H, W)``, to ``(B, C, H, W)``."""
         qkv = self.qkv(x + positions)
         attended = qkv.unflatten(1, (3, -1)).amax(1) if self.attention == "max" else _attend(qkv)
         return x + gate(self.out(self.dropout(attended)))
@@ -120,7 +134,15 @@ def _attend(qkv: Tensor) -> Tensor:
 
 
 class GatedBlock(nn.Module):
-    """Gated convolution, norm, gated attention, norm; without attention or norms where so told."""
+    """Gated convolution, layer norm, gated attention, layer norm; without attention or norms if so told.
+
+    Args:
+        channels: channels of its input and output.
+        attention: kind of attention, ``"none"`` for no such layer.
+        norm: whether there are layer norms.
+
+    The other arguments are those of :class:`GatedConv`.
+    """
 
     def __init__(
         self,
@@ -143,83 +165,42 @@ class GatedBlock(nn.Module):
             self.attention_norm = ChannelNorm(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor, positions: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """``(B, C, H, W)`` to the same."""
+        """Map x ``(B, C, H, W)``, with the embeddings of its positions, ``(C, H, W)``, to ``(B, C, H, W)``."""
         x = self.conv_norm(self.conv(x, context))
         return x if self.attention is None else self.attention_norm(self.attention(x, positions))
 
 
 class Conditioner(nn.Module):
-    """What a coupling knows of one half of an image from the other, ``(B, inputs, H, W)`` to ``(B, outputs, H, W)``.
+    """The network of a coupling: one half of an image, ``(B, inputs, H, W)``, to ``(B, outputs, H, W)``.
 
     Args:
         inputs, outputs: channels.
         size: (H, W).
-        channels, num_blocks: of its gated blocks.
-        context_channels: of a context ``(B, context_channels, H, W)``; 0 for none.
-        elu_output: whether a concat-ELU comes before the last convolution.
+        config: settings of its layers.
+        context_channels: channels of a context ``(B, context_channels, H, W)``; 0 for none.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: tuple[int, int],
-        channels: int,
-        num_blocks: int,
-        context_channels: int = 0,
-        *,
-        attention: Attention,
-        elu_output: bool,
-        dropout: float,
-        weight_norm: bool,
+        self, inputs: int, outputs: int, size: tuple[int, int], config: CouplingConfig, context_channels: int = 0
     ):
         super().__init__()
-        self.elu_output = elu_output
-        self.proj_in = Conv(inputs, channels, 3, weight_norm=weight_norm)
+        channels, options = config.filters, {"dropout": config.dropout, "weight_norm": config.weight_norm}
+        self.elu_output = config.elu_output
+        self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
         # Without attention nothing reads it: it is there because the published model counts it.
         self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size))
         self.blocks = nn.ModuleList(
-            GatedBlock(channels, context_channels, attention=attention, dropout=dropout, weight_norm=weight_norm)
-            for _ in range(num_blocks)
+            GatedBlock(channels, context_channels, attention=config.attention, **options)
+            for _ in range(config.blocks_per_coupling)
         )
-        self.proj_out = Conv(channels * (1 + elu_output), outputs, 3, init_scale=0.1, weight_norm=weight_norm)
+        width = 2 * channels if config.elu_output else channels
+        self.proj_out = DataInitConv2d(width, outputs, 3, init_scale=0.1, weight_norm=config.weight_norm)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """All that the other half needs to know."""
+        """Read one half of an image; the output is for every value of the other."""
         h = self.proj_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = block(h, self.pos_embed, context)
         h = concat_elu(h) if self.elu_output else h
         with torch.autocast(h.device.type, enabled=False):
             return self.proj_out(h.to(x.dtype))
-
-
-class ContextNetwork(nn.Module):
-    """What the dequantizer sees of an image: ``(B, inputs, H, W)`` to ``(B, 2 channels, H, W)``."""
-
-    def __init__(
-        self,
-        inputs: int,
-        size: tuple[int, int],
-        channels: int,
-        num_blocks: int,
-        *,
-        attention: Attention,
-        norm: bool,
-        dropout: float,
-        weight_norm: bool,
-    ):
-        super().__init__()
-        self.proj_in = Conv(inputs, channels, 3, weight_norm=weight_norm)
-        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size)) if attention != "none" else None
-        self.blocks = nn.ModuleList(
-            GatedBlock(channels, attention=attention, norm=norm, size=3, dropout=dropout, weight_norm=weight_norm)
-            for _ in range(num_blocks)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The context of every coupling, with the concat-ELU that all of their gated convolutions begin with."""
-        h = self.proj_in(x.contiguous(memory_format=torch.channels_last))
-        for block in self.blocks:
-            h = block(h, self.pos_embed)
-        return concat_elu(h)

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 
 from helpers import draw
 from tarflow import Dequantizer, DequantizerConfig, FlowPP, FlowPPConfig, ImageFlow, evaluation
-from tarflow.flowpp.layers import Coupling, CouplingConfig, Norm, Pointwise, Stack, parse
+from tarflow.flowpp.config import NUM_HEADS, CouplingConfig
+from tarflow.flowpp.layers import ActNorm, Coupling, InvertibleConv1x1, MultiScaleFlow
 from tarflow.flowpp.networks import (
-    NUM_HEADS,
     Conditioner,
-    Conv,
+    DataInitConv2d,
     GatedAttention,
     GatedConv,
     concat_elu,
     gate,
 )
-from tarflow.flowpp.splits import SPLITS, squeeze, unsqueeze
+from tarflow.flowpp.splits import SPLITS, parse_stack, squeeze, unsqueeze
 from tarflow.image_flow import initialize_from_data
 
 SMALL = CouplingConfig(num_mixtures=3, filters=8, blocks_per_coupling=1)
@@ -71,8 +71,8 @@ def coupling(**settings):
 
 # Layers between halves, with the channels of the context that they take.
 LAYERS = {
-    "norm": (lambda: redraw(Norm(HALF)), 0),
-    "pointwise": (lambda: redraw(Pointwise(2)), 0),
+    "norm": (lambda: redraw(ActNorm(HALF)), 0),
+    "pointwise": (lambda: redraw(InvertibleConv1x1(2)), 0),
     "mixture coupling": (coupling, 0),
     "affine coupling": (lambda: coupling(coupling="affine"), 0),
     "coupling without attention": (lambda: coupling(attention="max"), 0),
@@ -122,7 +122,7 @@ def test_the_logdet_of_a_layer_is_that_of_its_jacobian(layer):
     "stack", ["stripe1", "stripe3", "squeeze channel1 stripe2", "stripe2 squeeze channel2 stripe1"]
 )
 def test_a_stack_inverts_and_its_logdet_is_that_of_its_jacobian(stack):
-    flow = redraw(Stack(stack, (1, 4, 4), SMALL))
+    flow = redraw(MultiScaleFlow(stack, (1, 4, 4), SMALL))
     x = draw(0, 2, 1, 4, 4)
     z, logdet = flow(x)
     back, inverse_logdet = flow.inverse(z)
@@ -136,11 +136,11 @@ def test_a_coupling_changes_the_odd_columns_given_the_even_ones_and_they_change_
     """So the columns that one coupling keeps the next one changes, and an odd number leaves them exchanged."""
     plain = replace(SMALL, pointwise=False)
     x = draw(0, 1, 1, 4, 4)
-    once = redraw(Stack("stripe1", (1, 4, 4), plain))
-    twice = redraw(Stack("stripe2", (1, 4, 4), plain))
+    once = redraw(MultiScaleFlow("stripe1", (1, 4, 4), plain))
+    twice = redraw(MultiScaleFlow("stripe2", (1, 4, 4), plain))
     for flow in (once, twice):
         for step in flow.steps[0]:
-            step[0] = Norm((1, 4, 2)).double()  # the identity
+            step[0] = ActNorm((1, 4, 2)).double()  # the identity
     z = once(x)[0]
     assert torch.equal(z[..., 1::2], x[..., 0::2])
     torch.testing.assert_close(twice.steps[0][0][1](SPLITS["stripe"][0](x))[0][0], x[..., 0::2])
@@ -362,7 +362,7 @@ def test_dropout_is_for_training(layer):
 
 
 def test_a_normalized_weight_has_a_direction_alone():
-    layer = redraw(Conv(3, 5, 3, weight_norm=True))
+    layer = redraw(DataInitConv2d(3, 5, 3, weight_norm=True))
     x = draw(0, 2, 3, 4, 4)
     expected = layer(x)
     with torch.no_grad():
@@ -375,9 +375,7 @@ def test_a_normalized_weight_has_a_direction_alone():
 
 @pytest.mark.parametrize("elu_output", [False, True])
 def test_the_output_of_a_conditioner_is_in_full_precision_and_behind_a_concat_elu_if_told(elu_output):
-    network = Conditioner(
-        2, 6, (4, 4), 8, 1, attention="softmax", elu_output=elu_output, dropout=0.0, weight_norm=False
-    )
+    network = Conditioner(2, 6, (4, 4), replace(SMALL, elu_output=elu_output))
     before, seen = [], []
     network.blocks[-1].register_forward_hook(lambda module, inputs, output: before.append(output))
     network.proj_out.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
@@ -391,7 +389,7 @@ def test_the_output_of_a_conditioner_is_in_full_precision_and_behind_a_concat_el
 @pytest.mark.parametrize("weight_norm", [False, True])
 def test_the_first_batch_gives_the_outputs_of_a_convolution_their_scale(weight_norm):
     torch.manual_seed(0)
-    layer = Conv(3, 5, 3, init_scale=0.1, weight_norm=weight_norm)
+    layer = DataInitConv2d(3, 5, 3, init_scale=0.1, weight_norm=weight_norm)
     x = 3 + 2 * draw(0, 16, 3, 6, 6, dtype=torch.float32)
     initialize_from_data(layer_in := torch.nn.Sequential(layer), lambda: layer_in(x))
     variance, mean = torch.var_mean(layer(x), (0, 2, 3), correction=0)
@@ -400,10 +398,9 @@ def test_the_first_batch_gives_the_outputs_of_a_convolution_their_scale(weight_n
 
 
 def test_the_first_batch_normalizes_every_value():
-    norm = Norm(HALF)
+    norm = ActNorm(HALF)
     batch = draw(0, 64, *HALF, dtype=torch.float32) * 3 + 1, draw(1, 64, *HALF, dtype=torch.float32)
-    with torch.no_grad():
-        norm.initialize(batch)
+    norm.initialize(batch)
     for half in norm(batch)[0]:
         variance, mean = torch.var_mean(half, 0, correction=0)
         torch.testing.assert_close(mean, torch.zeros(HALF), atol=1e-5, rtol=0)
@@ -413,10 +410,10 @@ def test_the_first_batch_normalizes_every_value():
 def test_each_layer_is_initialized_by_what_comes_through_the_ones_before():
     """So after it, the same batch finds every convolution of a network at its scale."""
     torch.manual_seed(0)
-    network = Conditioner(2, 6, (4, 4), 8, 2, attention="softmax", elu_output=True, dropout=0.0, weight_norm=False)
+    network = Conditioner(2, 6, (4, 4), replace(SMALL, blocks_per_coupling=2, elu_output=True))
     x = draw(0, 32, 2, 4, 4, dtype=torch.float32)
     initialize_from_data(network, lambda: network(x))
-    convolutions = [layer for layer in network.modules() if isinstance(layer, Conv)]
+    convolutions = [layer for layer in network.modules() if isinstance(layer, DataInitConv2d)]
     deviations = {}
     for conv in convolutions:
         conv.register_forward_hook(lambda conv, _, y: deviations.__setitem__(conv, y.std((0, 2, 3), correction=0)))
@@ -441,7 +438,7 @@ def test_initializing_a_model_brings_its_latents_to_the_prior():
 
 
 def test_a_gain_never_falls_below_its_floor():
-    norm = Norm(HALF)
+    norm = ActNorm(HALF)
     with torch.no_grad():
         norm.gain.fill_(-1.0)
     y, logdet = norm(halves())
@@ -601,7 +598,7 @@ def test_a_saved_model_comes_back(tmp_path):
 )
 def test_a_stack_is_refused_or_its_shapes_fit(words):
     try:
-        levels = parse(" ".join(words), (2, 8, 8))
+        levels = parse_stack(" ".join(words), (2, 8, 8))
     except ValueError:
         # Only smaller images than this one cannot be halved.
         assert "squeeze" in words[:-1] or set(words) == {"squeeze"}
@@ -684,7 +681,7 @@ def test_attention_in_a_context_needs_whole_heads():
 
 
 def test_a_context_of_the_wrong_shape_is_refused():
-    flow = Stack("stripe1", (1, 4, 4), SMALL, context_channels=3)
+    flow = MultiScaleFlow("stripe1", (1, 4, 4), SMALL, context_channels=3)
     x = torch.zeros(2, 1, 4, 4)
     expected = r"context: expected a tensor of shape \(2, 3, 4, 2\), or None for None; got "
     for context, got in ((None, "None"), (torch.zeros(2, 3, 4, 4), r"\(2, 3, 4, 4\)")):
@@ -692,7 +689,7 @@ def test_a_context_of_the_wrong_shape_is_refused():
             with pytest.raises(ValueError, match=expected + got):
                 method(x, context)
     with pytest.raises(ValueError, match="context: expected a tensor of shape None"):
-        Stack("stripe1", (1, 4, 4), SMALL)(x, torch.zeros(2, 3, 4, 2))
+        MultiScaleFlow("stripe1", (1, 4, 4), SMALL)(x, torch.zeros(2, 3, 4, 2))
 
 
 def test_bad_input_to_a_model_is_refused():
