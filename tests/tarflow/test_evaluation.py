@@ -39,7 +39,7 @@ def trained_on_nothing(**config):
 @pytest.fixture(scope="module")
 def fashion():
     """The first test images: uint8 (40, 1, 28, 28) and labels."""
-    return datasets.load("fashion-mnist", "test").fetch(torch.arange(40))
+    return datasets.load("fashion-mnist", "test").get_batch(torch.arange(40))
 
 
 @pytest.mark.parametrize("value", [0, 1, 100, 127, 128, 254, 255])
@@ -48,7 +48,7 @@ def test_bits_of_8_bit_images_are_exact_where_the_probability_of_a_pixel_is_know
     edges = np.linspace(value, value + 1, 1001) / 128 - 1
     middles = (edges[1:] + edges[:-1]) / 2
     probability = (np.exp(-(middles**2) / 2) / math.sqrt(2 * math.pi) * np.diff(edges)).sum()
-    estimate = bits_per_dim(standard_normal(), pixels, draws=8, generator=seeded())
+    estimate = bits_per_dim(standard_normal(), pixels, num_samples=8, generator=seeded())
     assert estimate.mean == pytest.approx(-math.log2(probability), abs=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_bits_of_noisy_images_are_those_of_a_known_gaussian(value, sigma):
     assert estimate.standard_error < 0.02
 
 
-def test_draws_are_averaged_as_probabilities_which_gives_fewer_bits(fashion):
+def test_samples_are_averaged_as_probabilities_which_gives_fewer_bits(fashion):
     model, images = trained_on_nothing(), fashion[0]
     for block in model.flow.blocks:
         block.transformer.proj_out.bias.data[:49] -= 1  # alpha: a density that varies within the bin of a pixel
@@ -71,7 +71,7 @@ def test_draws_are_averaged_as_probabilities_which_gives_fewer_bits(fashion):
     for image in images.split(1):
         generator = seeded()
         bits = np.array([784 * bits_per_dim(model, image, generator=generator).mean for _ in range(8)])
-        together = 784 * bits_per_dim(model, image, draws=8, generator=seeded()).mean  # of the same eight
+        together = 784 * bits_per_dim(model, image, num_samples=8, generator=seeded()).mean  # of the same eight
         assert together == pytest.approx(-np.log2(np.exp2(bits.min() - bits).mean()) + bits.min(), rel=1e-5)
         gaps.append(bits.mean() - together)
     assert min(gaps) > 0.1
@@ -97,7 +97,7 @@ def test_the_error_shrinks_as_one_over_the_root_of_the_images(fashion):
 
 @each_noise
 @pytest.mark.parametrize("batch_size", [1, 16, 39])
-def test_with_one_draw_the_batch_size_does_not_matter(fashion, add, score, batch_size):
+def test_with_one_sample_the_batch_size_does_not_matter(fashion, add, score, batch_size):
     # An image has a multiple of 16 values, so torch.randn, which makes them 16 at a time, goes on where it was.
     model, labels = trained_on_nothing(num_classes=10), fashion[1]
     whole, parts = (score(model, fashion[0], labels, batch_size=size, generator=seeded()) for size in (40, batch_size))
@@ -187,15 +187,15 @@ FOREIGN = [f"{name} .*the model never saw such noise" for name in (ONE, UNIFORM)
 )
 def test_a_model_gets_the_scores_that_make_sense_for_it(sigma, num_classes, names):
     model, data = standard_normal(num_classes=num_classes), shades(8)
-    scores = evaluate(model, *data, sigma, draws=2)
+    scores = evaluate(model, *data, sigma, num_samples=2)
     assert [bool(re.search(name, score)) for name, score in zip(names, scores, strict=True)] == [True] * len(names)
-    assert scores == evaluate(model, *data, sigma, draws=2) != evaluate(model, *data, sigma, draws=2, seed=1)
+    assert scores == evaluate(model, *data, sigma, num_samples=2) != evaluate(model, *data, sigma, num_samples=2, seed=1)
 
 
-@pytest.mark.parametrize("draws", [0, -1])
-def test_scoring_takes_a_draw(draws):
-    with pytest.raises(ValueError, match=f"num_samples: expected at least 1; got {draws}"):
-        bits_per_dim(standard_normal(), shades(9)[0], draws=draws)
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_scoring_takes_a_sample(num_samples):
+    with pytest.raises(ValueError, match=f"num_samples: expected at least 1; got {num_samples}"):
+        bits_per_dim(standard_normal(), shades(9)[0], num_samples=num_samples)
 
 
 @pytest.mark.parametrize(

@@ -483,7 +483,7 @@ WITHOUT_DROPOUT = {
     "inverse": lambda model: model.inverse(draw(0, 2, 4, 2, 2, dtype=torch.float32)),
     "sample": lambda model: model.sample(3, generator=seeded()),
     "trajectory": lambda model: model.sample(3, generator=seeded(), return_trajectory=True)[1],
-    "bits_per_dim": lambda model: evaluation.bits_per_dim_of_images(model, pixels_of(TINY), generator=seeded())[1],
+    "bits_per_dim": lambda model: evaluation.dequantized_bits_per_dim(model, pixels_of(TINY), generator=seeded())[1],
     "noisy_bits_per_dim": lambda model: torch.tensor(
         evaluation.noisy_bits_per_dim(model, pixels_of(TINY), sigma=0.01, generator=seeded()).mean
     ),
