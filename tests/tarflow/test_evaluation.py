@@ -189,7 +189,9 @@ def test_a_model_gets_the_scores_that_make_sense_for_it(sigma, num_classes, name
     model, data = standard_normal(num_classes=num_classes), shades(8)
     scores = evaluate(model, *data, sigma, num_samples=2)
     assert [bool(re.search(name, score)) for name, score in zip(names, scores, strict=True)] == [True] * len(names)
-    assert scores == evaluate(model, *data, sigma, num_samples=2) != evaluate(model, *data, sigma, num_samples=2, seed=1)
+    assert (
+        scores == evaluate(model, *data, sigma, num_samples=2) != evaluate(model, *data, sigma, num_samples=2, seed=1)
+    )
 
 
 @pytest.mark.parametrize("num_samples", [0, -1])

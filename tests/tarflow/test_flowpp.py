@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import draw
-from tarflow import Dequantizer, DequantizerConfig, FlowPP, FlowPPConfig, ImageFlow, evaluation
+from tarflow import Dequantizer, DequantizerConfig, FlowPP, FlowPPConfig, Guidance, ImageFlow, TarFlow, evaluation
 from tarflow.flowpp.config import NUM_HEADS, CouplingConfig
 from tarflow.flowpp.layers import ActNorm, Coupling, InvertibleConv1x1, MultiScaleFlow
 from tarflow.flowpp.networks import (
@@ -54,9 +54,12 @@ def redraw(module, seed=0, spread=0.2):
     return module
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def pixels_of(config, seed=0, batch=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (batch, *config.image_shape), dtype=torch.uint8, generator=seeded(seed))
 
 
 def flowpp(seed=0, spread=0.05, **settings):
@@ -67,6 +70,12 @@ def flowpp(seed=0, spread=0.05, **settings):
 def coupling(**settings):
     context = settings.pop("context", 0)
     return redraw(Coupling(replace(SMALL, **settings), HALF, context))
+
+
+def jacobian_logdet(function, x):
+    """The log-abs-det of the Jacobian of a function at x, whose image is as large as x."""
+    jacobian = torch.autograd.functional.jacobian(lambda flat: function(flat.view_as(x)).flatten(), x.flatten())
+    return torch.linalg.slogdet(jacobian).logabsdet
 
 
 # Layers between halves, with the channels of the context that they take.
@@ -105,17 +114,12 @@ def test_a_layer_inverts(layer):
 
 def test_the_logdet_of_a_layer_is_that_of_its_jacobian(layer):
     layer, context = layer
-
-    def run(flat):
-        first, second = flat.view(2, *HALF).unbind()
-        return torch.cat([half.flatten() for half in layer((first[None], second[None]), context_of_one)[0]])
-
     _, logdet = layer(halves(), context)
     for sample in range(2):
-        context_of_one = None if context is None else context[sample : sample + 1]
-        x = torch.stack([half[sample] for half in halves()]).flatten()
-        jacobian = torch.autograd.functional.jacobian(run, x)
-        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[sample])
+        one = None if context is None else context[sample : sample + 1]
+        x = torch.stack([half[sample : sample + 1] for half in halves()])
+        expected = jacobian_logdet(lambda pair, one=one: torch.stack(layer(pair.unbind(), one)[0]), x)
+        torch.testing.assert_close(logdet[sample], expected)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +132,7 @@ def test_a_stack_inverts_and_its_logdet_is_that_of_its_jacobian(stack):
     back, inverse_logdet = flow.inverse(z)
     torch.testing.assert_close(back, x)
     torch.testing.assert_close(inverse_logdet, -logdet)
-    jacobian = torch.autograd.functional.jacobian(lambda flat: flow(flat.view(1, 1, 4, 4))[0].flatten(), x[0].flatten())
-    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logdet[0], jacobian_logdet(lambda x: flow(x)[0], x[:1]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_coupling_changes_the_odd_columns_given_the_even_ones_and_they_change_places():
@@ -164,24 +167,19 @@ def test_the_logdet_of_the_model_is_that_of_its_jacobian():
     model = flowpp()
     x = torch.tanh(draw(0, 2, 1, 4, 4))
     _, logdet = model(x)
-    jacobian = torch.autograd.functional.jacobian(
-        lambda flat: model(flat.view(1, 1, 4, 4))[0].flatten(), x[0].flatten()
-    )
-    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logdet[0], jacobian_logdet(lambda x: model(x)[0], x[:1]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_noise_of_a_dequantizer_has_the_density_that_it_says():
     dequantizer = redraw(Dequantizer(TINY.dequantizer, (1, 4, 4)))
     pixels, eps = pixels_of(TINY, batch=1), draw(1, 1, 1, 4, 4)
 
-    def noise(flat):
-        x, _ = dequantizer(pixels, flat.view_as(eps))
-        return ((x + 1) * 128 - pixels).flatten()
+    def noise(eps):
+        return (dequantizer(pixels, eps)[0] + 1) * 128 - pixels
 
-    u = noise(eps.flatten())
+    u = noise(eps)
     assert ((u > 0) & (u < 1)).all()
-    jacobian = torch.autograd.functional.jacobian(noise, eps.flatten())
-    expected = torch.distributions.Normal(0, 1).log_prob(eps).sum() - torch.linalg.slogdet(jacobian).logabsdet
+    expected = torch.distributions.Normal(0, 1).log_prob(eps).sum() - jacobian_logdet(noise, eps)
     torch.testing.assert_close(dequantizer(pixels, eps)[1], expected[None], rtol=1e-9, atol=1e-9)
 
 
@@ -214,32 +212,23 @@ def test_the_importance_weighted_bound_rises_to_the_exact_probability_and_one_sa
         densities = model.log_prob((pixels + u.view(-1, 1, 2, 2)) / 128 - 1).exp()
         exact = (densities @ weights).log().item() - 4 * math.log(128)
         copies = pixels.expand(20_000, -1, -1, -1)
-        bounds = model.importance_log_weights(copies, num_samples=4, generator=torch.Generator().manual_seed(0))
-    ten = (bounds.view(-1, 10).logsumexp(1) - math.log(10)).mean().item()
-    assert bounds.mean().item() < ten < exact
+        log_weights = model.importance_log_weights(copies, num_samples=4, generator=seeded())
+    ten = (log_weights.view(-1, 10).logsumexp(1) - math.log(10)).mean().item()
+    assert log_weights.mean().item() < ten < exact
     # The noise is normal before its sigmoid: samples hardly ever come from the ends of a bin, where p is not small.
-    assert (bounds.flatten().logsumexp(0) - math.log(bounds.numel())).item() == pytest.approx(exact, abs=0.2)
+    assert (log_weights.flatten().logsumexp(0) - math.log(log_weights.numel())).item() == pytest.approx(exact, abs=0.2)
 
 
-def test_bounds_are_densities_in_units_of_pixels():
-    model = flowpp(dequantizer=None).float()
-    pixels = pixels_of(TINY)
-    x, _ = model.dequantize(pixels, torch.Generator().manual_seed(0))
-    (bound,) = model.importance_log_weights(pixels, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(bound, model.log_prob(x).double() - 16 * math.log(128), rtol=0, atol=1e-6)
-
-
-def test_discrete_log_prob_is_the_log_mean_of_the_bounds():
-    model = flowpp()
-    pixels = pixels_of(TINY)
-    seeded = [torch.Generator().manual_seed(1) for _ in range(2)]
-    bounds = model.float().importance_log_weights(pixels, num_samples=3, generator=seeded[0])
-    torch.testing.assert_close(
-        model.discrete_log_prob(pixels, num_samples=3, generator=seeded[1]),
-        bounds.exp().mean(0).log(),
-        rtol=1e-6,
-        atol=1e-6,
-    )
+@pytest.mark.parametrize("dequantizer", [None, TINY.dequantizer], ids=["uniform", "variational"])
+def test_log_weights_are_densities_in_units_of_pixels_and_discrete_log_prob_is_the_log_of_their_mean(dequantizer):
+    model, pixels, generator = flowpp(dequantizer=dequantizer).float(), pixels_of(TINY), seeded()
+    log_weights = model.importance_log_weights(pixels, num_samples=3, generator=seeded())
+    for row in log_weights:
+        x, log_q = model.dequantize(pixels, generator)
+        expected = (model.log_prob(x) - log_q).double() - 16 * math.log(128)
+        torch.testing.assert_close(row, expected, rtol=0, atol=1e-6)
+    log_mean = model.discrete_log_prob(pixels, num_samples=3, generator=seeded())
+    torch.testing.assert_close(log_mean, log_weights.exp().mean(0).log(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -285,15 +274,10 @@ def test_a_batch_of_no_images_has_empty_results():
     assert model.inverse(z).shape == x.shape
 
 
-@pytest.mark.parametrize("kind", SPLITS)
-def test_splits_are_undone_by_their_merges(kind):
-    split, merge = SPLITS[kind]
-    x = draw(0, 2, 4, 4, 6)
-    assert torch.equal(merge(*split(x)), x)
-
-
-def test_the_channel_split_of_a_squeezed_image_parts_rows():
+def test_splits_are_undone_by_their_merges_and_the_channels_of_a_squeezed_image_part_rows():
     x = draw(0, 1, 3, 4, 4)
+    for split, merge in SPLITS.values():
+        assert torch.equal(merge(*split(squeeze(x))), squeeze(x))
     upper, lower = SPLITS["channel"][0](squeeze(x))
     assert set(upper.flatten().tolist()) == set(x[:, :, 0::2].flatten().tolist())
     assert set(lower.flatten().tolist()) == set(x[:, :, 1::2].flatten().tolist())
@@ -320,21 +304,18 @@ def test_a_mixture_coupling_is_the_formula_value_by_value():
     torch.testing.assert_close(logdet[0], expected_logdet)
 
 
-def test_gated_attention_is_the_formula():
+@pytest.mark.parametrize("attention", ["softmax", "max"])
+def test_gated_attention_is_the_formula_or_takes_the_largest_of_query_key_and_value(attention):
     torch.manual_seed(0)
-    layer = redraw(GatedAttention(8, "softmax", dropout=0.0, weight_norm=False))
+    layer = redraw(GatedAttention(8, attention, dropout=0.0, weight_norm=False))
     x, positions = draw(0, 2, 8, 3, 2), draw(1, 8, 3, 2)
     q, k, v = layer.qkv(x + positions).flatten(2).view(2, 3, NUM_HEADS, 2, 6).unbind(1)
-    weights = (torch.einsum("bhci,bhcj->bhij", q, k) / math.sqrt(2)).softmax(-1)
-    attended = torch.einsum("bhij,bhcj->bhci", weights, v).reshape(2, 8, 3, 2)
-    torch.testing.assert_close(layer(x, positions), x + gate(layer.out(attended)))
-
-
-def test_without_attention_the_largest_of_query_key_and_value_takes_its_place():
-    layer = redraw(GatedAttention(8, "max", dropout=0.0, weight_norm=False))
-    x, positions = draw(0, 2, 8, 3, 2), draw(1, 8, 3, 2)
-    q, k, v = layer.qkv(x + positions).chunk(3, dim=1)
-    torch.testing.assert_close(layer(x, positions), x + gate(layer.out(torch.maximum(torch.maximum(q, k), v))))
+    if attention == "softmax":
+        weights = (torch.einsum("bhci,bhcj->bhij", q, k) / math.sqrt(2)).softmax(-1)
+        attended = torch.einsum("bhij,bhcj->bhci", weights, v)
+    else:
+        attended = torch.maximum(torch.maximum(q, k), v)
+    torch.testing.assert_close(layer(x, positions), x + gate(layer.out(attended.reshape(2, 8, 3, 2))))
 
 
 def test_a_gated_convolution_is_the_formula():
@@ -426,7 +407,7 @@ def test_each_layer_is_initialized_by_what_comes_through_the_ones_before():
 def test_initializing_a_model_brings_its_latents_to_the_prior():
     torch.manual_seed(0)
     model = FlowPP(FlowPPConfig(image_size=8, filters=8, num_mixtures=4, blocks_per_coupling=1))
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     pixels = (torch.randint(0, 256, (256, 1, 8, 8), generator=generator) // 3).to(torch.uint8)
     before = model.discrete_log_prob(pixels, generator=generator).mean()
     model.initialize(pixels, generator=generator)
@@ -460,7 +441,7 @@ def test_an_image_returns_from_its_latent_in_float32():
     model = flowpp().float()
     pixels = pixels_of(TINY, batch=64)
     with torch.no_grad():
-        x, _ = model.dequantize(pixels, torch.Generator().manual_seed(0))
+        x, _ = model.dequantize(pixels, seeded())
         z, _ = model(x)
         assert ((model.inverse(z) - x) * 128).abs().max() < 1e-3
 
@@ -469,10 +450,6 @@ def with_dropout(**settings):
     """A model of float32, in training mode, with dropout in every part."""
     dequantizer = replace(TINY.dequantizer, dropout=0.2, attention="softmax", context_attention="softmax")
     return flowpp(dropout=0.2, dequantizer=dequantizer, **settings).float().train()
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
 
 
 # Every way to score and to sample; each returns a tensor.
@@ -525,18 +502,20 @@ def test_in_training_mode_forward_and_noise_have_dropout():
         model.train()
 
 
-def test_a_loaded_model_with_dropout_inverts_and_repeats_its_scores(tmp_path):
-    with_dropout().save_pretrained(tmp_path)
-    pixels = pixels_of(TINY, batch=64)
-    for kind in (FlowPP, ImageFlow):
-        model = kind.from_pretrained(tmp_path)
-        assert not any(module.training for module in model.modules())
-        with torch.no_grad():
-            x, _ = model.dequantize(pixels, seeded())
-            z, _ = model(x)
-            assert ((model.inverse(z) - x) * 128).abs().max() < 0.01
-            scores = [model.log_prob(x), model.log_prob(x)]
-        assert torch.equal(*scores)
+@pytest.mark.parametrize("kind", [FlowPP, ImageFlow])
+def test_a_saved_model_comes_back_without_dropout(tmp_path, kind):
+    saved, pixels = with_dropout(), pixels_of(TINY, batch=64)
+    saved.save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path)
+    assert model.config == saved.config
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        x, _ = model.dequantize(pixels, seeded())
+        z, _ = model(x)
+        assert ((model.inverse(z) - x) * 128).abs().max() < 0.01
+    scores = [m.discrete_log_prob(pixels, generator=seeded()) for m in (saved, model, model)]
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[1], scores[2])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -564,33 +543,17 @@ def test_scoring_compiles_whole_in_either_mode():
 
 def test_samples_are_the_inverse_of_normal_latents_whatever_the_chunks():
     model = flowpp().float()
-    whole, chunks = (model.sample(5, generator=torch.Generator().manual_seed(0), chunk_size=n) for n in (5, 2))
-    torch.testing.assert_close(whole, chunks, rtol=1e-4, atol=1e-4)
+    images, frames = model.sample(5, generator=seeded(), return_trajectory=True)
+    chunks = model.sample(5, generator=seeded(), chunk_size=2)
+    torch.testing.assert_close(images, chunks, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        z, _ = model(whole)
-    eps = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        z, _ = model(images)
+    eps = torch.randn(5, 1, 4, 4, generator=seeded())
     torch.testing.assert_close(z, squeeze(eps), rtol=1e-2, atol=1e-2)
-
-
-def test_the_trajectory_of_a_sample_begins_at_its_latent_and_ends_at_it():
-    model = flowpp().float()
-    images, frames = model.sample(2, generator=torch.Generator().manual_seed(0), return_trajectory=True)
-    eps = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert frames.shape == (5, 2, 1, 4, 4)
+    assert model.stages == ["after stripe couplings", "after channel couplings", "after stripe couplings", "image"]
+    assert frames.shape == (1 + len(model.stages), 5, 1, 4, 4)
     assert torch.equal(frames[0], eps)
     assert torch.equal(frames[-1], images)
-
-
-def test_a_saved_model_comes_back(tmp_path):
-    model = flowpp().float()
-    model.save_pretrained(tmp_path)
-    pixels = pixels_of(TINY)
-    for again in (FlowPP.from_pretrained(tmp_path), ImageFlow.from_pretrained(tmp_path)):
-        assert again.config == model.config
-        scores = [
-            m.eval().discrete_log_prob(pixels, generator=torch.Generator().manual_seed(0)) for m in (model, again)
-        ]
-        assert torch.equal(*scores)
 
 
 @given(
@@ -650,11 +613,30 @@ def test_a_configuration_that_makes_no_sense_is_refused(case):
         replace(TINY, **settings)
 
 
-def test_a_dequantizer_of_more_layers_than_any_is_refused():
-    with pytest.raises(ValueError, match="stack: expected at most 1024 layers in all; got 99999999"):
-        DequantizerConfig(stack="stripe99999999")
-    with pytest.raises(ValueError, match=r"context_blocks: expected an integer in \[1, 1024\]; got 1000000"):
-        DequantizerConfig(context_blocks=10**6)
+BAD_DEQUANTIZER = [
+    ({"stack": "stripe99999999"}, "stack: expected at most 1024 layers in all; got 99999999"),
+    ({"stack": "squeeze stripe4"}, "stack: expected levels stripe<n> alone in a dequantizer; got 'squeeze"),
+    ({"stack": "stripe0"}, r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'"),
+    ({"context_blocks": 10**6}, r"context_blocks: expected an integer in \[1, 1024\]; got 1000000"),
+    (
+        {"context_filters": 6, "context_attention": "softmax"},
+        "context_filters: expected a multiple of the 4 heads of attention; got 6",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_DEQUANTIZER)
+def test_a_dequantizer_that_makes_no_sense_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DequantizerConfig(**settings)
+
+
+def test_a_configuration_fits_other_data_or_says_why_not():
+    assert TINY.for_data(8, 3, 0) == replace(TINY, image_size=8, in_channels=3)
+    with pytest.raises(ValueError, match=r"num_classes: expected 0, since Flow\+\+ is unconditional; got 10"):
+        TINY.for_data(8, 3, 10)
+    with pytest.raises(ValueError, match="stack: expected even sizes where stripe2 halves them"):
+        TINY.for_data(5, 1, 0)
 
 
 def test_weights_for_an_endless_flow_are_refused_before_it_is_built(tmp_path, monkeypatch):
@@ -666,18 +648,6 @@ def test_weights_for_an_endless_flow_are_refused_before_it_is_built(tmp_path, mo
     monkeypatch.setattr(FlowPP, "__init__", None)
     with pytest.raises(ValueError, match="weights of another configuration: expected those of 1024 layers; got "):
         FlowPP.from_pretrained(tmp_path)
-
-
-def test_a_dequantizer_is_one_of_columns():
-    with pytest.raises(ValueError, match="stack: expected levels stripe<n> alone in a dequantizer; got 'squeeze"):
-        DequantizerConfig(stack="squeeze stripe4")
-    with pytest.raises(ValueError, match=r"stack: expected words .* n at least 1; got 'stripe0' in 'stripe0'"):
-        DequantizerConfig(stack="stripe0")
-
-
-def test_attention_in_a_context_needs_whole_heads():
-    with pytest.raises(ValueError, match="context_filters: expected a multiple of the 4 heads of attention; got 6"):
-        DequantizerConfig(context_filters=6, context_attention="softmax")
 
 
 def test_a_context_of_the_wrong_shape_is_refused():
@@ -701,6 +671,10 @@ def test_bad_input_to_a_model_is_refused():
         (lambda: model.inverse(x), r"z: expected shape \(B, \*\(4, 2, 2\)\); got \(2, 1, 4, 4\)"),
         (lambda: model.sample(0), "num: expected at least 1; got 0"),
         (lambda: model.sample(2, chunk_size=0), "chunk_size: expected at least 1; got 0"),
+        (lambda: model.sample(2, torch.zeros(2)), "labels: expected None, since Flow"),
+        (lambda: model.sample(2, guidance=Guidance(2.0)), r"guidance: expected None, .*; got Guidance\(weight=2.0"),
+        (lambda: model.sample(2, denoise_sigma=0.1), "denoise_sigma: expected 0, .*; got 0.1"),
+        (lambda: model.sample(2, decoder="jacobi"), "decoder: expected auto, .*; got jacobi"),
         (
             lambda: model.importance_log_weights(pixels_of(TINY), num_samples=0),
             "num_samples: expected at least 1; got 0",
@@ -735,7 +709,5 @@ def test_weights_that_are_not_numbers_are_not_loaded(tmp_path):
 
 def test_a_flow_of_another_kind_is_not_loaded(tmp_path):
     flowpp().float().save_pretrained(tmp_path)
-    from tarflow import TarFlow
-
     with pytest.raises(ValueError, match=r"flow: expected TarFlow.*; got 'FlowPP'"):
         TarFlow.from_pretrained(tmp_path)
