@@ -1,11 +1,11 @@
-"""Likelihoods of small models on the full Fashion-MNIST: four flows, two ways of dequantization, three ablations.
+"""Train small models on the full Fashion-MNIST and score them: four flows, two kinds of dequantization, ablations.
 
     python studies/fashion_mnist.py NAME ...    train and score these rows; all of them without a name
-    python studies/report.py                    from studies/results/, the table of the README and docs/study.png
+    python studies/report.py                    write the table of the README and docs/study.png from studies/results/
 
 All rows see the same images in the same order, unconditionally, without augmentation, for the same number of steps with
-the same optimizer, at about 770,000 parameters; what differs is in ``ROWS``. Bits/dim are those of 1,000 of the 10,000
-test images, all 784 dimensions, under the dequantization of training.
+the same optimizer, at about 770,000 parameters; ``ROWS`` says in what they differ. Bits/dim are those of 1,000 of the
+10,000 test images, over all 784 dimensions, under the dequantization of training.
 """
 
 import argparse
@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 
 from tarflow import DequantizerConfig, Guidance, ImageFlow, datasets
-from tarflow.evaluation import Estimate, bits_per_dim_of_images
+from tarflow.evaluation import Estimate, dequantized_bits_per_dim
 from tarflow.files import atomic_write
-from tarflow.gallery import spread
 from tarflow.training.config import PRESETS, TrainConfig
 from tarflow.training.run import train
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-IMAGES, DRAWS = 1000, 8
+NUM_IMAGES, NUM_SAMPLES = 1000, 8
 
 DEQUANTIZER = DequantizerConfig()
 COMMON = {
@@ -46,7 +45,7 @@ TARFLOW = TrainConfig(**COMMON, noise="variational", channels=80, head_dim=40, n
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the study: what it is called, how it is trained."""
+    """A model of the study: its title and the settings of its training."""
 
     title: str
     config: TrainConfig
@@ -74,16 +73,16 @@ ROWS = {
 
 
 def run(name: str, steps: int, seed: int, out: Path) -> None:
-    """Train a row, score it, and write what came out to ``results/``."""
+    """Train a row, score it, and write the result to ``results/``."""
     config = replace(ROWS[name].config, max_steps=steps, seed=seed)
     folder = out / f"{name}-{steps}-{seed}"
     began = time.perf_counter()
-    finished = (folder / "trajectory.png").exists()  # the last that a run writes
+    finished = (folder / "trajectory.png").exists()  # a run writes it last
     model = ImageFlow.from_pretrained(folder) if finished else train(config, folder)
     seconds = time.perf_counter() - began
     test = datasets.load(config.dataset, "test", config.data_dir)
-    pixels, _ = test.fetch(spread(len(test), IMAGES))
-    one_sample, weighted = bits_per_dim_of_images(model, pixels, draws=DRAWS, generator=_generator(seed))
+    pixels, _ = test.get_batch(datasets.evenly_spaced(len(test), NUM_IMAGES))
+    one_sample, weighted = dequantized_bits_per_dim(model, pixels, num_samples=NUM_SAMPLES, generator=_generator(seed))
     result = {
         "name": name,
         "seed": seed,
@@ -92,7 +91,7 @@ def run(name: str, steps: int, seed: int, out: Path) -> None:
         "seconds": None if finished else seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "draws": DRAWS,
+        "draws": NUM_SAMPLES,
         "one_sample": [round(value, 5) for value in one_sample.tolist()],
         "weighted": [round(value, 5) for value in weighted.tolist()],
         "round_trip": round_trip(model, pixels[:64], seed),
@@ -101,12 +100,12 @@ def run(name: str, steps: int, seed: int, out: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     with atomic_write(RESULTS / f"{folder.name}.json") as path:
         path.write_text(json.dumps(result, default=str) + "\n")
-    print(f"{name}: {Estimate.of(one_sample)} by one sample, {Estimate.of(weighted)} by {DRAWS}", flush=True)
+    print(f"{name}: {Estimate.of(one_sample)} by one sample, {Estimate.of(weighted)} by {NUM_SAMPLES}", flush=True)
 
 
 @torch.no_grad()
 def round_trip(model: ImageFlow, pixels: torch.Tensor, seed: int) -> dict[str, float]:
-    """Image to latent to image in float32: by how much of a pixel step values differ."""
+    """Map images to latents and back in float32; return how far values are off, in steps of 8-bit pixels."""
     x, _ = model.dequantize(pixels, _generator(seed))
     z, _ = model(x)
     steps = ((model.inverse(z) - x) * 128).abs()
@@ -118,12 +117,12 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--steps", type=int, default=COMMON["max_steps"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     command = parser.parse_args()
     for name in command.names or ROWS:
         run(name, command.steps, command.seed, command.out)

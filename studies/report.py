@@ -1,7 +1,7 @@
-"""The table of the study between its markers in the README, and docs/study.png, from all of studies/results/.
+"""Write the tables of the study between their markers in the README, and docs/study.png, from studies/results/.
 
-A difference between two rows is the mean over images of their differences, which vary far less than either's bits. All
-errors are over images: how much another seed of training would change is in none of them.
+A difference between two rows is the mean over images of their differences, which vary far less than the bits of either.
+All errors are over images: none of them includes how much another seed of training would change.
 """
 
 import json
@@ -18,7 +18,7 @@ from tarflow.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
-# What is asked: how much is lost by the first against the second?
+# How many bits/dim does the first row lose against the second?
 DIFFERENCES = {
     "no variational dequantization": ("flowpp-uniform", "flowpp-variational"),
     "no mixture": ("flowpp-affine", "flowpp-variational"),
@@ -32,7 +32,7 @@ DIFFERENCES = {
 
 
 def main() -> None:
-    """Print, splice, draw."""
+    """Print the tables, write them into the README, and draw the picture."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     text = f"{table(results)}\n\n{differences(results)}\n\n{errors(results)}"
     print(text)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def table(results: list[dict]) -> str:
-    """A line a result, in Markdown."""
+    """Make a Markdown table with a line for each result."""
     lines = [
         "| model | dequantization | parameters | one sample | weighted | round trip | training | row, steps, seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -66,7 +66,7 @@ def table(results: list[dict]) -> str:
 
 
 def differences(results: list[dict]) -> str:
-    """What is lost, image by image, in importance-weighted bits/dim, at equal steps and seeds."""
+    """Make a Markdown table of the bits/dim that are lost, image by image, at equal steps and seeds."""
     lines = [
         "| lost | steps | bits/dim, paired over images | standard errors over images |",
         "| --- | --- | --- | --- |",
@@ -86,7 +86,7 @@ def differences(results: list[dict]) -> str:
 
 
 def errors(results: list[dict]) -> str:
-    """What the errors are of, and what they are not of."""
+    """Say in a sentence what the errors include and what they do not."""
     (images,) = {len(result["weighted"]) for result in results}
     runs = Counter((result["name"], steps_of(result)) for result in results).values()
     times = "once" if max(runs) == 1 else f"up to {max(runs)} times"
@@ -97,12 +97,12 @@ def errors(results: list[dict]) -> str:
 
 
 def steps_of(result: dict) -> int:
-    """How long it was trained."""
+    """The number of steps of its training."""
     return result["config"]["max_steps"]
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Bits/dim by model after the usual number of steps: uniform dequantization hollow and variational filled."""
+    """Draw bits/dim by model after the usual number of steps, hollow for uniform and filled for variational noise."""
     titles = list(dict.fromkeys(row.title for row in ROWS.values()))
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.2, 2.6), layout="constrained")

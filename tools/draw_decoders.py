@@ -1,6 +1,6 @@
-"""Draw docs/decoders.png: the same latents through the sequential and the Jacobi decoder, and how far apart they are.
+"""Draw docs/decoders.png: the same latents through the sequential and the Jacobi decoder, and their difference.
 
-Takes the folder of a run, or else the trained model that the benchmarks use.
+python tools/draw_decoders.py [folder of a run, by default the trained model of the benchmarks]
 """
 
 import sys
@@ -16,7 +16,7 @@ MAGNIFIED = 20
 
 
 def main() -> None:
-    """Eight classes, guided and denoised as `tarflow sample` does."""
+    """Draw eight classes, guided and denoised as `tarflow sample` does."""
     run = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "trained" / "fashion-mnist"
     model = TarFlow.from_pretrained(run).float().eval()
     exact, parallel = (draw(model, decoder) for decoder in (Decoder("sequential"), Decoder("jacobi")))
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def draw(model: TarFlow, decoder: Decoder) -> torch.Tensor:
-    """The same eight samples by any decoder."""
+    """Sample the same eight latents with a decoder."""
     generator = torch.Generator().manual_seed(0)
     return model.sample(8, torch.tensor([0, 1, 2, 3, 4, 6, 8, 9]), Guidance(2.0), 0.1, decoder, generator)
 
