@@ -44,11 +44,6 @@ class Dequantizer(nn.Module):
         """Make the dequantizer of images of that shape; None without a configuration."""
         return None if config is None else cls(config, shape)
 
-    @classmethod
-    def of(cls, config: DequantizerConfig | None, shape: tuple[int, int, int]) -> "Dequantizer | None":
-        """Make the dequantizer of images of that shape; None without a configuration."""
-        return None if config is None else cls(config, shape)
-
     def forward(self, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Add noise to pixels.
 
