@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ LARGEST_PICTURE, LARGEST_CELL = 60_000, 180
 MAX_REDRAWS = 10
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#555555"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.labelsize": 8,
@@ -139,7 +139,7 @@ class Gallery:
         def sample(num: int, labels: Tensor | None) -> tuple[Tensor, ...]:
             settings = (self.guidance, self.denoise_sigma, self.decoder, generator, return_trajectory)
             drawn = model.sample(num, labels, *settings, progress=progress)
-            return drawn if return_trajectory else (drawn,)
+            return drawn if isinstance(drawn, tuple) else (drawn,)
 
         drawn = sample(num, labels)
         bad = _not_finite(drawn[0])
@@ -194,9 +194,9 @@ def sample_grid(
     _check_cells("images", "(rows, columns, C, H, W)", images)
     if row_labels is not None and len(row_labels) != len(images):
         raise ValueError(f"row_labels: expected {len(images)}, one a row, got {len(row_labels)}")
-    images = _to_numpy(images)
-    title = _counted(title, np.isfinite(images).all(axis=(2, 3, 4)))
-    _write_grid(images, path, title, quantization, inches=0.56, left=row_labels or ())
+    values = _to_numpy(images)
+    title = _counted(title, values, axis=(2, 3, 4))
+    _write_grid(values, path, title, quantization, inches=0.56, left=row_labels or ())
 
 
 def trajectory(
@@ -215,10 +215,10 @@ def trajectory(
     _check_cells("frames", "(steps, B, C, H, W)", frames)
     if len(column_labels) != len(frames):
         raise ValueError(f"column_labels: expected {len(frames)}, one a step, got {len(column_labels)}")
-    frames = _to_numpy(frames)
-    title = _counted(title, np.isfinite(frames).all(axis=(0, 2, 3, 4)))
-    ranges = [_range(frame) for frame in frames]
-    scaled = np.stack([frame / m for frame, m in zip(frames, ranges, strict=True)], axis=1)
+    values = _to_numpy(frames)
+    title = _counted(title, values, axis=(0, 2, 3, 4))
+    ranges = [_range(frame) for frame in values]
+    scaled = np.stack([frame / m for frame, m in zip(values, ranges, strict=True)], axis=1)
     above = [textwrap.fill(label, 10) for label in column_labels]
     below = [f"[−{m:.3g}, {m:.3g}]" for m in ranges]
     _write_grid(scaled, path, title, quantization, inches=0.7, above=above, below=below)
@@ -233,7 +233,9 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy()
 
 
-def _counted(title: str, finite: np.ndarray) -> str:
+def _counted(title: str, values: np.ndarray, axis: tuple[int, ...]) -> str:
+    """Add to a title how many images, of which all values lie along the axis, are not finite."""
+    finite = np.asarray(np.isfinite(values).all(axis=axis))
     return title if finite.all() else f"{title} ({(~finite).sum()} of {finite.size} not finite)"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
 from .formats import MAX_PIXELS, RESIZE, Unreadable
-from .readers import READERS, read_folder, read_hub
+from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
 from .streaming import batches
 
 __all__ = [
@@ -70,11 +70,13 @@ def load(
         raise ValueError(f"name: expected one of {', '.join(READERS)}, folder, hub:<dataset id>; got {name!r}")
     if data_dir is None and name != "fashion-mnist":
         raise ValueError(f"data_dir: expected the folder that holds {name}, got None")
+    if data_dir is not None:
+        folder = Path(data_dir)
+    else:
+        folder = DEBIAN_FASHION_MNIST if DEBIAN_FASHION_MNIST.is_dir() else SHIPPED_SUBSET
     if name == "folder":
-        return read_folder(split, Path(data_dir), image_size, resize)
-    if data_dir is None and DEBIAN_FASHION_MNIST.is_dir():
-        data_dir = DEBIAN_FASHION_MNIST
-    dataset = READERS[name](split, data_dir and Path(data_dir))
+        return read_folder(split, folder, image_size, resize)
+    dataset = READERS[name](split, folder)
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"image_size: expected None or {dataset.image_size} for {name}, got {image_size}")
     return dataset

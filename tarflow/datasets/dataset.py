@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .formats import read_image
 
@@ -60,7 +61,7 @@ class ImageDataset:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFolder:
+class ImageFolder(Dataset):
     """A dataset of image files, which are read as RGB whenever a batch asks for them.
 
     Args:
@@ -117,11 +118,11 @@ def fingerprint(dataset: ImageDataset | ImageFolder, max_bytes: int = 2**28, max
         all labels, and the pixels of an ImageDataset, or the names (class/file) and sizes of an ImageFolder's files.
     """
     sha = hashlib.sha256(json.dumps(dataset.class_names).encode())
-    sha.update(dataset.labels.numpy())
+    sha.update(dataset.labels.numpy().data)
     if isinstance(dataset, ImageDataset):
         sha.update(json.dumps(list(dataset.images.shape)).encode())
         for part in dataset.images[:: -(-dataset.images.numel() // max_bytes)].split(1024):
-            sha.update(part.contiguous().numpy())
+            sha.update(part.contiguous().numpy().data)
     else:
         names = [f"{path.parent.name}/{path.name}" for path in dataset.paths]
         sizes = [path.stat().st_size for path in dataset.paths[:: -(-len(dataset) // max_files)]]

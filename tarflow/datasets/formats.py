@@ -8,8 +8,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
         raise Unreadable(f"{path}: expected {what}, but reading it fails with {error!r}") from error
 
 
-def open_decompressed(path: Path) -> BinaryIO:
+def open_decompressed(path: Path) -> BufferedIOBase:
     """Open a file for reading; one whose name ends in .gz is decompressed."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
@@ -79,8 +79,8 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         _check_size(path, math.prod(shape))
         raw = file.read(math.prod(shape) + 1)
     if len(raw) != math.prod(shape):
-        got = "more" if len(raw) > math.prod(shape) else len(raw)
-        raise Unreadable(f"{path}: expected {math.prod(shape)} values, as its header says, got {got}")
+        found = "more" if len(raw) > math.prod(shape) else str(len(raw))
+        raise Unreadable(f"{path}: expected {math.prod(shape)} values, as its header says, got {found}")
     return torch.tensor(np.frombuffer(raw, np.uint8).reshape(shape))
 
 
@@ -133,7 +133,7 @@ def to_tensor(image: Image.Image, mode: str, size: int | None, resize: str) -> T
     image = image.convert(mode)
     if size is not None:
         image = _resize_and_crop(image, size, RESIZE[resize])
-    return torch.tensor(np.atleast_3d(image)).permute(2, 0, 1)
+    return torch.tensor(np.atleast_3d(np.asarray(image))).permute(2, 0, 1)
 
 
 def _resize_and_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:

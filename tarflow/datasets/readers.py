@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 from .dataset import ImageDataset, ImageFolder
 from .formats import Unreadable, open_decompressed, read_array, read_idx, reading, to_tensor
 
-__all__ = ["READERS", "read_folder", "read_hub"]
+__all__ = ["READERS", "SHIPPED_SUBSET", "read_folder", "read_hub"]
 
+SHIPPED_SUBSET = Path(__file__).parents[1] / "data" / "fashion_mnist_subset.npz"
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FASHION_MNIST = (
     "T-shirt/top",
@@ -34,12 +34,11 @@ FASHION_MNIST = (
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _read_fashion_mnist(split: str, data_dir: Path | None) -> ImageDataset:
-    """Read the four IDX files in the folder, or, where it is None, the subset that is shipped with tarflow."""
-    if data_dir:
+def _read_fashion_mnist(split: str, data_dir: Path) -> ImageDataset:
+    """Read the four IDX files in the folder, or the subset that is shipped with tarflow."""
+    if data_dir != SHIPPED_SUBSET:
         return _read_mnist("Fashion-MNIST", FASHION_MNIST, split, data_dir)
-    subset = resources.files("tarflow") / "data" / "fashion_mnist_subset.npz"
-    images, labels = (torch.from_numpy(read_array(subset, f"{split}_{kind}")) for kind in ("images", "labels"))
+    images, labels = (torch.from_numpy(read_array(data_dir, f"{split}_{kind}")) for kind in ("images", "labels"))
     source = f"Fashion-MNIST, the {len(labels):,}-image {split} subset shipped with tarflow, from the training split"
     return ImageDataset(images[:, None], labels.long(), FASHION_MNIST, False, source)
 
@@ -48,8 +47,8 @@ def _read_mnist(title: str, class_names: tuple[str, ...], split: str, data_dir: 
     """Read two of the four IDX files; all four have to be there."""
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     paths = _find_files(data_dir, [f"{prefix}-{kind}" for prefix in ("train", "t10k") for kind in kinds])
-    images, labels = paths[:2] if split == "train" else paths[2:]
-    images, labels = read_idx(images, 3)[:, None], read_idx(labels, 1).long()
+    image_path, label_path = paths[:2] if split == "train" else paths[2:]
+    images, labels = read_idx(image_path, 3)[:, None], read_idx(label_path, 1).long()
     # Not flipped: a mirrored digit is another sign, and every shoe of Fashion-MNIST points left.
     return ImageDataset(images, labels, class_names, False, f"{title}, {len(labels):,} {split} images from {data_dir}")
 
@@ -57,14 +56,15 @@ def _read_mnist(title: str, class_names: tuple[str, ...], split: str, data_dir: 
 def _read_cifar10(split: str, data_dir: Path) -> ImageDataset:
     """Read records of one label byte and 3,072 bytes of image, channel by channel."""
     names = [f"data_batch_{number}.bin" for number in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    records = []
+    parts = []
     for path in _find_files(data_dir, names):
         with reading(path, "a file of CIFAR-10"), open_decompressed(path) as file:
-            records.append(np.frombuffer(file.read(10_001 * 3073), np.uint8))
-        if not records[-1].size or records[-1].size % 3073 or records[-1].size > 10_000 * 3073:
-            got = f"{records[-1].size} bytes" if records[-1].size % 3073 else f"{records[-1].size // 3073} or more"
+            part = np.frombuffer(file.read(10_001 * 3073), np.uint8)
+        if not part.size or part.size % 3073 or part.size > 10_000 * 3073:
+            got = f"{part.size} bytes" if part.size % 3073 else f"{part.size // 3073} or more"
             raise Unreadable(f"{path}: expected 1 to 10,000 records of 3073 bytes, got {got}")
-    records = torch.from_numpy(np.concatenate(records)).view(-1, 3073)
+        parts.append(part)
+    records = torch.from_numpy(np.concatenate(parts)).view(-1, 3073)
     images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
     return ImageDataset(images, labels, CIFAR10, True, f"CIFAR-10, {len(labels):,} {split} images from {data_dir}")
 
@@ -73,18 +73,18 @@ def _read_imagenet(side: int, split: str, data_dir: Path) -> ImageDataset:
     """Read arrays `data`, uint8 (n, 3 * side * side), and `labels`, 1 to 1000."""
     names = [f"train_data_batch_{number}.npz" for number in range(1, 11)]
     paths = _find_files(data_dir, names if split == "train" else ["val_data.npz"])
-    labels = [read_array(path, "labels") for path in paths]
-    for path, part in zip(paths, labels, strict=True):
+    parts = [read_array(path, "labels") for path in paths]
+    for path, part in zip(paths, parts, strict=True):
         if part.dtype.kind not in "iu" or part.ndim != 1:
             raise Unreadable(f"{path}: expected labels of integers (n,), got {part.dtype} {part.shape}")
     # Filled file by file: joining the arrays at the end would need the memory twice.
-    images = torch.empty(sum(map(len, labels)), 3, side, side, dtype=torch.uint8)
-    for path, part in zip(paths, images.split([*map(len, labels)]), strict=True):
-        data, expected = read_array(path, "data"), (len(part), 3 * side**2)
+    images = torch.empty(sum(map(len, parts)), 3, side, side, dtype=torch.uint8)
+    for path, slot in zip(paths, images.split([*map(len, parts)]), strict=True):
+        data, expected = read_array(path, "data"), (len(slot), 3 * side**2)
         if data.dtype != np.uint8 or data.shape != expected:
             raise Unreadable(f"{path}: expected data of uint8 {expected}, got {data.dtype} {data.shape}")
-        part.copy_(torch.from_numpy(data).view_as(part))
-    labels = torch.from_numpy(np.concatenate(labels).astype(np.int64) - 1)
+        slot.copy_(torch.from_numpy(data).view_as(slot))
+    labels = torch.from_numpy(np.concatenate(parts).astype(np.int64) - 1)
     title = f"ImageNet {side}x{side} as released in 2017 (arXiv 1707.08819)"
     source = f"{title}, {len(labels):,} {split} images from {data_dir}"
     return ImageDataset(images, labels, tuple(map(str, range(1000))), True, source)
@@ -120,11 +120,13 @@ def read_folder(split: str, data_dir: Path, image_size: int | None, resize: str)
     """List the images in the class sub-folders of a folder, or of its `train` and `test` or `val`."""
     if image_size is None:
         raise ValueError("image_size: expected the side to resize the folder's images to, got None")
+    train = data_dir / "train"
     test = next((data_dir / name for name in ("test", "val") if (data_dir / name).is_dir()), None)
-    train = data_dir / "train" if test and (data_dir / "train").is_dir() else data_dir
+    if test is None or not train.is_dir():
+        train = data_dir
     files = _find_images(train)
     class_names = sorted({path.parent.name for path in files})
-    if train == data_dir:
+    if test is None or train == data_dir:
         names = [path.relative_to(data_dir).as_posix() for path in files]
         files = [files[index] for index in _hold_out(names, split)]
     elif split == "test":
@@ -168,8 +170,12 @@ def read_hub(name: str, split: str, cache_dir: str | Path | None, image_size: in
 
 def _find_files(folder: Path, names: list[str]) -> list[Path]:
     """Find each file, plain or gzipped; FileNotFoundError lists those that are missing."""
-    paths = [next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), name) for name in names]
-    if missing := [path for path in paths if isinstance(path, str)]:
+    paths, missing = [], []
+    for name in names:
+        found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+        paths += found[:1]
+        missing += [] if found else [name]
+    if missing:
         raise FileNotFoundError(f"data_dir: expected {', '.join(names)} in {folder}, missing {', '.join(missing)}")
     return paths
 
@@ -185,7 +191,7 @@ def _hold_out(names: Sequence[str], split: str) -> list[int]:
     return [index for index, value in enumerate(hashes) if (value <= most) == (split == "test")]
 
 
-READERS: dict[str, Callable[..., ImageDataset | ImageFolder]] = {
+READERS: dict[str, Callable[[str, Path], ImageDataset | ImageFolder]] = {
     "fashion-mnist": _read_fashion_mnist,
     "mnist": partial(_read_mnist, "MNIST", tuple("0123456789")),
     "cifar10": _read_cifar10,

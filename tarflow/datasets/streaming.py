@@ -42,11 +42,16 @@ def batches(
     indices = _batch_indices(len(dataset), batch_size, seed, start)
     if isinstance(dataset, ImageDataset):
         return (dataset.get_batch(chosen) for chosen in indices)
-    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-    # No batch size: each item of this sampler is a batch. Its own generator: the global one is the caller's.
-    options = {"batch_size": None, "pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
-    options |= {"num_workers": workers, "worker_init_fn": _outlive_stop_signals}
-    return _stream(DataLoader(dataset, sampler=indices, **options))
+    loader = DataLoader(
+        dataset,
+        batch_size=None,  # each item of the sampler is a batch
+        sampler=indices,
+        num_workers=min(8, os.cpu_count() or 1) if num_workers is None else num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_stop_signals,
+        generator=torch.Generator(),  # the global one is the caller's
+    )
+    return _stream(loader)
 
 
 def _batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ Source: Flow++ (arXiv 1902.00275).
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..validation import check_fields, check_totals
 from .splits import count_couplings, parse_stack
@@ -118,7 +118,7 @@ class FlowPPConfig(CouplingConfig):
     @classmethod
     def cifar10(cls) -> "FlowPPConfig":
         """Return the published settings for CIFAR-10: 31,443,440 parameters, 3.08 bits/dim."""
-        own = {"filters": 96, "num_mixtures": 32, "dropout": 0.2}
+        own: dict[str, Any] = {"filters": 96, "num_mixtures": 32, "dropout": 0.2}
         return cls(
             **own,
             blocks_per_coupling=10,
@@ -133,7 +133,13 @@ class FlowPPConfig(CouplingConfig):
     @classmethod
     def imagenet32(cls) -> "FlowPPConfig":
         """Return the published settings for ImageNet 32x32: 168,955,724 parameters, 3.86 bits/dim."""
-        own = {"filters": 128, "num_mixtures": 32, "pointwise": False, "elu_output": True, "weight_norm": True}
+        own: dict[str, Any] = {
+            "filters": 128,
+            "num_mixtures": 32,
+            "pointwise": False,
+            "elu_output": True,
+            "weight_norm": True,
+        }
         return cls(
             **own,
             blocks_per_coupling=20,
@@ -155,7 +161,7 @@ class FlowPPConfig(CouplingConfig):
     @classmethod
     def imagenet64(cls) -> "FlowPPConfig":
         """Return the published settings for ImageNet 64x64: 73,489,960 parameters, 3.69 bits/dim."""
-        own = {"filters": 96, "num_mixtures": 4, "pointwise": False, "elu_output": True}
+        own: dict[str, Any] = {"filters": 96, "num_mixtures": 4, "pointwise": False, "elu_output": True}
         return cls(
             **own,
             blocks_per_coupling=16,

@@ -8,6 +8,8 @@ be whatever suits the model, at the price of its own entropy:
 Source: Flow++ (arXiv 1902.00275).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,11 +69,12 @@ class ContextNetwork(nn.Module):
     def __init__(self, inputs: int, size: tuple[int, int], config: DequantizerConfig):
         super().__init__()
         channels, attention = config.context_filters, config.context_attention
-        options = {"norm": config.context_norm, "dropout": config.dropout, "weight_norm": config.weight_norm}
+        options: dict[str, Any] = {"dropout": config.dropout, "weight_norm": config.weight_norm}
         self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
         self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size)) if attention != "none" else None
         self.blocks = nn.ModuleList(
-            GatedBlock(channels, attention=attention, size=3, **options) for _ in range(config.context_blocks)
+            GatedBlock(channels, attention=attention, norm=config.context_norm, size=3, **options)
+            for _ in range(config.context_blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:

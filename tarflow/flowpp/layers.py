@@ -8,6 +8,7 @@ Source: Flow++ (arXiv 1902.00275).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +113,10 @@ class Coupling(nn.Module):
 
     def __init__(self, config: CouplingConfig, half: tuple[int, int, int], context_channels: int = 0):
         super().__init__()
-        channels, *size = half
+        channels, height, width = half
         self.num_mixtures = config.num_mixtures if config.coupling == "mixture" else 0
-        self.conditioner = Conditioner(channels, channels * (2 + 3 * self.num_mixtures), size, config, context_channels)
+        outputs = channels * (2 + 3 * self.num_mixtures)
+        self.conditioner = Conditioner(channels, outputs, (height, width), config, context_channels)
 
     def forward(self, halves: Halves, context: Tensor | None = None) -> tuple[Halves, Tensor]:
         """Map the second half; ``logdet = sum (a + log dv/dx)``."""
@@ -180,7 +182,8 @@ class MultiScaleFlow(nn.Module):
         """Map data to latents ``(B, C', H', W')``, and return the log-det ``(B,)``."""
         self._check_context(x, context)
         logdet = x.new_zeros(x.shape[0])
-        for kind, steps in zip(self.levels, self.steps, strict=True):
+        levels: Any = zip(self.levels, self.steps, strict=True)
+        for kind, steps in levels:
             if kind == "squeeze":
                 x = squeeze(x)
                 continue
@@ -204,7 +207,8 @@ class MultiScaleFlow(nn.Module):
     def trajectory(self, z: Tensor, context: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what :meth:`inverse` passes through: the image after each level, and the log-det of the level."""
         self._check_context(z, context)
-        for kind, steps in zip(reversed(self.levels), reversed(self.steps), strict=True):
+        levels: Any = zip(reversed(self.levels), reversed(self.steps), strict=True)
+        for kind, steps in levels:
             logdet = z.new_zeros(z.shape[0])
             if kind == "squeeze":
                 z = unsqueeze(z)

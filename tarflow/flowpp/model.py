@@ -56,7 +56,7 @@ class FlowPP(ImageFlow):
         kinds = [kind for kind in reversed(self.flow.levels) if kind != "squeeze"]
         return [*(f"after {kind} couplings" for kind in kinds), "image"]
 
-    def forward(self, x: Tensor, labels: None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map images to latents ``(B, C', H', W')``, and return the log-det in nats, ``(B,)``, both float32.
 
         ``z = flow(logit(0.05 + 0.9 (x + 1) / 2))``. An image from outside [-1.1, 1.1] has no logit and becomes nan.
@@ -69,7 +69,7 @@ class FlowPP(ImageFlow):
         constant = self.config.num_dims * math.log(0.5 - self.MARGIN)
         return z, logdet - (log_p + log_q).sum((1, 2, 3)) + constant
 
-    def inverse(self, z: Tensor, labels: None = None) -> Tensor:
+    def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map latents to images ``(B, C, H, W)``, within [-1.11, 1.11]: the inverse of :meth:`forward`."""
         _check_no_labels(labels)
         if not isinstance(z, Tensor) or not z.is_floating_point():
@@ -88,7 +88,7 @@ class FlowPP(ImageFlow):
     def sample(
         self,
         num: int,
-        labels: None = None,
+        labels: Tensor | None = None,
         guidance: Guidance | None = None,
         denoise_sigma: float = 0.0,
         decoder: str | Decoder = "auto",
@@ -141,6 +141,6 @@ class FlowPP(ImageFlow):
         return (logits.sigmoid() - self.MARGIN) / (0.5 - self.MARGIN) - 1
 
 
-def _check_no_labels(labels: None) -> None:
+def _check_no_labels(labels: Tensor | None) -> None:
     if labels is not None:
         raise ValueError(f"labels: expected None, since Flow++ is unconditional; got {type(labels).__name__}")

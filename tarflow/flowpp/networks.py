@@ -6,6 +6,8 @@ the other half. Under autocast its layers run in low precision and its output in
 Source: Flow++ (arXiv 1902.00275).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ class DataInitConv2d(nn.Conv2d):
 
     Source: weight normalization (arXiv 1602.07868).
     """
+
+    bias: nn.Parameter
 
     def __init__(self, inputs: int, outputs: int, size: int, *, init_scale: float = 1.0, weight_norm: bool = False):
         super().__init__(inputs, outputs, size, padding=size // 2)
@@ -156,7 +160,7 @@ class GatedBlock(nn.Module):
         weight_norm: bool,
     ):
         super().__init__()
-        options = {"dropout": dropout, "weight_norm": weight_norm}
+        options: dict[str, Any] = {"dropout": dropout, "weight_norm": weight_norm}
         self.conv = GatedConv(channels, context_channels, size=size, **options)
         self.conv_norm = ChannelNorm(channels) if norm else nn.Identity()
         self.attention = None
@@ -184,7 +188,8 @@ class Conditioner(nn.Module):
         self, inputs: int, outputs: int, size: tuple[int, int], config: CouplingConfig, context_channels: int = 0
     ):
         super().__init__()
-        channels, options = config.filters, {"dropout": config.dropout, "weight_norm": config.weight_norm}
+        channels = config.filters
+        options: dict[str, Any] = {"dropout": config.dropout, "weight_norm": config.weight_norm}
         self.elu_output = config.elu_output
         self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
         # Without attention nothing reads it: it is there because the published model counts it.
