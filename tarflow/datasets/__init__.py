@@ -12,17 +12,7 @@ from .formats import MAX_PIXELS, RESIZE, Unreadable
 from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
 from .streaming import batches
 
-__all__ = [
-    "DEBIAN_FASHION_MNIST",
-    "RESIZE",
-    "ImageDataset",
-    "ImageFolder",
-    "Unreadable",
-    "batches",
-    "evenly_spaced",
-    "fingerprint",
-    "load",
-]
+__all__ = ["RESIZE", "ImageDataset", "ImageFolder", "Unreadable", "batches", "evenly_spaced", "fingerprint", "load"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 

@@ -16,17 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = [
-    "MAX_PIXELS",
-    "RESIZE",
-    "Unreadable",
-    "open_decompressed",
-    "read_array",
-    "read_idx",
-    "read_image",
-    "reading",
-    "to_tensor",
-]
+__all__ = ["RESIZE", "Unreadable", "open_decompressed", "read_array", "read_idx", "read_image", "reading", "to_tensor"]
 
 # Pillow knows of many more formats, and hands some of them on to other programs.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

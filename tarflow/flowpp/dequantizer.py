@@ -8,7 +8,7 @@ be whatever suits the model, at the price of its own entropy:
 Source: Flow++ (arXiv 1902.00275).
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +68,12 @@ class ContextNetwork(nn.Module):
 
     def __init__(self, inputs: int, size: tuple[int, int], config: DequantizerConfig):
         super().__init__()
-        channels, attention = config.context_filters, config.context_attention
-        options: dict[str, Any] = {"dropout": config.dropout, "weight_norm": config.weight_norm}
+        channels, config = config.context_filters, replace(config, attention=config.context_attention)
         self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
-        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size)) if attention != "none" else None
+        has_attention = config.attention != "none"
+        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size)) if has_attention else None
         self.blocks = nn.ModuleList(
-            GatedBlock(channels, attention=attention, norm=config.context_norm, size=3, **options)
-            for _ in range(config.context_blocks)
+            GatedBlock(channels, config, size=3, norm=config.context_norm) for _ in range(config.context_blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,24 +6,13 @@ the other half. Under autocast its layers run in low precision and its output in
 Source: Flow++ (arXiv 1902.00275).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NUM_HEADS, Attention, CouplingConfig
+from .config import NUM_HEADS, CouplingConfig
 
-__all__ = [
-    "ChannelNorm",
-    "Conditioner",
-    "DataInitConv2d",
-    "GatedAttention",
-    "GatedBlock",
-    "GatedConv",
-    "concat_elu",
-    "gate",
-]
+__all__ = ["Conditioner", "DataInitConv2d", "GatedAttention", "GatedBlock", "GatedConv", "concat_elu", "gate"]
 
 
 class DataInitConv2d(nn.Conv2d):
@@ -85,20 +74,18 @@ class GatedConv(nn.Module):
 
     Args:
         channels: C.
+        config: settings of dropout and weight normalization.
         context_channels: channels of the context ``(B, context_channels, H, W)``; 0 for none.
         size: side of the kernel of the second convolution.
-        dropout: probability in training.
-        weight_norm: whether all convolutions are weight-normalized.
     """
 
-    def __init__(self, channels: int, context_channels: int = 0, *, size: int = 1, dropout: float, weight_norm: bool):
+    def __init__(self, channels: int, config: CouplingConfig, context_channels: int = 0, size: int = 1):
         super().__init__()
-        self.conv = DataInitConv2d(2 * channels, channels, 3, weight_norm=weight_norm)
-        self.context = (
-            DataInitConv2d(context_channels, channels, 1, weight_norm=weight_norm) if context_channels else None
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.out = DataInitConv2d(2 * channels, 2 * channels, size, init_scale=0.1, weight_norm=weight_norm)
+        norm = config.weight_norm
+        self.conv = DataInitConv2d(2 * channels, channels, 3, weight_norm=norm)
+        self.context = DataInitConv2d(context_channels, channels, 1, weight_norm=norm) if context_channels else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = DataInitConv2d(2 * channels, 2 * channels, size, init_scale=0.1, weight_norm=norm)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Add to x what the convolutions and the gate let through."""
@@ -111,12 +98,12 @@ class GatedConv(nn.Module):
 class GatedAttention(nn.Module):
     """``x + gate(conv1x1(dropout(attention(x + positions))))``; every pixel attends to all, with four heads."""
 
-    def __init__(self, channels: int, attention: Attention, *, dropout: float, weight_norm: bool):
+    def __init__(self, channels: int, config: CouplingConfig):
         super().__init__()
-        self.attention = attention
-        self.qkv = DataInitConv2d(channels, 3 * channels, 1, weight_norm=weight_norm)
-        self.dropout = nn.Dropout(dropout)
-        self.out = DataInitConv2d(channels, 2 * channels, 1, init_scale=0.1, weight_norm=weight_norm)
+        self.attention = config.attention
+        self.qkv = DataInitConv2d(channels, 3 * channels, 1, weight_norm=config.weight_norm)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = DataInitConv2d(channels, 2 * channels, 1, init_scale=0.1, weight_norm=config.weight_norm)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Map x ``(B, C, H, W)``, with the embeddings of its positions, ``(C, H, W)``, to ``(B, C, H, W)``."""
@@ -140,32 +127,18 @@ def _attend(qkv: Tensor) -> Tensor:
 class GatedBlock(nn.Module):
     """Gated convolution, layer norm, gated attention, layer norm; without attention or norms if so told.
 
-    Args:
-        channels: channels of its input and output.
-        attention: kind of attention, ``"none"`` for no such layer.
-        norm: whether there are layer norms.
-
-    The other arguments are those of :class:`GatedConv`.
+    Arguments are those of :class:`GatedConv`, whose ``config`` has the kind of attention too, and ``norm``.
     """
 
     def __init__(
-        self,
-        channels: int,
-        context_channels: int = 0,
-        *,
-        attention: Attention,
-        norm: bool = True,
-        size: int = 1,
-        dropout: float,
-        weight_norm: bool,
+        self, channels: int, config: CouplingConfig, context_channels: int = 0, size: int = 1, norm: bool = True
     ):
         super().__init__()
-        options: dict[str, Any] = {"dropout": dropout, "weight_norm": weight_norm}
-        self.conv = GatedConv(channels, context_channels, size=size, **options)
+        self.conv = GatedConv(channels, config, context_channels, size)
         self.conv_norm = ChannelNorm(channels) if norm else nn.Identity()
         self.attention = None
-        if attention != "none":
-            self.attention = GatedAttention(channels, attention, **options)
+        if config.attention != "none":
+            self.attention = GatedAttention(channels, config)
             self.attention_norm = ChannelNorm(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor, positions: Tensor | None, context: Tensor | None = None) -> Tensor:
@@ -188,15 +161,12 @@ class Conditioner(nn.Module):
         self, inputs: int, outputs: int, size: tuple[int, int], config: CouplingConfig, context_channels: int = 0
     ):
         super().__init__()
-        channels = config.filters
-        options: dict[str, Any] = {"dropout": config.dropout, "weight_norm": config.weight_norm}
-        self.elu_output = config.elu_output
+        channels, self.elu_output = config.filters, config.elu_output
         self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
         # Without attention nothing reads it: it is there because the published model counts it.
         self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size))
         self.blocks = nn.ModuleList(
-            GatedBlock(channels, context_channels, attention=config.attention, **options)
-            for _ in range(config.blocks_per_coupling)
+            GatedBlock(channels, config, context_channels) for _ in range(config.blocks_per_coupling)
         )
         width = 2 * channels if config.elu_output else channels
         self.proj_out = DataInitConv2d(width, outputs, 3, init_scale=0.1, weight_norm=config.weight_norm)

@@ -10,18 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "SPLITS",
-    "Halves",
-    "count_couplings",
-    "merge_channels",
-    "merge_stripes",
-    "parse_stack",
-    "split_channels",
-    "split_stripes",
-    "squeeze",
-    "unsqueeze",
-]
+__all__ = ["SPLITS", "Halves", "count_couplings", "parse_stack", "split_stripes", "squeeze", "unsqueeze"]
 
 Halves = tuple[Tensor, Tensor]
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -307,7 +306,7 @@ def test_a_mixture_coupling_is_the_formula_value_by_value():
 @pytest.mark.parametrize("attention", ["softmax", "max"])
 def test_gated_attention_is_the_formula_or_takes_the_largest_of_query_key_and_value(attention):
     torch.manual_seed(0)
-    layer = redraw(GatedAttention(8, attention, dropout=0.0, weight_norm=False))
+    layer = redraw(GatedAttention(8, replace(SMALL, attention=attention)))
     x, positions = draw(0, 2, 8, 3, 2), draw(1, 8, 3, 2)
     q, k, v = layer.qkv(x + positions).flatten(2).view(2, 3, NUM_HEADS, 2, 6).unbind(1)
     if attention == "softmax":
@@ -319,7 +318,7 @@ def test_gated_attention_is_the_formula_or_takes_the_largest_of_query_key_and_va
 
 
 def test_a_gated_convolution_is_the_formula():
-    layer = redraw(GatedConv(4, 3, dropout=0.0, weight_norm=False))
+    layer = redraw(GatedConv(4, SMALL, context_channels=3))
     x, context = draw(0, 2, 4, 3, 2), draw(1, 2, 3, 3, 2)
 
     def celu(t):
@@ -332,9 +331,9 @@ def test_a_gated_convolution_is_the_formula():
     torch.testing.assert_close(concat_elu(x), celu(x))
 
 
-@pytest.mark.parametrize("layer", [GatedConv, partial(GatedAttention, attention="softmax")], ids=["conv", "attention"])
+@pytest.mark.parametrize("layer", [GatedConv, GatedAttention])
 def test_dropout_is_for_training(layer):
-    layer = redraw(layer(8, dropout=0.5, weight_norm=False))
+    layer = redraw(layer(8, replace(SMALL, dropout=0.5)))
     x = draw(0, 2, 8, 3, 2)
     other = () if isinstance(layer, GatedConv) else (draw(1, 8, 3, 2),)
     assert not torch.equal(layer(x, *other), layer(x, *other))
