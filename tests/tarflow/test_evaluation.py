@@ -89,12 +89,6 @@ def test_the_error_is_the_standard_error_of_the_mean(num):
     assert str(Estimate(1.23456, 0.00123)) == "1.2346 ± 0.0012"
 
 
-def test_the_error_shrinks_as_one_over_the_root_of_the_images(fashion):
-    images, model = fashion[0], standard_normal(image_size=28)
-    few, many = (bits_per_dim(model, images.repeat(times, 1, 1, 1), generator=seeded()) for times in (1, 16))
-    assert many.standard_error == pytest.approx(few.standard_error / 4, rel=0.03)
-
-
 @each_noise
 @pytest.mark.parametrize("batch_size", [1, 16, 39])
 def test_with_one_sample_the_batch_size_does_not_matter(fashion, add, score, batch_size):

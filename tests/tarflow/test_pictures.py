@@ -1,6 +1,7 @@
 """Pictures show the values that they are given, whole, and disturb nothing else."""
 
 import json
+import math
 
 import matplotlib
 import numpy as np
@@ -11,8 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.testing import assert_close
 
+from tarflow import FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig
 from tarflow.noise import add_gaussian_noise, quantization, to_pixels
-from tarflow.pictures import curves, sample_grid, trajectory
+from tarflow.pictures import Gallery, curves, sample_grid, trajectory
 
 LEVELS = torch.arange(256)
 
@@ -51,17 +53,13 @@ def shown(color):
     return to_pixels(torch.tensor(color), "round").tolist()
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.3, 0.5, 0.99])
-def test_after_noise_in_bins_every_level_comes_back_from_all_of_its_bin(offset):
-    assert quantization(sigma=0.0) == "floor"
-    assert torch.equal(to_pixels(2 * (LEVELS + offset) / 256 - 1, "floor"), LEVELS.to(torch.uint8))
-
-
-@pytest.mark.parametrize("offset", [-0.49, 0.0, 0.3, 0.49])
-def test_after_gaussian_noise_every_level_comes_back_from_around_it(offset):
-    assert quantization(sigma=0.05) == "round"
-    clean = add_gaussian_noise(LEVELS.to(torch.uint8), sigma=0.0)
-    assert torch.equal(to_pixels(clean + offset / 127.5, "round"), LEVELS.to(torch.uint8))
+@pytest.mark.parametrize("offset", [0.0, 0.3, 0.49, 0.5, 0.99])
+def test_every_level_comes_back_from_all_of_its_bin_or_after_gaussian_noise_from_around_it(offset):
+    levels = LEVELS.to(torch.uint8)
+    assert (quantization(sigma=0.0), quantization(sigma=0.05)) == ("floor", "round")
+    assert torch.equal(to_pixels(2 * (LEVELS + offset) / 256 - 1, "floor"), levels)
+    around = add_gaussian_noise(levels, sigma=0.0) + (0.98 * offset - 0.49) / 127.5
+    assert torch.equal(to_pixels(around, "round"), levels)
 
 
 @pytest.mark.parametrize(
@@ -129,14 +127,11 @@ def test_a_title_counts_what_is_not_finite(tmp_path, monkeypatch):
     assert drawn == ["samples (3 of 6 not finite)", "steps (2 of 3 not finite)", "samples"]
 
 
-def test_a_trajectory_shows_the_finite_samples_beside_others(tmp_path):
-    trajectory(plain([[0.5], [np.inf], [np.nan]]), tmp_path / "trajectory.png", "steps", ["image"])
-    assert len(find(read(tmp_path / "trajectory.png"), shown([0.5] * 3))[0]) >= 128 * 128
-
-
-def test_a_trajectory_without_a_finite_value_is_drawn(tmp_path):
-    trajectory(plain([[np.inf], [np.nan]]), tmp_path / "trajectory.png", "steps", ["image"])
-    assert (tmp_path / "trajectory.png").is_file()
+def test_a_trajectory_shows_the_finite_samples_and_is_drawn_without_any(tmp_path):
+    trajectory(plain([[0.5], [np.inf], [np.nan]]), tmp_path / "some.png", "steps", ["image"])
+    assert len(find(read(tmp_path / "some.png"), shown([0.5] * 3))[0]) >= 128 * 128
+    trajectory(plain([[np.inf], [np.nan]]), tmp_path / "none.png", "steps", ["image"])
+    assert (tmp_path / "none.png").is_file()
 
 
 def test_names_with_dollar_signs_are_no_formulas(tmp_path):
@@ -168,29 +163,29 @@ def test_curves_draw_runs_of_any_length(tmp_path, rows):
 
 
 @pytest.mark.parametrize("key", ["bits_per_dim", "grad_norm", "learning_rate"])
-def test_curves_leave_out_what_is_missing_or_not_finite(tmp_path, key):
+def test_curves_leave_out_what_is_missing(tmp_path, key):
     rows = [training_row(step) for step in range(30)]
     missing = [{name: value for name, value in row.items() if name != key} for row in rows]
-    blank = [row | {key: bad} for row, bad in zip(rows, [None, float("nan"), float("inf")] * 10, strict=True)]
-    whole = curves_of(tmp_path, rows)
-    assert not np.array_equal(curves_of(tmp_path, missing), whole)
-    assert np.array_equal(curves_of(tmp_path, rows + blank), whole)
+    assert not np.array_equal(curves_of(tmp_path, missing), curves_of(tmp_path, rows))
+
+
+ROWS = [training_row(step) for step in range(100)]
+WITHOUT_EFFECT = {
+    "not finite": ROWS
+    + [row | {key: bad} for row in ROWS for key in row if key != "step" for bad in (None, math.nan, math.inf)],
+    "lost by a resumed run": ROWS[:50] + [training_row(step, bits_per_dim=9.0) for step in range(50, 60)] + ROWS[50:],
+}
+
+
+@pytest.mark.parametrize("rows", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+@pytest.mark.parametrize("tail", ["", '{"step": 5, "bits'], ids=["", "unfinished last line"])
+def test_curves_pass_over_what_is_not_finite_or_lost_or_unfinished(tmp_path, rows, tail):
+    assert np.array_equal(curves_of(tmp_path, rows, tail), curves_of(tmp_path, ROWS))
 
 
 def test_curves_fall_back_to_the_loss(tmp_path):
     rows = [{"step": step, "loss": 2 - step / 10, "eval_loss": 2.0} for step in range(10)]
     assert len(find(curves_of(tmp_path, rows), (0, 0x72, 0xB2))[0])
-
-
-def test_curves_show_a_resumed_run_once(tmp_path):
-    lost = [training_row(step, bits_per_dim=9.0) for step in range(50, 60)]
-    rows = [training_row(step) for step in range(100)]
-    assert np.array_equal(curves_of(tmp_path, rows[:50] + lost + rows[50:]), curves_of(tmp_path, rows))
-
-
-def test_curves_pass_over_an_unfinished_last_line(tmp_path):
-    rows = [training_row(step) for step in range(5)]
-    assert np.array_equal(curves_of(tmp_path, rows, tail='{"step": 5, "bits'), curves_of(tmp_path, rows))
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 1}\nstep 2\n', '{"loss": 1}\n', "[1]\n"])
@@ -244,3 +239,33 @@ def test_the_callers_matplotlib_settings_stay(tmp_path):
 def test_the_suffix_chooses_the_format(tmp_path):
     sample_grid(plain([[0.5]]), tmp_path / "grid.pdf", "samples")
     assert (tmp_path / "grid.pdf").read_bytes().startswith(b"%PDF")
+
+
+TARFLOW = TarFlowConfig(image_size=8, channels=32, head_dim=16, num_blocks=2, layers_per_block=1, num_classes=3)
+FLOWPP = FlowPPConfig(image_size=8, filters=8, blocks_per_coupling=1, stack="squeeze channel1 stripe1")
+MODELS = {
+    "TarFlow": (TarFlow(TARFLOW), ["latent", "after block 2", "after block 1"]),
+    "Flow++": (FlowPP(FLOWPP), ["latent", "after stripe couplings", "after channel couplings", "image"]),
+}
+
+
+@pytest.mark.parametrize(("model", "columns"), MODELS.values(), ids=MODELS)
+def test_a_gallery_draws_what_any_model_says_it_has(tmp_path, monkeypatch, model, columns):
+    grids, ways = [], []
+    monkeypatch.setattr("tarflow.pictures.sample_grid", lambda images, path, title, names, rule: grids.append(names))
+    monkeypatch.setattr("tarflow.pictures.trajectory", lambda frames, path, title, names, rule: ways.append(names))
+    gallery = Gallery(["ant", "bee"] if model.config.num_classes else ())
+    gallery.save_samples(model, tmp_path / "grid.png", "samples", num=6)
+    gallery.save_trajectory(model, tmp_path / "way.png", "way")
+    assert grids == [["ant", "bee", "class 2"] if model.config.num_classes else None]
+    assert ways == [columns]
+    labels = torch.arange(3) if model.config.num_classes else None
+    (drawn,), (again,) = (gallery.draw_samples(model, 3, labels) for _ in range(2))
+    assert torch.equal(drawn, again)
+
+
+def test_a_gallery_with_settings_that_a_model_has_no_use_for_says_so():
+    model, _ = MODELS["Flow++"]
+    for settings in ({"guidance": Guidance(2.0)}, {"denoise_sigma": 0.1}, {"decoder": "jacobi"}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected .* since Flow"):
+            Gallery(**settings).draw_samples(model, 2)
