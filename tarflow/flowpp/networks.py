@@ -40,6 +40,7 @@ class DataInitConv2d(nn.Conv2d):
             weight = F.normalize(weight.flatten(1)).view_as(weight) * self.gain[:, None, None, None]
         return self._conv_forward(x, weight, self.bias)
 
+    @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Rescale the weights by the mean and variance of the outputs for x."""
         variance, mean = torch.var_mean(self.forward(x).float(), (0, 2, 3), correction=0)
