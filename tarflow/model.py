@@ -14,7 +14,7 @@ from .decoding.decoder import Timing
 from .denoising import tweedie
 from .flow import TokenFlow, check_labels
 from .flowpp.dequantizer import Dequantizer, DequantizerConfig
-from .flowpp.layers import parse
+from .flowpp.splits import parse_stack
 from .guidance import Guidance
 from .image_flow import ImageFlow, at_least_one
 from .transforms import make_transform
@@ -71,7 +71,7 @@ class TarFlowConfig:
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
         make_transform(self.coupling, self.num_mixtures, self.volume_preserving)
         if self.dequantizer is not None:
-            parse(self.dequantizer.stack, self.image_shape)
+            parse_stack(self.dequantizer.stack, self.image_shape)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

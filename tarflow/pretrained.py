@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,6 @@ from torch import Tensor
 from . import hardware
 from .decoding import calibration
 from .files import atomic_write
-from .flowpp.dequantizer import DequantizerConfig
 
 if TYPE_CHECKING:
     from .image_flow import ImageFlow
@@ -187,7 +186,8 @@ def config_from_dict(config_class: type, settings: Any) -> Any:
     if not isinstance(dequantizer, dict | None):
         raise TypeError(f"dequantizer: expected an object or null; got {short(dequantizer)}")
     if dequantizer is not None:
-        settings = settings | {"dequantizer": DequantizerConfig(**dequantizer)}
+        dequantizer_class, _ = get_args(get_type_hints(config_class)["dequantizer"])
+        settings = settings | {"dequantizer": dequantizer_class(**dequantizer)}
     return config_class(**settings)
 
 
