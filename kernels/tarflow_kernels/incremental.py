@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_same_device
+from .arguments import check_same_device
 from .masked import Linear, Map, MaskedNetwork, Plan, masked_weight, plan_of, sources_of
 
 # Steps of a window and of a wide one: where there are many rows, products cost more than operators.
@@ -85,7 +85,7 @@ def _check(network: MaskedNetwork, y: Tensor) -> None:
     weight = network.layers[0].weight
     if y.dtype != weight.dtype:
         raise TypeError(f"y: expected the dtype of the network, {weight.dtype}; got {y.dtype}")
-    check_same_device(network=weight, y=y)
+    check_same_device("network", weight, "y", y)
     if network.context is not None and len(network.context) != len(y):
         raise ValueError(f"context: expected as many rows as y, {len(y)}; got {len(network.context)}")
 

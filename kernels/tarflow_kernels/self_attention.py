@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_floating, check_same_device
 from .attention import causal_attention
-from .checks import check_floating, check_same_device
 from .decode import decode_attention
 
 
@@ -86,8 +86,8 @@ class CausalSelfAttention(nn.Module):
         weight = self.qkv.weight
         if x.dim() != 3 or x.shape[2] != weight.shape[1]:
             raise ValueError(f"x: expected shape (B, N, {weight.shape[1]}); got {tuple(x.shape)}")
-        check_floating(x=x)
-        check_same_device(weights=weight, x=x)
+        check_floating("x", x)
+        check_same_device("weights", weight, "x", x)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x: expected the dtype of the weights, {weight.dtype}; got {x.dtype}")
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)

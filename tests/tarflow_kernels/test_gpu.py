@@ -17,7 +17,6 @@ from tarflow_kernels import (
     causal_attention,
     decode_attention,
     embed_next,
-    guided_affine_inverse,
     mixture_logistic,
     mixture_logistic_inverse,
     reference,
@@ -346,7 +345,7 @@ def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
     seen = []
     from tarflow_kernels import dispatch
 
-    for name, backend in itertools.product(("causal_attention", "guided_affine_inverse"), ("torch", "triton")):
+    for name, backend in itertools.product(("causal_attention", "residual_norm"), ("torch", "triton")):
         run = dispatch._implementations[name][backend]
         monkeypatch.setitem(
             dispatch._implementations[name],
@@ -356,8 +355,8 @@ def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
     half, double = torch.ones(1, 1, 2, 16, dtype=torch.bfloat16), torch.ones(1, 1, 2, 16, dtype=torch.float64)
     causal_attention(half, half, half)
     causal_attention(double, double, double)
-    guided_affine_inverse(*[torch.ones(2, 3)] * 5, 1.0)
-    guided_affine_inverse(*[torch.ones(2, 3, requires_grad=True)] * 5, 1.0)
+    for channels in (8, 8200):
+        residual_norm(torch.ones(2, channels), None, *torch.ones(2, channels))
     assert seen == ["triton", "torch", "triton", "torch"]
 
 

@@ -27,8 +27,8 @@ interprets = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     """All of them, two at a time, the longest first; a test waits for its own."""
-    table = tmp_path_factory.mktemp("inspect") / "resources.json"
-    commands = {"compile": ["-m", "tarflow_kernels.inspect", "--workers", "1", "--out", table]}
+    table = tmp_path_factory.mktemp("compiled") / "resources.json"
+    commands = {"compile": ["-m", "tarflow_kernels.resources", "--workers", "1", "--out", table]}
     for name in reversed([] if interprets.args[0] else INTERPRETED):
         commands[name] = ["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / name]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -45,7 +45,7 @@ def _run(name, command, table):
 
 @pytest.fixture(scope="module")
 def compiled(jobs):
-    """Job B: what the inspector finds, and the committed table of what it found before."""
+    """Job B: the resources that are found, and the committed table of those found before."""
     return jobs["compile"].result(), json.loads((HERE / "resources.json").read_text())
 
 
@@ -57,7 +57,7 @@ def test_every_kernel_passes_under_the_interpreter(jobs, tests):
 
 
 def test_kernels_take_the_registers_and_memory_that_the_table_says(compiled):
-    """After a change that is meant: python -m tarflow_kernels.inspect --out tests/tarflow_kernels/resources.json."""
+    """After a change that is meant: python -m tarflow_kernels.resources --out tests/tarflow_kernels/resources.json."""
     found, committed = compiled
     if found["triton"] != committed["triton"]:
         pytest.skip(f"the table is that of triton {committed['triton']}, and this is {triton.__version__}")

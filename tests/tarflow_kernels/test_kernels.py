@@ -18,7 +18,6 @@ from tarflow_kernels import (
     causal_attention,
     decode_attention,
     embed_next,
-    guided_affine_inverse,
     mixture_logistic,
     mixture_logistic_inverse,
     reference,
@@ -146,67 +145,6 @@ def test_affine(op, shape, precision, layouts, shift, cotangent, seed):
     agree(call, op, inputs, cotangent, tolerance)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernel is for sampling, and has no gradients")
-@given(
-    shape=SHAPES | st.just((0, 4)),
-    precision=PRECISIONS,
-    layout=one_of(AFFINE_LAYOUTS),
-    weights=st.sampled_from(["number", "(N,)", "(B, N)"]),
-    cotangent=one_of(COTANGENTS),
-    seed=SEEDS,
-)
-def test_guided_affine_inverse(shape, precision, layout, weights, cotangent, seed):
-    dtype, tolerance = precision
-    inputs = [layout(t) for t in 0.5 * draw(seed, 5, *shape, dtype=dtype)]
-    weight = draw(seed, *(shape[1:2] if weights == "(N,)" else shape[:2]), dtype=dtype)
-
-    def call(op, *inputs):
-        *inputs, weight = inputs
-        return op(*inputs, 1.7 if weights == "number" else weight)
-
-    backends = [backend for backend in BACKENDS if backend != "triton"]  # whose kernel is for sampling alone
-    agree(call, guided_affine_inverse, [*inputs, weight], cotangent, tolerance, backends)
-
-
-@given(
-    backend=st.sampled_from(BACKENDS),
-    shape=SHAPES | st.just((0, 4)),
-    precision=PRECISIONS,
-    layouts=st.tuples(*[one_of(AFFINE_LAYOUTS)] * 5),
-    weights=st.sampled_from(["number", "(N,)", "(B, N)"]),
-    dim=st.sampled_from([1, -1]),
-    seed=SEEDS,
-)
-def test_guided_affine_inverse_writes_where_it_is_told(backend, shape, precision, layouts, weights, dim, seed):
-    dtype, tolerance = precision
-    inputs = [layout(t) for layout, t in zip(layouts, 0.5 * draw(seed, 5, *shape, dtype=dtype), strict=True)]
-    weight = draw(seed, *(shape[1:2] if weights == "(N,)" else shape[:2]), dtype=dtype)
-    weight = 1.7 if weights == "number" else weight
-    expected = reference.guided_affine_inverse(*inputs, weight).to(dtype)
-    sequence = torch.stack([nans(expected)] * 3, dim)
-    out = sequence.select(dim, 1)
-    with use_backend(backend):
-        assert guided_affine_inverse(*inputs, weight, out=out) is out
-        result = guided_affine_inverse(*inputs, weight)
-    written = torch.stack((nans(expected), result, nans(expected)), dim)
-    assert_close(result, expected, atol=tolerance, rtol=tolerance)
-    assert_close(sequence, written, atol=0, rtol=0, equal_nan=True)
-
-
-def test_guided_affine_inverse_writes_only_what_needs_no_gradient_and_fits():
-    x, wanting = torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)
-    for mu, out, error in [
-        (x, x[:1].clone(), ValueError),
-        (x, x.double(), TypeError),
-        (wanting, x.clone(), ValueError),
-        (x, wanting, ValueError),
-    ]:
-        with pytest.raises(error, match=r"^out: expected .*; got "):
-            guided_affine_inverse(x, mu, x, x, x, 1.0, out=out)
-    with torch.no_grad():
-        assert_close(guided_affine_inverse(x, wanting, x, x, x, 1.0, out=x.clone()), 1 + x * x.exp())
-
-
 @settings(max_examples=settings.default.max_examples // (2 if INTERPRETED else 1))
 @given(
     op=st.sampled_from([mixture_logistic, mixture_logistic_inverse]),
@@ -261,7 +199,6 @@ def test_parameters_of_low_precision_leave_results_in_full(op, sign, backend):
         with use_backend(backend):
             assert_close(op(x.to(dtype), mu, alpha), (exact.exp(), exact.sum(1)))
             assert op(x.bfloat16(), mu, alpha)[0].dtype == torch.float32
-            assert guided_affine_inverse(x.to(dtype), mu, alpha, mu, alpha, 1.0).dtype == dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

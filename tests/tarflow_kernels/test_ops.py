@@ -21,7 +21,6 @@ from tarflow_kernels import (
     decode_attention,
     dispatch,
     embed_next,
-    guided_affine_inverse,
     mixture_logistic,
     mixture_logistic_inverse,
     residual_norm,
@@ -66,9 +65,6 @@ DIFFERENTIABLE = {
     "affine_forward, shift": (partial(affine_forward, shift=True), [TOKENS] * 3),
     "affine_inverse": (affine_inverse, [TOKENS] * 3),
     "affine_inverse, shift": (partial(affine_inverse, shift=True), [TOKENS] * 3),
-    "guided_affine_inverse": (partial(guided_affine_inverse, weight=1.7), [TOKENS] * 5),
-    "guided_affine_inverse, weights": (guided_affine_inverse, [*[TOKENS] * 5, (3,)]),
-    "guided_affine_inverse, weights of rows": (guided_affine_inverse, [*[TOKENS] * 5, (2, 3)]),
     "mixture_logistic": (mixture_logistic, MIXTURE),
     "mixture_logistic, no floor": (partial(mixture_logistic, min_log_scale=-math.inf), MIXTURE),
     "mixture_logistic_inverse": (partial(mixture_logistic_inverse, min_log_scale=-0.1), MIXTURE),
@@ -89,15 +85,11 @@ def inputs_of(shapes, requires_grad=True, dtype=torch.float64):
     return [t.mul(0.5).requires_grad_(requires_grad) for t in draws]
 
 
-def name_of(op):
-    return getattr(op, "func", op).__name__
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "shapes"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 def test_gradients(op, shapes, backend):
-    if backend == "triton" and ("guided" in name_of(op) or DEVICE != "cpu"):
-        pytest.skip("no kernel differentiates guidance, and none takes float64 on a GPU")
+    if backend == "triton" and DEVICE != "cpu":
+        pytest.skip("no kernel takes float64 on a GPU")
     with use_backend(backend):
         assert torch.autograd.gradcheck(op, inputs_of(shapes), fast_mode=INTERPRETED)
 
@@ -114,8 +106,8 @@ def second_derivatives(op, inputs):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "shapes"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 def test_second_derivatives_are_right_or_an_error(op, shapes, backend):
-    if backend == "triton" and ("guided" in name_of(op) or DEVICE != "cpu"):
-        pytest.skip("no kernel differentiates guidance, and none takes float64 on a GPU")
+    if backend == "triton" and DEVICE != "cpu":
+        pytest.skip("no kernel takes float64 on a GPU")
     with use_backend("reference"):
         expected = second_derivatives(op, inputs_of(shapes))
     with use_backend(backend):
@@ -141,7 +133,7 @@ def test_an_inverse_that_is_differentiable_once_says_so():
 @every_op
 def test_a_batch_of_nothing_has_empty_results_and_gradients(op, shapes, backend):
     """Whatever has as many rows as the batch, 2, or both its branches, 4, has none."""
-    differentiable = op not in (decode, normalize, embed) and not (backend == "triton" and "guided" in name_of(op))
+    differentiable = op not in (decode, normalize, embed)
     empty = [(0, *shape[1:]) if shape[0] == 2 or shape == (4, 5) else shape for shape in shapes]
     inputs = inputs_of(empty, differentiable, torch.float64 if DEVICE == "cpu" else torch.float32)
     full = inputs_of(shapes, False, inputs[0].dtype)
@@ -157,8 +149,7 @@ def test_a_batch_of_nothing_has_empty_results_and_gradients(op, shapes, backend)
 @every_op
 def test_compiled_whole_it_is_the_same(op, shapes, backend):
     torch.compiler.reset()
-    in_place = op in (decode, normalize, embed)
-    differentiable = not in_place and not (backend == "triton" and "guided" in name_of(op))
+    differentiable = op not in (decode, normalize, embed)
     results = []
     with use_backend(backend) if backend else contextlib.nullcontext():
         for run in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
@@ -179,8 +170,6 @@ def test_compiled_whole_it_is_the_same(op, shapes, backend):
         ("affine_forward", [TOKENS] * 3, (True,)),
         ("affine_inverse", [TOKENS] * 3, (False,)),
         ("affine_inverse", [(3,)] * 3, (False,)),
-        ("guided_affine_inverse", [TOKENS] * 5, (None, 1.7)),
-        ("guided_affine_inverse", [TOKENS] * 5, (torch.tensor([0.5, 1.0, 2.0]), 0.0)),
         ("mixture_logistic", MIXTURE, (-7.0,)),
         ("mixture_logistic", [(3,), *[(3, 1)] * 3], (-7.0,)),
         ("mixture_logistic_inverse", MIXTURE, (-math.inf,)),
@@ -212,14 +201,12 @@ def test_a_compiler_meets_the_registered_op_unless_a_backend_is_forced():
 def test_autocast_reaches_attention_and_leaves_maps():
     q, k, v = draw(0, 3, 2, 2, 5, 16, dtype=torch.float32)
     caches = torch.zeros(2, 2, 2, 5, 16, dtype=torch.bfloat16)
-    attended, affine = causal_attention(q, k, v), affine_forward(q, k, v)
-    inverse, guided = affine_inverse(q, k, v), guided_affine_inverse(q, k, v, k, v, 1.0)
+    attended, affine, inverse = causal_attention(q, k, v), affine_forward(q, k, v), affine_inverse(q, k, v)
     mixtures = [op(q[..., 0], k, v, q) for op in (mixture_logistic, mixture_logistic_inverse)]
     with torch.autocast(DEVICE, torch.bfloat16):
         low = causal_attention(q, k, v), decode_attention(q, k, v, *caches, torch.zeros(2, dtype=torch.int32))
         low += (causal_attention(q, k, v, temperature=torch.ones(2)),)
         assert_close((affine_forward(q, k, v), affine_inverse(q, k, v)), (affine, inverse), atol=0, rtol=0)
-        assert_close(guided_affine_inverse(q, k, v, k, v, 1.0), guided, atol=0, rtol=0)
         for op, expected in zip((mixture_logistic, mixture_logistic_inverse), mixtures, strict=True):
             assert_close(op(q[..., 0], k, v, q), expected, atol=0, rtol=0)
     assert {t.dtype for t in low} == {torch.bfloat16}
@@ -365,12 +352,6 @@ def embed_with(**wrong):
         (lambda: affine_inverse(INTEGERS, X, X), TypeError, "z"),
         (lambda: affine_inverse(X[0], X[0], X[0], shift=True), ValueError, "z"),
         (lambda: affine_inverse(X, X, WIDE), ValueError, "alpha"),
-        (lambda: guided_affine_inverse(INTEGERS, X, X, X, X, 1.0), TypeError, "z"),
-        (lambda: guided_affine_inverse(X, X, X, WIDE, X, 1.0), ValueError, "mu_ref"),
-        (lambda: guided_affine_inverse(X, X, X, X, INTEGERS, 1.0), TypeError, "alpha_ref"),
-        (lambda: guided_affine_inverse(X, X, X, X, X, WIDE), ValueError, "weight"),
-        (lambda: guided_affine_inverse(X, X, X, X, X, X[0, 0]), ValueError, "weight"),
-        (lambda: guided_affine_inverse(*[X[0]] * 5, X[0]), ValueError, "weight"),
         (lambda: mixture_logistic(INTEGERS, ONE, ONE, ONE), TypeError, "x"),
         (lambda: mixture_logistic(X[0, 0], *[X[0]] * 3), ValueError, "x"),
         (lambda: mixture_logistic(X, X, X, X), ValueError, "logits"),

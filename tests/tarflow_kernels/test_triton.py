@@ -140,7 +140,6 @@ def test_kernels_are_registered_as_they_behave():
         "affine_map_backward": (tokens, logdet, tokens, alpha, DTYPE, DTYPE, True, False, *exp),
         "mixture_map": (tokens, *theta, -7.0, True),
         "mixture_map_backward": (tokens, logdet, tokens, *theta, DTYPE, -7.0, False),
-        "guided_affine_map": (tokens, mu, alpha, mu, alpha, None, 2.0, torch.empty_like(tokens)),
     }.items():
         library.opcheck(getattr(torch.ops.tarflow, name).default, args)
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import affine, mixture
+from ..arguments import needs_gradients
 from ..implicit import with_gradients
 from ..incremental import Inverse, fixed_point_inverse, incremental_inverse
 from ..masked import MaskedNetwork
 from ..scales import Scale, log_scale
-from ..tensors import needs_gradients
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -31,7 +31,7 @@ def choose(kernel: str, key: str, fallback: Config) -> Config:
 
 @contextlib.contextmanager
 def use(kernel: str, config: Config) -> Iterator[None]:
-    """Launch a kernel with one configuration, whatever the tables say: for the tuner and the inspector."""
+    """Launch a kernel with one configuration, whatever the tables say: for the tuner and its tests."""
     _forced[kernel] = config
     try:
         yield
