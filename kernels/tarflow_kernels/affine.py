@@ -60,7 +60,7 @@ def affine_inverse(
 
 
 def _check(name: str, x: Tensor, mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> None:
-    check_floating(name, x)
+    check_floating(name, x.dtype)
     check_tensors(name, x, ("mu", mu, x.shape, None), ("alpha", alpha, x.shape, None))
     if x.dim() < 1 + shift:
         raise ValueError(f"{name}: expected {'(B, N, ...)' if shift else '(B, ...)'}; got shape {tuple(x.shape)}")

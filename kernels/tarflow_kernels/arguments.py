@@ -49,19 +49,18 @@ def check_tensors(
         if tensor.shape != shape:
             expected = f"the shape of {name}, {tuple(shape)}" if shape == first.shape else f"shape {tuple(shape)}"
             raise ValueError(f"{other}: expected {expected}; got {tuple(tensor.shape)}")
-        if dtype is None:
-            check_floating(other, tensor)
-        elif tensor.dtype is not dtype:
-            expected = f"the dtype of {name}, {dtype}" if dtype == first.dtype else dtype
-            raise TypeError(f"{other}: expected {expected}; got {tensor.dtype}")
+        found = tensor.dtype
+        if found is not dtype and not (dtype is None and found.is_floating_point):
+            expected = f"the dtype of {name}, {dtype}" if dtype is first.dtype else dtype or "a floating-point tensor"
+            raise TypeError(f"{other}: expected {expected}; got {found}")
         if tensor.device != device:
             raise ValueError(f"{other}: expected the device of {name}, {device}; got {tensor.device}")
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Check that a tensor is floating point; TypeError if not."""
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating-point tensor; got {tensor.dtype}")
+def check_floating(name: str, dtype: torch.dtype) -> None:
+    """Check that the dtype of an argument is floating point; TypeError if not."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point tensor; got {dtype}")
 
 
 def check_same_device(name: str, first: Tensor, other: str, tensor: Tensor) -> None:
@@ -78,7 +77,7 @@ def check_temperature(temperature: float | Tensor, q: Tensor) -> None:
         ValueError: the number is not positive and finite, or the tensor has another shape or device.
     """
     if isinstance(temperature, Tensor):
-        check_floating("temperature", temperature)
+        check_floating("temperature", temperature.dtype)
         if temperature.shape != q.shape[:1]:
             raise ValueError(
                 f"temperature: expected a number or shape ({len(q)},), one for each row; got {tuple(temperature.shape)}"

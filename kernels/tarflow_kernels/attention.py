@@ -53,7 +53,7 @@ def causal_attention(
               [2., 2.]]]])
     """
     q, k, v = autocast(q, k, v)
-    check_floating("q", q)
+    check_floating("q", q.dtype)
     if q.dim() != 4 or not q.shape[3]:
         raise ValueError(f"q: expected shape (B, H, N, D), D at least 1; got {tuple(q.shape)}")
     check_tensors("q", q, ("k", k, q.shape, q.dtype), ("v", v, q.shape, q.dtype))

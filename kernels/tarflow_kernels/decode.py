@@ -92,7 +92,7 @@ def decode_attention(
     """
     q, k, v = autocast(q, k, v)
     shape, dtype = q.shape, q.dtype
-    check_floating("q", q)
+    check_floating("q", dtype)
     if len(shape) != 4 or not shape[3]:
         raise ValueError(f"q: expected shape (B, H, G, D), D at least 1; got {tuple(shape)}")
     (rows, heads, new, head_dim), cached = shape, cache_k.shape

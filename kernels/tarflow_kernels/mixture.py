@@ -87,7 +87,7 @@ def mixture_logistic_inverse(
 
 
 def _check(name: str, x: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, min_log_scale: float | int) -> None:
-    check_floating(name, x)
+    check_floating(name, x.dtype)
     if x.dim() < 1:
         raise ValueError(f"{name}: expected (B, ...); got shape ()")
     shape = tuple(x.shape)

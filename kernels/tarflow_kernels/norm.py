@@ -43,7 +43,7 @@ def residual_norm(
     tensor([[1., 3.]])
     """
     shape, own = h.shape, h.dtype
-    check_floating("h", h)
+    check_floating("h", own)
     if not shape:
         raise ValueError("h: expected shape (..., C); got ()")
     channels = (shape[-1],)

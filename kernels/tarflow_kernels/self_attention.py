@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         weight = self.qkv.weight
         if x.dim() != 3 or x.shape[2] != weight.shape[1]:
             raise ValueError(f"x: expected shape (B, N, {weight.shape[1]}); got {tuple(x.shape)}")
-        check_floating("x", x)
+        check_floating("x", x.dtype)
         check_same_device("weights", weight, "x", x)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x: expected the dtype of the weights, {weight.dtype}; got {x.dtype}")

@@ -346,9 +346,9 @@ def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
     from tarflow_kernels import dispatch
 
     for name, backend in itertools.product(("causal_attention", "residual_norm"), ("torch", "triton")):
-        run = dispatch._implementations[name][backend]
+        run = dispatch.implementations[name][backend]
         monkeypatch.setitem(
-            dispatch._implementations[name],
+            dispatch.implementations[name],
             backend,
             lambda *args, run=run, backend=backend: seen.append(backend) or run(*args),
         )

@@ -224,7 +224,7 @@ def test_autocast_leaves_the_small_ops_of_a_step(name):
 
 @every_op
 def test_an_op_without_a_triton_kernel_says_so(op, shapes, monkeypatch):
-    for implementations in dispatch._implementations.values():
+    for implementations in dispatch.implementations.values():
         monkeypatch.delitem(implementations, "triton", raising=False)
     with use_backend("triton"), pytest.raises(NotImplementedError, match=r"^\w+ has no triton implementation; it has"):
         op(*inputs_of(shapes, requires_grad=False))
@@ -233,7 +233,7 @@ def test_an_op_without_a_triton_kernel_says_so(op, shapes, monkeypatch):
 def test_a_backend_holds_until_its_block_ends_even_by_an_error(monkeypatch):
     ran = []
     for name in ("torch", "reference"):
-        monkeypatch.setitem(dispatch._implementations["affine_forward"], name, lambda *_, name=name: ran.append(name))
+        monkeypatch.setitem(dispatch.implementations["affine_forward"], name, lambda *_, name=name: ran.append(name))
 
     def fail():
         affine_forward(x, x, x)
@@ -293,9 +293,9 @@ def test_compiled_code_is_that_of_the_thread_that_runs_it():
 def test_a_backward_pass_on_another_thread_is_that_of_the_backend_that_ran(monkeypatch):
     """Also where the forward pass is run again there."""
     ran = []
-    for name, run in dispatch._implementations["mixture_logistic"].items():
+    for name, run in dispatch.implementations["mixture_logistic"].items():
         monkeypatch.setitem(
-            dispatch._implementations["mixture_logistic"],
+            dispatch.implementations["mixture_logistic"],
             name,
             lambda *args, name=name, run=run: ran.append(name) or run(*args),
         )

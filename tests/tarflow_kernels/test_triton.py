@@ -198,7 +198,7 @@ def test_a_model_trains_and_samples_as_on_the_reference(guidance):
 @pytest.mark.parametrize("forced", [True, False], ids=["forced", "picked by the device"])
 def test_a_model_compiles_whole_on_the_kernels(forced, monkeypatch):
     """A backend asked for by name is traced into; the compiler meets registered ops otherwise."""
-    monkeypatch.setattr(dispatch, "_pick", lambda name, args: "triton")
+    monkeypatch.setattr(dispatch, "pick", lambda name, args: "triton")
     x, labels = draw(0, 2, 1, 4, 4, dtype=torch.float32), torch.tensor([0, 1])
     results = []
     with use_backend("triton") if forced else contextlib.nullcontext():
