@@ -28,7 +28,7 @@ from tarflow_kernels.adapters import pyro as pyro_adapter
 from tarflow_kernels.adapters import zuko as zuko_adapter
 
 D, C = 7, 3
-FEW, MANY = 3, incremental._FEW_ROWS + 1
+FEW, MANY = 3, incremental.FEW_ROWS + 1
 AR = nflows.transforms.autoregressive
 T = pyro.distributions.transforms
 F = zuko.flows

@@ -31,7 +31,7 @@ def inversions(monkeypatch):
         found.append(len(y))
         return original(network, y, inverse)
 
-    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)  # no page is too small for it
+    monkeypatch.setattr(incremental, "FEW_PRODUCTS", 0)  # no page is too small for it
     original = common.incremental_inverse
     monkeypatch.setattr(common, "incremental_inverse", counting)
     return found
