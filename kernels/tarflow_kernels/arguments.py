@@ -1,4 +1,4 @@
-"""What every op does with its arguments before it runs: checks, precision, gradients, autocast, temperatures.
+"""The handling of arguments before an op runs: checks, precision, gradients, autocast, temperatures.
 
 An error names the argument, what was expected and what came.
 """
@@ -104,7 +104,7 @@ def full_precision(first: Tensor) -> torch.dtype:
 
 
 def in_full_precision(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All tensors in the full precision of the first."""
+    """Convert all tensors to the full precision of the first."""
     dtype = full_precision(first)
     return first.to(dtype), *(other.to(dtype) for other in others)
 

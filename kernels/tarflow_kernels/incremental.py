@@ -100,7 +100,7 @@ def _check(network: MaskedNetwork, y: Tensor) -> None:
 
 
 def _worthwhile_passes(network: MaskedNetwork, steps: int, y: Tensor) -> int:
-    """How many passes are worth trying: a quarter of the steps, or half on a GPU, where launches cost most."""
+    """The number of passes worth trying: a quarter of the steps, or half on a GPU, where launches cost most."""
     if steps * len(y) * sum(layer.weight.numel() for layer in network.layers) <= FEW_PRODUCTS:
         return steps
     if y.is_cpu:

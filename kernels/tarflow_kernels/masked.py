@@ -91,7 +91,7 @@ class MaskedNetwork:
 
     @property
     def layers(self) -> list[MaskedLayer]:
-        """All masked layers, in the order of their nodes."""
+        """The masked layers of all nodes, in their order."""
         return [layer for node in self.nodes if isinstance(node, Linear) for _, layer in node.terms]
 
     def _add(self, node: Linear | Map) -> int:
@@ -199,7 +199,7 @@ def _generations(depends: Tensor) -> Tensor:
 
 
 def _pick(order: Tensor, source: Tensor, device: torch.device) -> Tensor | None:
-    """Where units in an order lie in the order of a source; None where the two are the same."""
+    """The places of units in the order of a source; None where the two orders are the same."""
     pick = source.argsort()[order]
     return None if torch.equal(pick, torch.arange(len(pick))) else pick.to(device)
 

@@ -59,7 +59,7 @@ class Resources(NamedTuple):
 
 
 class Case(NamedTuple):
-    """All launches of one op on tensors of some shape and dtype.
+    """A row of the table: all launches of one op on tensors of some shape and dtype.
 
     Attributes:
         op: its name.

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import configs
 from .elements import cut, inner_size, load, log1p, offsets, tile, views_of
 
-# What a tuner may try, by warps and elements for each thread.
+# The candidates of the tuner, by warps and elements for each thread.
 CANDIDATES = [{"BLOCK": 32 * warps * each, "num_warps": warps} for warps in (2, 4, 8) for each in (4, 8, 16)]
 FALLBACK = {"BLOCK": 1024, "num_warps": 4}
 
@@ -163,7 +163,7 @@ def _sigmoid(t):
 def affine_map(
     x: Tensor, mu: Tensor, alpha: Tensor, shift: bool, inverse: bool, scale: str, first: float, second: float
 ) -> tuple[Tensor, Tensor]:
-    """The output of the map, in the layout of x, and its log-det ``(B,)``, both float32 or the float64 of x."""
+    """Compute the map: the output, in the layout of x, and its log-det ``(B,)``, both float32 or the float64 of x."""
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     if not x.numel():
         return out, out.new_zeros(len(x))
@@ -190,7 +190,7 @@ def affine_map_backward(
     first: float,
     second: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the input of the map, of mu and of alpha."""
+    """Compute the gradients of the input of the map, of mu and of alpha."""
     grads = torch.empty_like(z, dtype=x_dtype), torch.empty_like(alpha, dtype=mu_dtype), torch.empty_like(alpha)
     if z.numel():
         space, views = views_of(*grads, grad_out, z, alpha, shift=shift)
