@@ -134,7 +134,7 @@ def test_gradients_of_the_inverse_are_those_of_differences(name):
 
 @pytest.mark.parametrize("name", ["zuko MAF", "zuko NAF", "zuko UNAF", "pyro neural"])
 def test_gradients_of_the_inverse_in_its_parameters_are_those_of_differences(name):
-    """Of bisection, which is content with 1e-6, zuko's own are off by a few percent and more."""
+    """Zuko's own are off by a few percent and more: its bisection is content with 1e-6."""
     case = CASES[name]
     _, flow = made(case)
     x, c = inputs(case, 2)
@@ -251,7 +251,7 @@ def test_what_is_no_flow_is_named(library):
 
 
 def test_samples_and_densities_of_whole_flows():
-    """By the calls that a user makes: of one seed, the same samples."""
+    """The calls that a user makes give the same samples from one seed."""
     c = draw(0, C).to(DEVICE)
     library, ours = made(CASES["zuko MAF, context"])
     samples = []
@@ -275,7 +275,7 @@ def test_samples_and_densities_of_whole_flows():
 )
 @pytest.mark.parametrize("wanted", ["y", "context"])
 def test_flows_may_be_frozen(name, wanted):
-    """And gradients asked of what goes in alone."""
+    """Gradients are then asked of what goes in alone."""
     case = CASES[name]
     library, ours = made(case)
     library.requires_grad_(False)
@@ -331,7 +331,7 @@ def test_subclasses_of_transforms_stay(case):
 
 
 def test_masks_that_are_loaded_are_read():
-    """Of random masks two flows of one make have different ones."""
+    """Two flows with random masks have different ones."""
     case = CASES["nflows MAF, feed-forward"]
     (_, ours), (other, _) = made(case, seed=0), made(case, seed=1)
     x, c = inputs(case, MANY)
@@ -343,7 +343,7 @@ def test_masks_that_are_loaded_are_read():
 
 @pytest.mark.parametrize("options", [{"dropout_probability": 0.5}, {"use_batch_norm": True}])
 def test_random_networks_are_inverted_as_the_library_does(options):
-    """With dropout, or the statistics of a batch, no two passes are alike: D of them are made."""
+    """No two passes are alike with dropout, or the statistics of a batch: D of them are made."""
     flow = AR.MaskedAffineAutoregressiveTransform(D, 20, **options).to(DEVICE)
     ours = nflows_adapter.accelerate(flow)
     results = []
@@ -373,7 +373,7 @@ def test_hooks_are_not_passed_by(case, before):
     "name", ["zuko MAF", "zuko RealNVP, mixture", "nflows MAF", "normflows MAF", "pyro affine", "pyro neural"]
 )
 def test_low_precision_stays_low(name):
-    """As in the library: of the next layer's input, and of what comes back, to some of its roundings."""
+    """The next layer's input and what comes back are as in the library, to some of its roundings."""
     case = CASES[name]
     exact, _ = made(case)
     torch.set_default_dtype(torch.bfloat16)

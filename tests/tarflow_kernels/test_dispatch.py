@@ -76,7 +76,7 @@ def test_a_backend_is_that_of_its_thread():
 
 
 def run_aside(function):
-    """What a function returns when another thread calls it."""
+    """Call a function on another thread, and return its result."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
@@ -98,7 +98,7 @@ def test_compiled_code_is_that_of_the_thread_that_runs_it():
 
 
 def test_a_backward_pass_on_another_thread_is_that_of_the_backend_that_ran(monkeypatch):
-    """Also where the forward pass is run again there."""
+    """The same holds where the forward pass is run again there."""
     ran = []
     for name, run in dispatch.implementations["mixture_logistic"].items():
         monkeypatch.setitem(

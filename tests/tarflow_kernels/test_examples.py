@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def inversions(monkeypatch):
-    """How often an inverse was found incrementally."""
+    """The rows of each inverse that was found incrementally."""
     found = []
 
     def counting(network, y, inverse):

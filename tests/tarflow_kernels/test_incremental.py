@@ -64,12 +64,12 @@ def apply(layer, x):
 
 
 def inverse(y, parameters, features):
-    """Of ``y = x exp(tanh(b)) + a``."""
+    """The inverse of ``y = x exp(tanh(b)) + a``."""
     return (y - parameters[..., 0]) * torch.exp(-torch.tanh(parameters[..., 1]))
 
 
 def by_passes(whole, y):
-    """What the libraries do."""
+    """Invert as the libraries do."""
     x = torch.zeros_like(y)
     for _ in range(y.shape[1]):
         x = inverse(y, whole(x), None)
@@ -199,7 +199,7 @@ def test_independent_features_are_found_in_one_step():
 
 
 def test_small_problems_are_solved_by_passes(monkeypatch):
-    """As many as there are steps, at rest or not, after which all is exact."""
+    """There are as many passes as steps, at rest or not, after which all is exact."""
     monkeypatch.setattr(incremental, "FEW_PRODUCTS", 8e6)
     network, whole = chain(torch.tensor([2, 0, 1]), width=8, depth=2, parameters=2)
     y, passes = torch.randn(MANY, 3, dtype=torch.float64), []
@@ -245,7 +245,7 @@ def test_masks_that_change_are_read_again(rows):
 
 
 def test_networks_of_the_same_layer_are_told_apart():
-    """Of three inputs and six outputs, of which the last sees the first."""
+    """The layer has three inputs and six outputs, of which the last sees the first."""
     mask = torch.zeros(6, 3)
     mask[5, 0] = 1
     layer = masked_linear(mask)

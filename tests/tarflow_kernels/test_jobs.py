@@ -26,7 +26,7 @@ interprets = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """All of them, two at a time, the longest first; a test waits for its own."""
+    """All jobs, run two at a time, the longest first; a test waits for its own."""
     table = tmp_path_factory.mktemp("compiled") / "resources.json"
     commands = {"compile": ["-m", "tarflow_kernels.resources", "--workers", "1", "--out", table]}
     for name in reversed([] if interprets.args[0] else INTERPRETED):
@@ -36,7 +36,7 @@ def jobs(tmp_path_factory):
 
 
 def _run(name, command, table):
-    """What the process printed where it failed; else the table, of the one that writes it."""
+    """Run a process, and return the table of the one that writes it; where it fails, show what it printed."""
     environment = os.environ | {"TRITON_INTERPRET": "0" if name == "compile" else "1"}
     job = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert job.returncode == 0, job.stdout[-20000:] + job.stderr[-20000:]
@@ -83,7 +83,7 @@ def test_kernels_fit_their_cards(compiled, target, kilobytes):
     [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
 )
 def test_matrices_are_multiplied_by_tensor_cores(compiled, target, instruction):
-    """By the best of each card where the published models train: heads of 64 in bfloat16."""
+    """The best instruction of each card is used where the published models train: heads of 64 in bfloat16."""
     found, _ = compiled
     rows = found["resources"][target]
     training = [row for name, row in rows.items() if name.endswith("bfloat16 N=1024 D=64")]

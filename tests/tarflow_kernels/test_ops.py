@@ -62,7 +62,7 @@ def nans(t):
 
 
 def fused(t):
-    """As one part of the projection (B, N, 3, H, D) to queries, keys and values."""
+    """Lay out as one part of the projection (B, N, 3, H, D) to queries, keys and values."""
     qkv = torch.stack((nans(t), t, nans(t))).permute(1, 3, 0, 2, 4).contiguous()
     return qkv.permute(2, 0, 3, 1, 4)[1]
 
@@ -104,7 +104,7 @@ def one_of(table):
 
 
 def run(op, inputs, cotangent):
-    """What op returns and the gradients of all its inputs."""
+    """Run an op, and return its outputs and the gradients of all its inputs."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     outputs = op(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -113,7 +113,7 @@ def run(op, inputs, cotangent):
 
 
 def agree(call, op, inputs, cotangent, tolerance, backends=BACKENDS):
-    """The op, called in the precision of its inputs on every backend, does what its formula does in float64."""
+    """Check that the op, in the precision of its inputs and on every backend, does what its formula does in float64."""
     formula = getattr(reference, op.__name__)
     expected = run(partial(call, formula), [t.double() for t in inputs], cotangent)
     for backend in backends:
@@ -431,7 +431,7 @@ def test_gradients(op, shapes, backend):
 
 
 def second_derivatives(op, inputs):
-    """Those of a sum, whose gradients owe all that they are to the inputs: the gradients that come in are constants."""
+    """First and second derivatives of a sum: the gradients that come in are constants, so all depends on the inputs."""
     outputs = op(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     first = torch.autograd.grad([t.sum() for t in outputs], inputs, create_graph=True, materialize_grads=True)

@@ -53,7 +53,7 @@ def test_what_is_tuned_is_what_launchers_look_up(problem, monkeypatch):
 
 @pytest.mark.parametrize("problem", list(tune.problems()), ids=lambda problem: f"{problem.kernel} {problem.key}")
 def test_candidates_cut_along_the_diagonal(problem):
-    """What an attention kernel owns is a multiple of what it walks by: else its two loops would overlap."""
+    """An attention kernel owns a multiple of what it walks by: otherwise its two loops would overlap."""
     for candidate in problem.candidates:
         m, n = candidate.get("BLOCK_M", 1), candidate.get("BLOCK_N", 1)
         assert problem.kernel == "decode_attention" or (n % m if problem.kernel.endswith("keys") else m % n) == 0
@@ -63,7 +63,7 @@ def test_candidates_cut_along_the_diagonal(problem):
     ("seconds", "written"), [(600, {"bfloat16,n64", "bfloat16,n4096", "float32,n64", "float32,n4096"}), (0, set())]
 )
 def test_the_command_keeps_what_it_found_while_there_was_time(seconds, written, folder, monkeypatch, capsys):
-    """All of it but the timing, on a card that is not there: candidates are compiled by processes of their own."""
+    """It runs but for the timing, on a card that is not there, and compiles candidates in processes of their own."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(tune, "tune", lambda problem, candidates: (candidates[-1], f"{len(candidates)} candidates"))
     with resources.pretend(resources.TARGETS["sm_90"]):

@@ -233,32 +233,27 @@ class AffineCoupling(_Cached, library.AffineCoupling):
         return torch.cat([seen, flat.view(changed.shape)], dim=self.dim), logdet
 
 
-class ConditionalAffineAutoregressive(library.ConditionalAffineAutoregressive):
-    """Pyro's, whose transform is the :class:`AffineAutoregressive` of this module."""
+class _Conditional:
+    """A base for conditional transforms: the transform of a context is one of this module."""
 
     def condition(self, context: Tensor) -> Transform:
         return _conditioned(super().condition(context))
 
 
-class ConditionalSplineAutoregressive(library.ConditionalSplineAutoregressive):
-    """Pyro's, whose transform is the :class:`SplineAutoregressive` of this module."""
-
-    def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+class ConditionalAffineAutoregressive(_Conditional, library.ConditionalAffineAutoregressive):
+    """Pyro's transform, conditioned to :class:`AffineAutoregressive`."""
 
 
-class ConditionalNeuralAutoregressive(library.ConditionalNeuralAutoregressive):
-    """Pyro's, whose transform is the :class:`NeuralAutoregressive` of this module."""
-
-    def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+class ConditionalSplineAutoregressive(_Conditional, library.ConditionalSplineAutoregressive):
+    """Pyro's transform, conditioned to :class:`SplineAutoregressive`."""
 
 
-class ConditionalAffineCoupling(library.ConditionalAffineCoupling):
-    """Pyro's, whose transform is the :class:`AffineCoupling` of this module."""
+class ConditionalNeuralAutoregressive(_Conditional, library.ConditionalNeuralAutoregressive):
+    """Pyro's transform, conditioned to :class:`NeuralAutoregressive`."""
 
-    def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+
+class ConditionalAffineCoupling(_Conditional, library.ConditionalAffineCoupling):
+    """Pyro's transform, conditioned to :class:`AffineCoupling`."""
 
 
 _REPLACEMENTS = replacements_of(
