@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from op_cases import MIXTURE, every_op, inputs_of
-from tarflow.decoding.graphs import Replayed
+from tarflow.decoding.step import GraphRunner
 from tarflow_kernels import affine_forward, dispatch, mixture_logistic, use_backend
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -127,7 +127,7 @@ def test_the_reference_is_never_captured(op, shapes, monkeypatch):
 def test_a_decoder_does_not_capture_the_reference():
     steps = []
     with use_backend("reference"):
-        replayed = Replayed(torch.device("cuda"))
+        run = GraphRunner(torch.device("cuda"))
         for _ in range(5):
-            replayed(lambda: steps.append("launched"))
+            run(lambda: steps.append("launched"))
     assert steps == ["launched"] * 5
