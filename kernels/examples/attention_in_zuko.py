@@ -22,7 +22,7 @@ SHAPES = [(8,), (8,), (7,)]  # of a spline with 8 bins: widths, heights and the 
 class Layer(nn.Module):
     """A pre-norm transformer layer over whole sequences, or over new tokens and ``(cache_k, cache_v, positions)``."""
 
-    def __init__(self, channels: int, num_heads: int):
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(channels), CausalSelfAttention(channels, num_heads)
         widen, narrow = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
@@ -37,7 +37,7 @@ class Layer(nn.Module):
 class CausalTransformer(zuko.lazy.LazyTransform):
     """A network as zuko has it in a flow: called with a context, here ignored, it returns the transform."""
 
-    def __init__(self, features: int, channels: int, num_heads: int = 4, num_layers: int = 2):
+    def __init__(self, features: int, channels: int, num_heads: int = 4, num_layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(1, channels)
         self.position_embedding = nn.Parameter(0.1 * torch.randn(features, channels))
@@ -63,7 +63,7 @@ class CausalTransformer(zuko.lazy.LazyTransform):
 class CachedTransform(zuko.transforms.AutoregressiveTransform):
     """A map of features ``(B, D)`` whose inverse is new; value and log-det are zuko's, in one pass."""
 
-    def __init__(self, network: CausalTransformer):
+    def __init__(self, network: CausalTransformer) -> None:
         super().__init__(network.meta, passes=len(network.position_embedding))
         self.network = network
 

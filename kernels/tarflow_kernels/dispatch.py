@@ -28,7 +28,7 @@ _has_triton = importlib.util.find_spec("triton") is not None
 class _Choice(threading.local):
     """The backend asked for in this thread. Compilers cannot trace a ``ContextVar``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.backend: str | None = None
 
 

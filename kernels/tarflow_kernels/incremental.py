@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from .arguments import check_same_device
 from .masked import Linear, Map, MaskedNetwork, Plan, masked_weight, plan_of, sources_of
 
-__all__ = ["Inverse", "fixed_point_inverse", "incremental_inverse"]
+__all__ = [
+    "FEW_PRODUCTS",
+    "FEW_ROWS",
+    "FEW_ROWS_ON_GPU",
+    "MANY_ROWS",
+    "WINDOWS",
+    "WINDOWS_OF_MANY_ROWS",
+    "Inverse",
+    "fixed_point_inverse",
+    "incremental_inverse",
+]
 
 Inverse = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The inverse of an element-wise map for some features, ``(y, parameters, features) -> x``."""
@@ -201,7 +211,7 @@ def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
 class _Units:
     """The activations of a node, ``(units, B)`` in the order of degrees, finite where they are not complete."""
 
-    def __init__(self, values: Tensor, ends: list[int]):
+    def __init__(self, values: Tensor, ends: list[int]) -> None:
         self.values, self.ends = values, ends
         self.by_step = values[: ends[-1]].split(_differences(ends))
 
@@ -213,7 +223,7 @@ class _Units:
 class _Sum:
     """A :class:`Linear` node: its units, and its weights and biases in the order of degrees."""
 
-    def __init__(self, units: _Units, terms: list[tuple[_Units, Tensor]], bias: Tensor):
+    def __init__(self, units: _Units, terms: list[tuple[_Units, Tensor]], bias: Tensor) -> None:
         self.units, self.terms, self.bias = units, terms, bias
 
     def begin_wide(self, first: int, last: int) -> None:
@@ -251,7 +261,7 @@ class _Mapped:
         function: Callable[..., Tensor],
         sources: list[tuple[_Units, Tensor | None]],
         extras: list[Tensor],
-    ):
+    ) -> None:
         # A step is all overhead, and calling a module or writing elsewhere adds to it.
         self.in_place = None
         if [source.values is units.values for source, _ in sources] == [True] and not extras:

@@ -68,7 +68,7 @@ class MaskedNetwork:
         *,
         context_first: bool = False,
         parameters_first: bool = False,
-    ):
+    ) -> None:
         self.features, self.context = features, context
         self.context_first, self.parameters_first = context_first, parameters_first
         self.nodes: list[Linear | Map] = []

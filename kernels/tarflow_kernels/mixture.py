@@ -21,7 +21,15 @@ from . import dispatch, reference
 from .arguments import check_floating, check_tensors, full_precision, in_full_precision, needs_gradients
 from .derivatives import differentiated_again, gradients_of
 
-__all__ = ["BLOCK", "MAX_COMPONENTS", "MAX_EVALUATIONS", "mixture_logistic", "mixture_logistic_inverse"]
+__all__ = [
+    "BLOCK",
+    "MAX_COMPONENTS",
+    "MAX_EVALUATIONS",
+    "ROUNDING",
+    "mixture_logistic",
+    "mixture_logistic_inverse",
+    "solve_and_count",
+]
 
 MAX_COMPONENTS = 64
 """The most components of a mixture that any implementation takes."""

@@ -30,7 +30,18 @@ from triton.runtime.jit import JITFunction
 from . import cases
 from .scales import EXP, Scale, clamp, sigmoid, softclip, softplus, tanh
 
-__all__ = ["TARGETS", "Case", "Resources", "compile_only", "every_case", "main", "measure_all", "pretend", "resources"]
+__all__ = [
+    "TARGETS",
+    "Case",
+    "Resources",
+    "compile_only",
+    "every_case",
+    "main",
+    "measure",
+    "measure_all",
+    "pretend",
+    "resources",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -180,7 +191,7 @@ def pretend(target: GPUTarget) -> Iterator[None]:
 class _Driver:
     """The driver of a card that is not there."""
 
-    def __init__(self, target: GPUTarget):
+    def __init__(self, target: GPUTarget) -> None:
         self.target = target
         self.utils = self
 

@@ -33,7 +33,7 @@ class CausalSelfAttention(nn.Module):
     True
     """
 
-    def __init__(self, channels: int, num_heads: int, *, bias: bool = True):
+    def __init__(self, channels: int, num_heads: int, *, bias: bool = True) -> None:
         super().__init__()
         if not 0 < num_heads <= channels or channels % num_heads:
             raise ValueError(f"num_heads: expected a divisor of channels {channels}; got {num_heads}")

@@ -73,7 +73,7 @@ class MixtureTransform(Transform):
     bijective = True
     sign = +1
 
-    def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, **kwargs):
+    def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, **kwargs) -> None:
         super().__init__(**kwargs)
         self.parameters = logits, means, log_scales
 
@@ -103,7 +103,7 @@ class AffineTransform(Transform):
     domain = codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, shift: Tensor, scale: Tensor, activation: Scale, **kwargs):
+    def __init__(self, shift: Tensor, scale: Tensor, activation: Scale, **kwargs) -> None:
         super().__init__(**kwargs)
         self.shift, self.scale, self.activation = shift, scale, activation
 
@@ -129,7 +129,7 @@ class AffineTransform(Transform):
 class AutoregressiveTransform(zuko.transforms.AutoregressiveTransform):
     """zuko's autoregressive transform, with an incremental inverse."""
 
-    def __init__(self, lazy: "MaskedAutoregressiveTransform", c: Tensor | None):
+    def __init__(self, lazy: "MaskedAutoregressiveTransform", c: Tensor | None) -> None:
         super().__init__(partial(lazy.meta, c), lazy.passes)
         self.lazy, self.c = lazy, c
 
