@@ -43,7 +43,7 @@ def poisoned():
 @pytest.fixture
 def step_by_step(monkeypatch):
     """No problem of more than a few rows is too small to be inverted step by step."""
-    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)
+    monkeypatch.setattr(incremental, "FEW_PRODUCTS", 0)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ SHAPES = [(8,), (8,), (7,)]  # of a spline with 8 bins: widths, heights and the 
 class Layer(nn.Module):
     """A pre-norm transformer layer over whole sequences, or over new tokens and ``(cache_k, cache_v, positions)``."""
 
-    def __init__(self, channels: int, num_heads: int):
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(channels), CausalSelfAttention(channels, num_heads)
         widen, narrow = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
@@ -35,12 +35,12 @@ class Layer(nn.Module):
 
 
 class CausalTransformer(zuko.lazy.LazyTransform):
-    """The network, as zuko has it in a flow: called with a context, here ignored, it returns the transform."""
+    """A network as zuko has it in a flow: called with a context, here ignored, it returns the transform."""
 
-    def __init__(self, features: int, channels: int, num_heads: int = 4, num_layers: int = 2):
+    def __init__(self, features: int, channels: int, num_heads: int = 4, num_layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(1, channels)
-        self.places = nn.Parameter(0.1 * torch.randn(features, channels))
+        self.position_embedding = nn.Parameter(0.1 * torch.randn(features, channels))
         self.layers = nn.ModuleList(Layer(channels, num_heads) for _ in range(num_layers))
         self.out = nn.Linear(channels, sum(size for (size,) in SHAPES))
         nn.init.zeros_(self.out.weight)  # an untrained spline is about the identity
@@ -50,21 +50,21 @@ class CausalTransformer(zuko.lazy.LazyTransform):
 
     def meta(self, x: Tensor) -> zuko.transforms.DependentTransform:
         previous = nn.functional.pad(x[:, :-1], (1, 0))  # shifted by one, so that feature i sees x_<i
-        return zuko.transforms.DependentTransform(self.splines(previous, self.places), 1)
+        return zuko.transforms.DependentTransform(self.splines(previous, self.position_embedding), 1)
 
-    def splines(self, previous: Tensor, places: Tensor, caches=None) -> zuko.transforms.MonotonicRQSTransform:
-        """The spline of each feature, from the value before it and, by attention, from all earlier ones."""
-        h = self.embed(previous[..., None]) + places
+    def splines(self, previous: Tensor, position: Tensor, caches=None) -> zuko.transforms.MonotonicRQSTransform:
+        """Make the spline of each feature from the value before it and, by attention, from all earlier ones."""
+        h = self.embed(previous[..., None]) + position
         for layer, cache in zip(self.layers, caches or [()] * len(self.layers), strict=True):
             h = layer(h, *cache)
         return zuko.transforms.MonotonicRQSTransform(*zuko.utils.unpack(self.out(h), SHAPES))
 
 
 class CachedTransform(zuko.transforms.AutoregressiveTransform):
-    """The map of features ``(B, D)`` and its log-det are zuko's, in one pass; only the inverse is new."""
+    """A map of features ``(B, D)`` whose inverse is new; value and log-det are zuko's, in one pass."""
 
-    def __init__(self, network: CausalTransformer):
-        super().__init__(network.meta, passes=len(network.places))
+    def __init__(self, network: CausalTransformer) -> None:
+        super().__init__(network.meta, passes=len(network.position_embedding))
         self.network = network
 
     @torch.no_grad()
@@ -75,14 +75,14 @@ class CachedTransform(zuko.transforms.AutoregressiveTransform):
         positions = torch.zeros(rows, dtype=torch.int32, device=y.device)
         caches = [(cache_k, cache_v, positions) for cache_k, cache_v in cache]
         x = [y.new_zeros(rows, 1)]  # what stands before the first feature
-        for y_i, place in zip(y.split(1, dim=1), self.network.places, strict=True):
-            x.append(self.network.splines(x[-1], place, caches).inv(y_i))
+        for y_i, position in zip(y.split(1, dim=1), self.network.position_embedding, strict=True):
+            x.append(self.network.splines(x[-1], position, caches).inv(y_i))
             positions += 1
         return torch.cat(x[1:], dim=1)
 
 
 def make_flow(features: int, channels: int) -> zuko.flows.Flow:
-    """Two transforms, the second of which goes from the last feature to the first."""
+    """Make a flow of two transforms, the second of which goes from the last feature to the first."""
     first, second = CausalTransformer(features, channels), CausalTransformer(features, channels)
     backwards = zuko.transforms.PermutationTransform, torch.arange(features).flip(0)
     normal = zuko.distributions.DiagNormal, torch.zeros(features), torch.ones(features)
@@ -91,14 +91,14 @@ def make_flow(features: int, channels: int) -> zuko.flows.Flow:
 
 
 def waves(rows: int, features: int) -> Tensor:
-    """Noisy sines of any phase and one of three frequencies: the next value depends on all that came before."""
+    """Draw noisy sines of any phase and one of three frequencies: the next value depends on all that came before."""
     frequency, phase = torch.tensor([0.4, 0.9, 1.5])[torch.randint(3, (rows, 1))], 2 * torch.pi * torch.rand(rows, 1)
     return torch.sin(frequency * torch.arange(features) + phase) + 0.1 * torch.randn(rows, features)
 
 
 @torch.no_grad()
 def time_inverses(flow: zuko.flows.Flow, x: Tensor, repeats: int) -> list[float]:
-    """Median seconds of ours and of zuko's through one transform, by turns: what disturbs one disturbs both."""
+    """Time our inverse of one transform and zuko's by turns: what disturbs one disturbs both; median seconds."""
     ours = flow().transform.transforms[0]
     inverses = ours.inv, zuko.transforms.AutoregressiveTransform(ours.meta, ours.passes).inv
     y = ours(x)
@@ -107,6 +107,7 @@ def time_inverses(flow: zuko.flows.Flow, x: Tensor, repeats: int) -> list[float]
 
 
 def main(features: int = 32, channels: int = 32, steps: int = 100, rows: int = 64, repeats: int = 5) -> zuko.flows.Flow:
+    """Train a flow, print what its cache gains, and return it."""
     torch.manual_seed(0)
     flow, x = make_flow(features, channels), waves(rows, features)
     optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)

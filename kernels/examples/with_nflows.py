@@ -21,7 +21,7 @@ from tarflow_kernels.adapters.nflows import accelerate
 
 
 def moons(rows: int) -> Tensor:
-    """Two half circles, one of them upside down and moved, and noise."""
+    """Draw from two half circles, one of them upside down and moved, with noise."""
     angle, lower = torch.pi * torch.rand(rows), torch.randint(2, (rows,))
     upper = torch.stack((torch.cos(angle), torch.sin(angle)), dim=1)
     shape = torch.where(lower[:, None] == 1, torch.tensor([1.0, 0.5]) - upper, upper)
@@ -29,13 +29,13 @@ def moons(rows: int) -> Tensor:
 
 
 def waves(rows: int, features: int) -> Tensor:
-    """Noisy sines of any frequency up to one and any phase."""
+    """Draw noisy sines of any frequency up to one and any phase."""
     frequency, phase = torch.rand(rows, 1), 2 * torch.pi * torch.rand(rows, 1)
     return torch.sin(frequency * torch.arange(features) + phase) + 0.1 * torch.randn(rows, features)
 
 
 def make_flow(features: int, hidden: int, layers: int) -> Flow:
-    """As in nflows' example."""
+    """Make a flow as in nflows' example."""
     transforms = []
     for _ in range(layers):
         transforms.append(ReversePermutation(features=features))
@@ -44,7 +44,7 @@ def make_flow(features: int, hidden: int, layers: int) -> Flow:
 
 
 def train(flow: Flow, draw: Callable[[int], Tensor], steps: int, rows: int = 128) -> None:
-    """As in nflows' example."""
+    """Train as in nflows' example."""
     optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -55,18 +55,18 @@ def train(flow: Flow, draw: Callable[[int], Tensor], steps: int, rows: int = 128
 
 @torch.no_grad()
 def sample(flow: Flow, rows: int, seed: int = 0) -> Tensor:
-    """From the same noise every time."""
+    """Sample from the same noise every time."""
     torch.manual_seed(seed)
     return flow.sample(rows)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to its row: an unfinished flow may throw some samples far."""
+    """Measure the largest difference, relative to its row: an unfinished flow may throw some samples far."""
     return ((ours - theirs).abs() / (1 + theirs.abs().amax(1, keepdim=True))).max().item()
 
 
 def medians(repeats: int, *calls: Callable) -> list[float]:
-    """Median milliseconds of each call, by turns: what disturbs one disturbs all."""
+    """Time calls by turns, so that what disturbs one disturbs all; median milliseconds of each."""
     rounds = [[1e3 * timeit(call, number=1) for call in calls] for _ in range(repeats)]
     return [median(times) for times in zip(*rounds, strict=True)]
 
@@ -90,7 +90,7 @@ def compare(flow: Flow, draw: Callable[[int], Tensor], steps: int, rows: int, re
 def main(
     features: int = 64, hidden: int = 64, layers: int = 5, steps: int = 100, rows: int = 256, repeats: int = 3
 ) -> list[float]:
-    """How far samples and log-probabilities are apart, of either flow."""
+    """Compare both flows, and return how far samples and log-probabilities are apart."""
     torch.manual_seed(0)
     problems = (
         (moons, make_flow(2, 4, layers)),

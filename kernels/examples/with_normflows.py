@@ -19,13 +19,13 @@ from tarflow_kernels.adapters.normflows import accelerate
 
 
 def waves(rows: int, features: int) -> Tensor:
-    """Noisy sines of any frequency up to one and any phase."""
+    """Draw noisy sines of any frequency up to one and any phase."""
     frequency, phase = torch.rand(rows, 1), 2 * torch.pi * torch.rand(rows, 1)
     return torch.sin(frequency * torch.arange(features) + phase) + 0.1 * torch.randn(rows, features)
 
 
 def make_model(features: int, layers: int, make: Callable[..., nf.flows.Flow], *sizes: int) -> nf.NormalizingFlow:
-    """As in normflows' examples: flows, and linear permutations between them."""
+    """Make a model as normflows' examples do: flows, and linear permutations between them."""
     flows = []
     for _ in range(layers):
         flows += [make(features, *sizes), nf.flows.LULinearPermute(features)]
@@ -33,7 +33,7 @@ def make_model(features: int, layers: int, make: Callable[..., nf.flows.Flow], *
 
 
 def train(model: nf.NormalizingFlow, features: int, steps: int, rows: int = 64) -> None:
-    """As in normflows' README."""
+    """Train as in normflows' README."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -44,29 +44,30 @@ def train(model: nf.NormalizingFlow, features: int, steps: int, rows: int = 64) 
 
 @torch.no_grad()
 def sample(model: nf.NormalizingFlow, rows: int, seed: int = 0) -> Tensor:
-    """From the same noise every time."""
+    """Sample from the same noise every time."""
     torch.manual_seed(seed)
     return model.sample(rows)[0]
 
 
 @torch.no_grad()
 def score(model: nf.NormalizingFlow, x: Tensor) -> Tensor:
+    """Compute log-probabilities, one in each row."""
     return model.log_prob(x)[:, None]
 
 
 def differentiate(model: nf.NormalizingFlow, x: Tensor) -> Tensor:
-    """What a step of training takes, in one row."""
+    """Compute the gradients that a step of training takes, in one row."""
     made = torch.autograd.grad(model.forward_kld(x), [p for p in model.parameters() if p.requires_grad])
     return torch.cat([gradient.flatten() for gradient in made])[None]
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to its row: an unfinished flow may throw some samples far."""
+    """Measure the largest difference, relative to its row: an unfinished flow may throw some samples far."""
     return ((ours - theirs).abs() / (1 + theirs.abs().amax(1, keepdim=True))).max().item()
 
 
 def medians(repeats: int, *calls: Callable) -> list[float]:
-    """Median milliseconds of each call, by turns: what disturbs one disturbs all."""
+    """Time calls by turns, so that what disturbs one disturbs all; median milliseconds of each."""
     rounds = [[1e3 * timeit(call, number=1) for call in calls] for _ in range(repeats)]
     return [median(times) for times in zip(*rounds, strict=True)]
 
@@ -74,7 +75,7 @@ def medians(repeats: int, *calls: Callable) -> list[float]:
 def main(
     features: int = 32, hidden: int = 64, layers: int = 2, steps: int = 20, rows: int = 128, repeats: int = 3
 ) -> list[float]:
-    """How far samples, log-probabilities and gradients are apart, of either model."""
+    """Compare both models, and return how far samples, log-probabilities and gradients are apart."""
     torch.manual_seed(0)
     x, differences = waves(rows, features), []
     calls = partial(sample, rows=rows), partial(score, x=x), partial(differentiate, x=x)

@@ -20,19 +20,19 @@ from tarflow_kernels.adapters.pyro import accelerate
 
 
 def waves(rows: int, features: int) -> Tensor:
-    """Noisy sines of any frequency up to one and any phase."""
+    """Draw noisy sines of any frequency up to one and any phase."""
     frequency, phase = torch.rand(rows, 1), 2 * torch.pi * torch.rand(rows, 1)
     return torch.sin(frequency * torch.arange(features) + phase) + 0.1 * torch.randn(rows, features)
 
 
 def make_flow(transform: torch.nn.Module, features: int) -> dist.TransformedDistribution:
-    """As in Pyro's tutorial."""
+    """Make a flow as in Pyro's tutorial."""
     base_dist = dist.Normal(torch.zeros(features), torch.ones(features))
     return dist.TransformedDistribution(base_dist, [transform])
 
 
 def fit(flow: dist.TransformedDistribution, x: Tensor, steps: int) -> float:
-    """As in Pyro's tutorial; the last loss, in nats per feature."""
+    """Fit as in Pyro's tutorial, and return the last loss, in nats per feature."""
     optimizer = torch.optim.Adam(flow.transforms[0].parameters(), lr=5e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -44,7 +44,7 @@ def fit(flow: dist.TransformedDistribution, x: Tensor, steps: int) -> float:
 
 
 def differentiate(flow: dist.TransformedDistribution, x: Tensor) -> Tensor:
-    """What a step of training takes, in one row."""
+    """Compute the gradients that a step of training takes, in one row."""
     flow.clear_cache()
     made = torch.autograd.grad(-flow.log_prob(x).mean(), list(flow.transforms[0].parameters()))
     return torch.cat([gradient.flatten() for gradient in made])[None]
@@ -52,7 +52,7 @@ def differentiate(flow: dist.TransformedDistribution, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_and_score(flow: dist.TransformedDistribution, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Of the same noise every time, which Pyro remembers: without it there is no score of a neural transform."""
+    """Sample from the same noise every time, and score, which Pyro's neural transform can for samples alone."""
     torch.manual_seed(seed)
     x = flow.sample((rows,))
     return x, flow.log_prob(x)[:, None]
@@ -60,23 +60,24 @@ def sample_and_score(flow: dist.TransformedDistribution, rows: int, seed: int = 
 
 @torch.no_grad()
 def score(flow: dist.TransformedDistribution, x: Tensor) -> Tensor:
+    """Compute log-probabilities, one in each row."""
     flow.clear_cache()
     return flow.log_prob(x)[:, None]
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to its row."""
+    """Measure the largest difference, relative to its row."""
     return ((ours - theirs).abs() / (1 + theirs.abs().amax(1, keepdim=True))).max().item()
 
 
 def medians(repeats: int, *calls: Callable) -> list[float]:
-    """Median milliseconds of each call, by turns: what disturbs one disturbs all."""
+    """Time calls by turns, so that what disturbs one disturbs all; median milliseconds of each."""
     rounds = [[1e3 * timeit(call, number=1) for call in calls] for _ in range(repeats)]
     return [median(times) for times in zip(*rounds, strict=True)]
 
 
 def main(features: int = 24, rows: int = 128, steps: int = 5, repeats: int = 3) -> list[float]:
-    """How far samples, log-probabilities and gradients are apart."""
+    """Compare flows, and return how far samples, log-probabilities and gradients are apart."""
     torch.manual_seed(0)
     x = waves(rows, features)
 

@@ -25,14 +25,14 @@ FLOWS = {
 
 
 def waves(rows: int, features: int) -> tuple[Tensor, Tensor]:
-    """Noisy sines of any phase, and their frequencies: the context."""
+    """Draw noisy sines of any phase, and their frequencies: the context."""
     frequency, phase = 0.3 + torch.rand(rows, 1), 2 * torch.pi * torch.rand(rows, 1)
     x = torch.sin(frequency * torch.arange(features) + phase) + 0.1 * torch.randn(rows, features)
     return x, frequency
 
 
 def train(flow: zuko.flows.Flow, features: int, steps: int, rows: int = 64) -> None:
-    """As in zuko's README."""
+    """Train as in zuko's README."""
     optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
     for _ in range(steps):
         x, c = waves(rows, features)
@@ -43,18 +43,18 @@ def train(flow: zuko.flows.Flow, features: int, steps: int, rows: int = 64) -> N
 
 
 def sample(flow: zuko.flows.Flow, c: Tensor, rows: int, seed: int = 0) -> Tensor:
-    """As in zuko's README, from the same noise every time."""
+    """Sample as in zuko's README, from the same noise every time."""
     torch.manual_seed(seed)
     return flow(c).sample((rows,))
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to its row: an unfinished flow may throw some samples far."""
+    """Measure the largest difference, relative to its row: an unfinished flow may throw some samples far."""
     return ((ours - theirs).abs() / (1 + theirs.abs().amax(1, keepdim=True))).max().item()
 
 
 def medians(repeats: int, *calls: Callable) -> list[float]:
-    """Median milliseconds of each call, by turns: what disturbs one disturbs all."""
+    """Time calls by turns, so that what disturbs one disturbs all; median milliseconds of each."""
     rounds = [[1e3 * timeit(call, number=1) for call in calls] for _ in range(repeats)]
     return [median(times) for times in zip(*rounds, strict=True)]
 
@@ -83,7 +83,7 @@ def main(
     rows: int = 128,
     repeats: int = 3,
 ) -> list[float]:
-    """How far samples and log-probabilities are apart, of every flow."""
+    """Compare every flow, and return how far samples and log-probabilities are apart."""
     torch.manual_seed(0)
     differences = []
     for name in names:

@@ -1,7 +1,7 @@
-"""Kernels of transformer autoregressive flows, one public function each, usable in any PyTorch flow."""
+"""Kernels of transformer autoregressive flows: one public function for each op, for any PyTorch flow."""
 
 from . import reference, scales
-from .affine import affine_forward, affine_inverse, guided_affine_inverse
+from .affine import affine_forward, affine_inverse
 from .attention import causal_attention
 from .decode import KVCache, decode_attention
 from .dispatch import use_backend
@@ -22,7 +22,6 @@ __all__ = [
     "decode_attention",
     "embed_next",
     "fixed_point_inverse",
-    "guided_affine_inverse",
     "incremental_inverse",
     "mixture_logistic",
     "mixture_logistic_inverse",

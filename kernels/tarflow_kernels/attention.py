@@ -3,22 +3,31 @@
 Source: TarFlow (arXiv 2412.06329), whose temperature guidance divides the attention logits by tau.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .checks import check_attention, check_scale, check_temperature
+from .arguments import (
+    autocast,
+    check_floating,
+    check_scale,
+    check_temperature,
+    check_tensors,
+    fold_temperature,
+    has_attention_kernel,
+    in_full_precision,
+    scale_queries,
+)
 from .derivatives import differentiated_again, gradients_of
-from .tensors import in_full_precision
+
+__all__ = ["causal_attention"]
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, temperature: float | Tensor = 1.0, scale: float | None = None
 ) -> Tensor:
-    """``softmax(q k^T * scale / temperature + mask) v``, where query i sees keys 0 to i.
+    """Attend causally: ``softmax(q k^T * scale / temperature + mask) v``, where query i sees keys 0 to i.
 
     Args:
         q, k, v: ``(B, H, N, D)`` of one dtype, any strides, best with a contiguous last dimension. Under autocast they
@@ -28,7 +37,7 @@ def causal_attention(
 
     Returns:
         ``(B, H, N, D)`` in the dtype of q. Differentiable in q, k, v and a tensor temperature. Gradients that are to
-        be differentiated again (``create_graph=True``) are those of the formula, with all of its logits in memory;
+        be differentiated again (``create_graph=True``) are those of stock operators, with all logits in memory;
         PyTorch's own attention, the torch backend, refuses that.
 
     Raises:
@@ -44,29 +53,13 @@ def causal_attention(
               [2., 2.]]]])
     """
     q, k, v = autocast(q, k, v)
-    check_attention(q=q, k=k, v=v)
+    check_floating("q", q.dtype)
+    if q.dim() != 4 or not q.shape[3]:
+        raise ValueError(f"q: expected shape (B, H, N, D), D at least 1; got {tuple(q.shape)}")
+    check_tensors("q", q, ("k", k, q.shape, q.dtype), ("v", v, q.shape, q.dtype))
     check_temperature(temperature, q)
     check_scale(scale)
     return dispatch.call("causal_attention", q, k, v, *fold_temperature(q, temperature, scale))
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the dtype of the autocast in force for their device, if any."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-
-
-def fold_temperature(q: Tensor, temperature: float | Tensor, scale: float | None) -> tuple[Tensor | None, float]:
-    """Split into what only the device knows, a temperature per row, and one factor of the logits."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return (temperature, scale) if isinstance(temperature, Tensor) else (None, scale / temperature)
-
-
-def scale_queries(q: Tensor, temperature: Tensor | None) -> Tensor:
-    """Dividing the logits of a row by its temperature is dividing its queries."""
-    return q if temperature is None else (q / temperature.view(-1, 1, 1, 1)).to(q.dtype)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> Tensor:
@@ -83,7 +76,7 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: f
 
 
 class _Fused(torch.autograd.Function):
-    """The Triton kernels under autograd."""
+    """The Triton kernels under autograd; gradients that are to be differentiated again are those of stock operators."""
 
     @staticmethod
     def forward(ctx, q, k, v, temperature, scale):
@@ -96,7 +89,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, temperature = ctx.saved_tensors
         if differentiated_again():
-            return *_formula_gradients(grad, q, k, v, temperature, ctx.scale), None
+            inputs = [q, k, v] if temperature is None else [q, k, v, temperature]
+            grads = gradients_of(lambda *tensors: _explicit(*tensors, scale=ctx.scale), inputs, [grad])
+            return *grads, *[None] * (5 - len(grads))
         grads = _backward_kernel(grad, q, k, v, out, lse, temperature, ctx.scale)
         dq, dk, dv = grads.permute(2, 0, 3, 1, 4).unbind()
         grad_temperature = None
@@ -108,24 +103,29 @@ class _Fused(torch.autograd.Function):
         return dq, dk, dv, grad_temperature, None
 
 
-def _formula_gradients(grad, q, k, v, temperature, scale):
-    """Gradients of q, k, v and temperature that can be differentiated again."""
+def _explicit(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None = None, *, scale: float) -> Tensor:
+    """The same attention of operators that can be differentiated any number of times."""
+    dtype = q.dtype
+    q, k, v = in_full_precision(q, k, v)
+    logits = q @ k.mT * scale
+    if temperature is not None:
+        logits = logits / temperature.view(-1, 1, 1, 1)
+    later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return (logits.masked_fill(later, float("-inf")).softmax(-1).to(v.dtype) @ v).to(dtype)
 
-    def formula(q, k, v, temperature=None):
-        return _reference(*in_full_precision(q, k, v), temperature, scale).to(q.dtype)
 
-    grads = gradients_of(formula, (q, k, v) if temperature is None else (q, k, v, temperature), [grad])
-    return grads if len(grads) == 4 else (*grads, None)
-
-
-def empty_forward(q, k, v, temperature, scale):
+def empty_forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Make room for the output, laid out as ``(B, N, H, D)``, and the log-sum-exp, ``(B, H, N)``."""
     batch, heads, length, head_dim = q.shape
     # The head dimension lies behind that of the heads, so that joining the heads is no copy.
     out = q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     return out, q.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def empty_backward(grad, q, k, v, out, lse, temperature, scale):
+def empty_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, temperature: Tensor | None, scale: float
+) -> Tensor:
+    """Make room for the gradients of q, k and v, ``(B, N, 3, H, D)``, as a fused projection lays them out."""
     batch, heads, length, head_dim = q.shape
     return q.new_empty(batch, length, 3, heads, head_dim)
 
@@ -142,21 +142,9 @@ _backward_kernel = dispatch.register_kernel(
     fake=empty_backward,
 )
 
-
-_WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 128}
-
-
-def serves(q: Tensor, *_) -> bool:
-    """Whether the attention kernels take such queries: stock PyTorch takes heads that do not fit on the chip.
-
-    Of float64, for which only the interpreter has tiles, it takes all on a GPU.
-    """
-    return q.shape[-1] <= _WIDEST.get(q.dtype, 0) and (q.dtype != torch.float64 or q.is_cpu)
-
-
 dispatch.register(
     "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? temperature, float scale) -> Tensor",
-    serves=serves,
+    serves=has_attention_kernel,
     reference=_reference,
     torch=_torch,
     triton=_Fused.apply,

@@ -1,36 +1,59 @@
 """Attention of new tokens against a key-value cache that they extend: one step of incremental decoding."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .attention import autocast, fold_temperature, scale_queries, serves
-from .checks import check_attention, check_positions, check_same_device, check_scale, check_temperature
+from .arguments import (
+    autocast,
+    check_floating,
+    check_scale,
+    check_temperature,
+    check_tensors,
+    fold_temperature,
+    has_attention_kernel,
+    scale_queries,
+)
+
+__all__ = ["KVCache", "decode_attention"]
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Preallocated keys and values of every layer, ``(L, R, H, capacity, D)`` each; iterating gives them by layer.
+    """Preallocated keys and values of every layer; iterating gives them by layer.
 
     It holds no positions: whoever decodes says where each row stands, so that rows may move independently and a
     rewound position simply overwrites what was there.
+
+    Attributes:
+        keys, values: ``(L, R, H, capacity, D)``, L layers of R rows and H heads.
     """
 
     keys: Tensor
     values: Tensor
 
     @classmethod
-    def allocate(cls, num_layers, rows, num_heads, capacity, head_dim, *, device=None, dtype=None) -> "KVCache":
-        """An uninitialized cache; its contents are only ever read at positions that were written."""
+    def allocate(
+        cls,
+        num_layers: int,
+        rows: int,
+        num_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "KVCache":
+        """Allocate a cache without writing to it: contents are only ever read at positions that were written."""
         shape = (num_layers, rows, num_heads, capacity, head_dim)
         return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
-    def __iter__(self):
-        """``(cache_k, cache_v)``, each ``(R, H, capacity, D)``, for each layer."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over layers: ``(cache_k, cache_v)``, each ``(R, H, capacity, D)``."""
         return zip(self.keys.unbind(), self.values.unbind(), strict=True)
 
 
@@ -68,48 +91,31 @@ def decode_attention(
             finite; on a CPU, positions beyond the capacity.
     """
     q, k, v = autocast(q, k, v)
-    # One comparison when all is well: this runs once per layer and token.
     shape, dtype = q.shape, q.dtype
-    fits = (
-        len(shape) == 4
-        and shape[3] > 0
-        and k.shape == shape == v.shape
-        and cache_k.dim() == 4
-        and cache_k.shape == cache_v.shape == (shape[0], shape[1], cache_k.shape[-2], shape[3])
-        and dtype.is_floating_point
-        and k.dtype == v.dtype == cache_k.dtype == cache_v.dtype == dtype
-        and positions.shape == shape[:1]
-        and positions.dtype == torch.int32
-        and shape[2] <= cache_k.shape[2]
-        and q.device == k.device == v.device == cache_k.device == cache_v.device == positions.device
+    check_floating("q", dtype)
+    if len(shape) != 4 or not shape[3]:
+        raise ValueError(f"q: expected shape (B, H, G, D), D at least 1; got {tuple(shape)}")
+    (rows, heads, new, head_dim), cached = shape, cache_k.shape
+    if len(cached) != 4:
+        raise ValueError(f"cache_k: expected shape ({rows}, {heads}, capacity, {head_dim}); got {tuple(cached)}")
+    capacity = cached[2]
+    cached = rows, heads, capacity, head_dim
+    check_tensors(
+        "q",
+        q,
+        ("k", k, shape, dtype),
+        ("v", v, shape, dtype),
+        ("cache_k", cache_k, cached, dtype),
+        ("cache_v", cache_v, cached, dtype),
+        ("positions", positions, (rows,), torch.int32),
     )
-    if not fits:
-        _explain(q, k, v, cache_k, cache_v, positions)
+    if new > capacity:
+        raise ValueError(f"q: expected no more new tokens than the capacity of the cache, {capacity}; got {new}")
     check_temperature(temperature, q)
     check_scale(scale)
     return dispatch.call(
         "decode_attention", q, k, v, cache_k, cache_v, positions, *fold_temperature(q, temperature, scale)
     )
-
-
-def _explain(q, k, v, cache_k, cache_v, positions) -> NoReturn:
-    """Raise the error of the argument that does not fit."""
-    check_attention(q=q, k=k, v=v)
-    rows, heads, new, head_dim = q.shape
-    check_positions(positions, rows)
-    check_same_device(q=q, cache_k=cache_k, cache_v=cache_v, positions=positions)
-    for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
-        if cache.dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}; got {cache.dtype}")
-        if cache.dim() != 4 or (*cache.shape[:2], cache.shape[3]) != (rows, heads, head_dim):
-            raise ValueError(
-                f"{name}: expected shape ({rows}, {heads}, capacity, {head_dim}); got {tuple(cache.shape)}"
-            )
-    if new > cache_k.shape[2]:
-        raise ValueError(
-            f"q: expected no more new tokens than the capacity of the cache, {cache_k.shape[2]}; got {new}"
-        )
-    raise ValueError(f"cache_v: expected the shape of cache_k, {tuple(cache_k.shape)}; got {tuple(cache_v.shape)}")
 
 
 def _reference(q, k, v, cache_k, cache_v, positions, temperature, scale):
@@ -121,21 +127,21 @@ def _torch(q, k, v, cache_k, cache_v, positions, temperature, scale):
     q = scale_queries(q, temperature)
     if q.device.type != "cpu" or not q.shape[0]:
         return _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean=False)
-    standing, new = positions.tolist(), q.shape[2]
-    first, last = min(standing), max(standing)
+    values, new = positions.tolist(), q.shape[2]
+    first, last = min(values), max(values)
     if first < 0 or last + new > cache_k.shape[2]:
         raise ValueError(f"positions: expected 0 to capacity {cache_k.shape[2]} - G; got {first} to {last}")
-    # What no row has reached yet need not be read.
+    # Nothing behind the last row's tokens need be read.
     cache_k, cache_v = cache_k[:, :, : last + new], cache_v[:, :, : last + new]
     if first == last:
-        return _torch_abreast(q, k, v, cache_k, cache_v, first, scale)
-    # To look at what only some rows have written costs far less than to copy everything.
+        return _torch_aligned(q, k, v, cache_k, cache_v, first, scale)
+    # Reading what only some rows have written costs far less than copying everything.
     clean = all(torch.linalg.vector_norm(cache[:, :, first + new :]) < 1e6 for cache in (cache_k, cache_v))
     return _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean)
 
 
-def _torch_abreast(q, k, v, cache_k, cache_v, start, scale):
-    """All rows stand at one position, known to the host: slices instead of indices, and the cache is read in place."""
+def _torch_aligned(q, k, v, cache_k, cache_v, start, scale):
+    """Decode rows that stand at one position, known to the host: by slices, and the cache is read in place."""
     cache_k[:, :, start:] = k
     cache_v[:, :, start:] = v
     seen = None
@@ -145,7 +151,7 @@ def _torch_abreast(q, k, v, cache_k, cache_v, start, scale):
 
 
 def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean):
-    """Rows stand anywhere; ``clean`` where the caches hold moderate numbers throughout, whoever wrote them."""
+    """Decode rows that stand anywhere; ``clean``: the caches hold moderate numbers throughout, whoever wrote them."""
     index = positions[:, None].long() + torch.arange(q.shape[2], device=q.device)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     cache_k[rows, :, index] = k.transpose(1, 2)
@@ -156,7 +162,9 @@ def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean):
         written = seen[:, :, -1, :, None]
         cache_k, cache_v = cache_k.masked_fill(~written, 0), cache_v.masked_fill(~written, 0)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as a compiler was told, and CPUs have it anyway
+    return (
+        out.transpose(1, 2).contiguous().transpose(1, 2)
+    )  # the layout that compilers were told of, and that a CPU's attention has anyway
 
 
 def _fake(q, k, v, cache_k, cache_v, positions, temperature, scale):
@@ -168,7 +176,7 @@ dispatch.register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor positions,"
     " Tensor? temperature, float scale) -> Tensor",
     fake=_fake,
-    serves=serves,
+    serves=has_attention_kernel,
     reference=_reference,
     torch=_torch,
     triton=dispatch.launcher("decode", "decode_attention"),

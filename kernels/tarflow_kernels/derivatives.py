@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["differentiated_again", "gradients_of", "undifferentiable"]
+
 
 def differentiated_again() -> bool:
     """Whether the gradients that a backward pass returns are themselves to be differentiated: ``create_graph=True``."""
@@ -16,20 +18,20 @@ def differentiated_again() -> bool:
 
 
 def gradients_of(formula: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of ``formula(*inputs)`` in all inputs, which can be differentiated again."""
+    """Differentiate ``formula(*inputs)`` in all inputs so that the gradients can be differentiated again."""
     with torch.enable_grad():
-        # Of views, since one input may have been made from another.
+        # Views, since one input may have been made from another.
         views = [t.view_as(t).requires_grad_() for t in inputs]
         return torch.autograd.grad(formula(*views), views, grads, create_graph=True)
 
 
 def undifferentiable(gradient: Tensor, *sources: Tensor) -> Tensor:
-    """The gradient that a backward pass made of such tensors; where it is to be differentiated in them, that raises."""
+    """Mark a gradient that a backward pass made of some tensors: to differentiate it in them raises."""
     return _Undifferentiable.apply(gradient, *sources) if differentiated_again() else gradient
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """The first of some tensors; it stands in the graph of all of them."""
+    """The identity of the first tensor, which makes the graph of all of them refuse a second derivative."""
 
     @staticmethod
     def forward(ctx, gradient, *sources):

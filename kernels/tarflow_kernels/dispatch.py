@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the device picks, and only ``use_backend`` overrides it."""
+"""The choice of the implementation that runs for an op: the device picks, and only ``use_backend`` overrides it."""
 
 import contextlib
 import functools
@@ -7,23 +7,28 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import library
 
-BACKENDS = ("reference", "torch", "triton")
+__all__ = ["BACKENDS", "can_be_captured", "chosen", "implementations", "pick", "use_backend"]
 
+BACKENDS = ("reference", "torch", "triton")
+implementations: dict[str, dict[str, Callable]] = {}
+"""The functions that run, by op and backend; a test puts others in their place."""
+
+_implementations = implementations  # until tests/tarflow use the public name
 _library = library.Library("tarflow", "DEF")
-_implementations: dict[str, dict[str, Callable]] = {}
 _serves: dict[str, Callable[..., bool]] = {}
 _opaque: set[str] = set()
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
 class _Choice(threading.local):
-    """The backend asked for in this thread. A ``ContextVar`` is what compilers cannot trace."""
+    """The backend asked for in this thread. Compilers cannot trace a ``ContextVar``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.backend: str | None = None
 
 
@@ -39,9 +44,9 @@ def use_backend(name: str) -> Iterator[None]:
             ``"triton"`` (CUDA, ROCm and XPU devices, or the Triton interpreter).
 
     Other threads are left alone. A backward pass, which autograd may run on a thread of its own, is that of the backend
-    that ran forward, wherever it is called; only what ``torch.utils.checkpoint`` runs again there must be told, by its
-    ``context_fn=lambda: (use_backend(name), use_backend(name))``. Under ``torch.compile`` the choice is fixed when the
-    function is traced, and a change of it makes a new trace.
+    that ran forward, wherever it is called. Only ``torch.utils.checkpoint``, which runs the forward pass again there,
+    must be told, by its ``context_fn=lambda: (use_backend(name), use_backend(name))``. Under ``torch.compile`` the
+    choice is fixed when the function is traced, and a change of it makes a new trace.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -70,7 +75,7 @@ def can_be_captured() -> bool:
 
 
 def register(
-    schema: str, *, fake: Callable | None = None, serves: Callable[..., bool] | None = None, **implementations: Callable
+    schema: str, *, fake: Callable | None = None, serves: Callable[..., bool] | None = None, **of_backends: Callable
 ) -> None:
     """Define ``tarflow::<schema>`` with one implementation per backend, each taking the arguments of the schema.
 
@@ -82,7 +87,7 @@ def register(
     name = schema.partition("(")[0]
 
     def run(*args):
-        return _run(name, *args)
+        return _run(name, args)
 
     _library.define(schema)
     if fake is None:
@@ -91,7 +96,7 @@ def register(
         _library.impl(name, run, "CompositeExplicitAutograd")
         library.register_fake(f"tarflow::{name}", fake, lib=_library)
         _opaque.add(name)
-    _implementations[name] = implementations
+    implementations[name] = of_backends
     _serves[name] = serves or (lambda *args: True)
 
 
@@ -110,7 +115,7 @@ def register_opaque(schema: str, run: Callable, *, fake: Callable) -> Callable:
 
 
 def launcher(module: str, name: str) -> Callable:
-    """The launcher of that name in ``triton/<module>.py``, imported, and Triton with it, when it first runs."""
+    """The launcher of that name in ``triton/<module>.py``, which imports it, and Triton with it, when it first runs."""
 
     @functools.cache
     def find() -> Callable:
@@ -119,7 +124,7 @@ def launcher(module: str, name: str) -> Callable:
     return lambda *args: find()(*args)
 
 
-def call(name: str, *args):
+def call(name: str, *args: Any) -> Any:
     """Run op ``name`` on the backend in force.
 
     Only a compiler needs the registered op; in eager mode the implementation is called as it is, since going through
@@ -127,35 +132,36 @@ def call(name: str, *args):
     """
     if torch.compiler.is_compiling() and (chosen() is None or name in _opaque):
         return getattr(torch.ops.tarflow, name).default(*args)
-    return _run(name, *args)
+    return _run(name, args)
 
 
-def _run(name: str, *args):
-    backend = chosen() or _pick(name, args)
-    if backend not in _implementations[name]:
-        raise NotImplementedError(f"{name} has no {backend} implementation; it has {', '.join(_implementations[name])}")
+def _run(name: str, args: tuple) -> Any:
+    backend, of_backends = _choice.backend or pick(name, args), implementations[name]
+    if backend not in of_backends:
+        raise NotImplementedError(f"{name} has no {backend} implementation; it has {', '.join(of_backends)}")
     if backend == "triton":
         _check_triton(name, args)
-    if backend == "reference" and args[0].is_cuda:
+    elif backend == "reference" and args[0].is_cuda:
         _check_capture(name)
-    return _implementations[name][backend](*args)
+    return of_backends[backend](*args)
 
 
-def _pick(name: str, args: tuple) -> str:
-    if not args[0].is_cpu and _has_triton and "triton" in _implementations[name]:
+def pick(name: str, args: tuple) -> str:
+    """Pick the backend of an op for its arguments: that of their device, where it has a kernel for them."""
+    if not args[0].is_cpu and _has_triton and "triton" in implementations[name]:
         on_gpu = args[0].device.type in ("cuda", "xpu")  # ROCm calls itself cuda
         return "triton" if on_gpu and _serves[name](*args) else "torch"
     return "torch"
 
 
 def _check_capture(name: str) -> None:
-    """Refused while the capture is whole: PyTorch 2.11 leaves the stream and the allocator in one that has failed."""
+    """Refuse the reference while the capture is whole: PyTorch 2.11 leaves the stream in one that has failed."""
     if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise NotImplementedError(f"{name}: the reference backend waits for the device, so no CUDA graph can hold it")
 
 
 def _check_triton(name: str, args: tuple) -> None:
-    """Only a backend that was asked for by name can be one that does not work."""
+    """Refuse Triton where it does not work, which happens only where it was asked for by name."""
     if not _has_triton:
         raise NotImplementedError("Triton is not installed; try: pip install triton")
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -1,15 +1,15 @@
-"""From one pass of a decoding step to the next: the token that follows, and its embedding for every branch.
+"""The link between two passes of a decoding step: the token that follows, and its embedding for every branch.
 
 Source: TarFlow (arXiv 2412.06329), whose guidance runs a conditional and a reference branch.
 """
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .checks import check_floating, check_positions, check_same_device
+from .arguments import check_tensors
+
+__all__ = ["embed_next"]
 
 
 def embed_next(
@@ -44,8 +44,8 @@ def embed_next(
             between 0 and N - 2 is the caller's promise, which nobody checks. Where it is broken, PyTorch's indexing may
             raise; the Triton kernel returns rows that mean nothing, and leaves x as it is.
         projection: ``(D, C)``, of the dtype of x, as all that follow.
-        embedding: ``(N, C)``, of each position.
-        context: of each row, ``(R, C)``, or None.
+        embedding: ``(N, C)``, a row for each position.
+        context: ``(R, C)``, what is added to each row of the result, or None.
 
     Returns:
         ``(R, C)``, contiguous, in the dtype of x: R = B rows, or R = 2B under guidance, the rows of the conditional
@@ -65,91 +65,36 @@ def embed_next(
              [0., 0.],
              [1., 5.]]])
     """
-    # One comparison when all is well: this runs once per token.
-    shape, dtype, device = x.shape, x.dtype, x.device
-    fits = (
-        len(shape) == 3
-        and z.shape == shape
-        and mu.shape == alpha.shape == (shape[0], shape[2])
-        and (mu_ref is None) == (alpha_ref is None) == (weights is None)
-        and positions.shape == shape[:1]
-        and projection.dim() == 2
-        and projection.shape[0] == shape[2]
-        and embedding.shape == (shape[1], projection.shape[1])
-        and (dtype == torch.float32 or dtype == torch.float64)
-        and z.dtype == projection.dtype == embedding.dtype == dtype
-        and mu.dtype.is_floating_point
-        and alpha.dtype.is_floating_point
-        and positions.dtype == torch.int32
-        and z.device == mu.device == alpha.device == positions.device == projection.device == embedding.device == device
-        and (weights is None or _fits_guidance(mu, mu_ref, alpha_ref, weights, embedding))
-        and (context is None or _fits_context(context, shape[0] if weights is None else 2 * shape[0], embedding))
+    shape, dtype = x.shape, x.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        raise TypeError(f"x: expected float32 or float64; got {dtype}")
+    if len(shape) != 3:
+        raise ValueError(f"x: expected shape (B, N, D); got {tuple(shape)}")
+    (samples, tokens, token_dim), projected = shape, projection.shape
+    if len(projected) != 2:
+        raise ValueError(f"projection: expected shape ({token_dim}, C); got {tuple(projected)}")
+    if not ((mu_ref is None) == (alpha_ref is None) == (weights is None)):
+        guidance = {"mu_ref": mu_ref, "alpha_ref": alpha_ref, "weights": weights}
+        missing = next(name for name, tensor in guidance.items() if tensor is None)
+        raise ValueError(f"{missing}: expected a tensor, or None for each of {', '.join(guidance)}; got None")
+    channels, token = projected[1], (samples, token_dim)
+    check_tensors(
+        "x",
+        x,
+        ("z", z, shape, dtype),
+        ("mu", mu, token, None),
+        ("alpha", alpha, token, None),
+        ("mu_ref", mu_ref, token, None),
+        ("alpha_ref", alpha_ref, token, None),
+        ("weights", weights, (tokens,), None),
+        ("positions", positions, (samples,), torch.int32),
+        ("projection", projection, (token_dim, channels), dtype),
+        ("embedding", embedding, (tokens, channels), dtype),
+        ("context", context, (samples if weights is None else 2 * samples, channels), dtype),
     )
-    if not fits:
-        _explain(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context)
     return dispatch.call(
         "embed_next", x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context
     )
-
-
-def _fits_guidance(mu: Tensor, mu_ref: Tensor, alpha_ref: Tensor, weights: Tensor, embedding: Tensor) -> bool:
-    return (
-        mu_ref.shape == alpha_ref.shape == mu.shape
-        and weights.shape == embedding.shape[:1]
-        and mu_ref.dtype.is_floating_point
-        and alpha_ref.dtype.is_floating_point
-        and weights.dtype.is_floating_point
-        and mu_ref.device == alpha_ref.device == weights.device == mu.device
-    )
-
-
-def _fits_context(context: Tensor, rows: int, embedding: Tensor) -> bool:
-    return (
-        context.shape == (rows, embedding.shape[1])
-        and context.dtype == embedding.dtype
-        and context.device == embedding.device
-    )
-
-
-def _explain(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context) -> NoReturn:
-    """Raise the error of the argument that does not fit."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x: expected float32 or float64; got {x.dtype}")
-    if x.dim() != 3:
-        raise ValueError(f"x: expected shape (B, N, D); got {tuple(x.shape)}")
-    samples, tokens, token_dim = x.shape
-    if projection.dim() != 2 or len(projection) != token_dim:
-        raise ValueError(f"projection: expected shape ({token_dim}, C); got {tuple(projection.shape)}")
-    guidance = {"mu_ref": mu_ref, "alpha_ref": alpha_ref, "weights": weights}
-    missing = [name for name, tensor in guidance.items() if tensor is None]
-    if missing and len(missing) < len(guidance):
-        raise ValueError(f"{missing[0]}: expected a tensor, or None for each of {', '.join(guidance)}; got None")
-
-    channels, rows = projection.shape[1], samples if missing else 2 * samples
-    of_the_dtype = {
-        "z": (z, x.shape),
-        "projection": (projection, (token_dim, channels)),
-        "embedding": (embedding, (tokens, channels)),
-        "context": (context, (rows, channels)),
-    }
-    of_any_precision = {
-        "mu": (mu, (samples, token_dim)),
-        "alpha": (alpha, (samples, token_dim)),
-        "mu_ref": (mu_ref, (samples, token_dim)),
-        "alpha_ref": (alpha_ref, (samples, token_dim)),
-        "weights": (weights, (tokens,)),
-    }
-    for name, (tensor, shape) in (of_the_dtype | of_any_precision).items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}; got {tuple(tensor.shape)}")
-        if name in of_the_dtype and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}; got {tensor.dtype}")
-        check_floating(**{name: tensor})
-        check_same_device(x=x, **{name: tensor})
-    check_positions(positions, samples)
-    check_same_device(x=x, positions=positions)
 
 
 def _reference(x, z, mu, alpha, mu_ref, alpha_ref, weights, *rest):
@@ -158,10 +103,10 @@ def _reference(x, z, mu, alpha, mu_ref, alpha_ref, weights, *rest):
 
 
 def _torch(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context):
-    stands = set(positions.tolist()) if x.is_cpu else set()
-    if len(stands) == 1:
+    known = set(positions.tolist()) if x.is_cpu else set()
+    if len(known) == 1:
         # On a CPU all samples mostly stand at one position, and slices are far cheaper than indices.
-        i, samples = stands.pop() + 1, slice(None)
+        i, samples = known.pop() + 1, slice(None)
         w = None if weights is None else -weights[i].item()
     else:
         i, samples = positions.long() + 1, torch.arange(len(x), device=x.device)
@@ -171,7 +116,7 @@ def _torch(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, e
         mu, alpha = torch.lerp(mu, mu_ref.to(x.dtype), w), torch.lerp(alpha, alpha_ref.to(x.dtype), w)
     token = torch.addcmul(mu, z[samples, i], alpha.exp())
     x[samples, i] = token
-    # In full precision: autocast leaves products alone that have a tensor to go to.
+    # Autocast leaves a product alone that has a tensor to go to: this one stays in full precision.
     h = torch.addmm(embedding[i], token, projection, out=x.new_empty(len(x), projection.shape[1]))
     branches = 1 if w is None else 2
     if context is None:

@@ -1,4 +1,4 @@
-"""Gradients of an inverse that was found without any: those of the implicit function."""
+"""Gradients of an inverse that was found without any, by the implicit function theorem."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,11 @@ from torch import Tensor
 from .derivatives import undifferentiable
 from .incremental import fixed_point_inverse
 
+__all__ = ["with_gradients"]
+
 
 def with_gradients(x: Tensor, y: Tensor, conditioner: Callable, forward: Callable) -> Tensor:
-    """The given x, with the gradients of the inverse of the autoregressive map ``y_i = f(x_i; parameters_i(x_<i))``.
+    """Give x the gradients of the inverse of the autoregressive map ``y_i = f(x_i; parameters_i(x_<i))``.
 
     For a gradient g of x, that of y is the solution of ``J^T lambda = g``, where J = dy/dx is triangular in the order
     of the features: its diagonal is that of f, all else goes through the network. It is found by at most D passes
@@ -18,8 +20,8 @@ def with_gradients(x: Tensor, y: Tensor, conditioner: Callable, forward: Callabl
     Once differentiable: to differentiate them again is an error.
 
     Args:
-        x: ``(B, D)``, the solution.
-        y: ``(B, D)``, what it solves for.
+        x: ``(B, D)``, the inverse of y.
+        y: ``(B, D)``.
         conditioner: ``x -> parameters``, any nest of tensors.
         forward: ``(x, parameters) -> y``, element by element.
     """
@@ -29,7 +31,7 @@ def with_gradients(x: Tensor, y: Tensor, conditioner: Callable, forward: Callabl
 
 
 class _Inverse(torch.autograd.Function):
-    """Of the residual ``y - f(x)``, which is zero: ``x + J^-1 (y - f(x))``."""
+    """The function ``x + J^-1 (y - f(x))`` of the residual ``y - f(x)``, which is zero."""
 
     @staticmethod
     def forward(ctx, residual, x, made, element, seen):

@@ -20,33 +20,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_same_device
+from .arguments import check_same_device
 from .masked import Linear, Map, MaskedNetwork, Plan, masked_weight, plan_of, sources_of
 
-# Steps of a window and of a wide one: where there are many rows, products cost more than operators.
-_WINDOWS, _WINDOWS_OF_MANY_ROWS, _MANY_ROWS = (8, 32), (4, 16), 2048
-# So few rows are first tried by fixed-point iteration: a pass then costs hardly more than a step, all of it overhead.
-_FEW_ROWS = 8
-_FEW_ROWS_ON_GPU = 4096
-# So few multiplications in as many passes as there are steps take less than the overhead of the steps.
-_FEW_PRODUCTS = 8e6
+__all__ = [
+    "FEW_PRODUCTS",
+    "FEW_ROWS",
+    "FEW_ROWS_ON_GPU",
+    "MANY_ROWS",
+    "WINDOWS",
+    "WINDOWS_OF_MANY_ROWS",
+    "Inverse",
+    "fixed_point_inverse",
+    "incremental_inverse",
+]
 
 Inverse = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The inverse of an element-wise map for some features, ``(y, parameters, features) -> x``."""
+
+# Settings: they change what an inverse costs, and nothing else of it.
+
+WINDOWS = 8, 32
+"""Steps of a window and of a wide one."""
+WINDOWS_OF_MANY_ROWS, MANY_ROWS = (4, 16), 2048
+"""The same for more rows than that, where products cost more than operators."""
+FEW_ROWS, FEW_ROWS_ON_GPU = 8, 4096
+"""Rows up to which fixed-point iteration is tried first: a pass then costs hardly more than a step, both overhead."""
+FEW_PRODUCTS = 8e6
+"""Multiplications, in as many passes as there are steps, that take less than the overhead of the steps."""
 
 
 def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> tuple[Tensor, Tensor]:
-    """The x with ``y_i = f(x_i; parameters_i)``, where the network makes ``parameters_i`` from features before i.
+    """Find the x with ``y_i = f(x_i; parameters_i)``, where the network makes ``parameters_i`` from features before i.
 
     Exact up to rounding, whatever the order of the features or the depth of their graph: features that do not depend
     on each other are found in one step. Up to 8 rows, or 4096 on a GPU, are first tried by fixed-point iteration with
-    the whole network, which is as exact where it comes to rest, and is given up where it does not soon. So are problems
-    that are small in all.
+    the whole network, which is as exact where it comes to rest, and is given up where it does not soon. Problems that
+    are small in all are solved by such passes altogether.
 
     Args:
-        network: what makes the parameters; its layers in the dtype of y and on its device.
+        network: the network that makes the parameters; its layers in the dtype of y and on its device.
         y: ``(B, D)``.
-        inverse: of f, ``inverse(y, parameters, features) -> x``, element by element: y and x ``(B, d)``, parameters
-            ``(B, d, P)`` with any strides, and ``features``, int64 ``(d,)``, which features these are.
+        inverse: the inverse of f, ``inverse(y, parameters, features) -> x``, element by element: y and x ``(B, d)``,
+            parameters ``(B, d, P)`` with any strides, and ``features``, int64 ``(d,)``, which features these are.
 
     Returns:
         x ``(B, D)``, and the parameters ``(B, D, P)`` at x, any strides, of which a log-det needs no other pass.
@@ -65,11 +81,11 @@ def incremental_inverse(network: MaskedNetwork, y: Tensor, inverse: Inverse) -> 
 
 
 def fixed_point_inverse(update: Callable[[Tensor], Tensor], start: Tensor, passes: int) -> tuple[Tensor, bool]:
-    """``x <- update(x)`` until nothing changes, and whether it came to that within so many passes.
+    """Repeat ``x <- update(x)`` until nothing changes, and say whether that came within so many passes.
 
-    With ``update(x) = inverse(y, parameters(x))`` of an autoregressive network it is the inverse of that of which
-    nothing is known but this: feature i is exact after as many passes as features lie before it, and one more, so
-    after D passes all are, at rest or not. Each pass waits for the device.
+    With ``update(x) = inverse(y, parameters(x))`` it inverts any autoregressive network: feature i is exact after as
+    many passes as features lie before it, and one more, so after D passes all are, at rest or not. Each pass waits for
+    the device.
     """
     x = start
     for _ in range(passes):
@@ -85,30 +101,30 @@ def _check(network: MaskedNetwork, y: Tensor) -> None:
     weight = network.layers[0].weight
     if y.dtype != weight.dtype:
         raise TypeError(f"y: expected the dtype of the network, {weight.dtype}; got {y.dtype}")
-    check_same_device(network=weight, y=y)
+    check_same_device("network", weight, "y", y)
     if network.context is not None and len(network.context) != len(y):
         raise ValueError(f"context: expected as many rows as y, {len(y)}; got {len(network.context)}")
 
 
-# All features at once, again and again --------------------------------------------------------------------------------
+# Passes over all features at once -------------------------------------------------------------------------------------
 
 
 def _worthwhile_passes(network: MaskedNetwork, steps: int, y: Tensor) -> int:
-    """With a quarter of the steps most flows come to rest; or half of them, on a GPU, where launches cost most."""
-    if steps * len(y) * sum(layer.weight.numel() for layer in network.layers) <= _FEW_PRODUCTS:
+    """The number of passes worth trying: a quarter of the steps, or half on a GPU, where launches cost most."""
+    if steps * len(y) * sum(layer.weight.numel() for layer in network.layers) <= FEW_PRODUCTS:
         return steps
     if y.is_cpu:
-        return steps // 4 if len(y) <= _FEW_ROWS else 0
-    return steps // 2 if len(y) <= _FEW_ROWS_ON_GPU else 0
+        return steps // 4 if len(y) <= FEW_ROWS else 0
+    return steps // 2 if len(y) <= FEW_ROWS_ON_GPU else 0
 
 
 def _by_passes(
     network: MaskedNetwork, y: Tensor, inverse: Inverse, passes: int, enough: int
 ) -> tuple[Tensor, Tensor] | None:
-    """As :func:`fixed_point_inverse`; what has not come to rest is exact after enough passes, and else nothing."""
+    """Invert by fixed-point iteration; None where it has not come to rest in fewer passes than are enough."""
     if not passes:
         return None
-    parameters, features = _whole(network), torch.arange(network.features, device=y.device)
+    parameters, features = _whole_network(network), torch.arange(network.features, device=y.device)
     made = None
 
     def update(x: Tensor) -> Tensor:
@@ -120,8 +136,8 @@ def _by_passes(
     return (x, made) if rests or passes == enough else None  # no parameter depends on what the last pass found
 
 
-def _whole(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
-    """The parameters ``(B, D, P)`` as a function of x, of weights that are masked once."""
+def _whole_network(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
+    """The network as a function from x to the parameters ``(B, D, P)``, with weights that are masked once."""
     weights = [
         [masked_weight(layer) for _, layer in node.terms] if isinstance(node, Linear) else [] for node in network.nodes
     ]
@@ -149,12 +165,12 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
     units = _allocate(network, plan, y)
     nodes = [_ordered(node, plan, k, units) for k, node in enumerate(network.nodes, 1)]
     sums = [node for node in nodes if isinstance(node, _Sum)]
-    narrow, wide = _WINDOWS if len(y) <= _MANY_ROWS else _WINDOWS_OF_MANY_ROWS
-    if network.known:
-        units[0].values[: network.known] = network.context.t()
-    x, parameters = units[0].values[network.known :], units[-1].values.view(network.features, -1, len(y))
+    narrow, wide = WINDOWS if len(y) <= MANY_ROWS else WINDOWS_OF_MANY_ROWS
+    if network.context_size:
+        units[0].values[: network.context_size] = network.context.t()
+    x, parameters = units[0].values[network.context_size :], units[-1].values.view(network.features, -1, len(y))
     sizes = [size // parameters.shape[1] for size in _differences(plan.ends[-1])]
-    # What a step reads and writes are views, made beforehand and all at once.
+    # A step reads and writes views, which are made beforehand and all at once.
     steps = zip(
         x.t().split(sizes, 1),
         y.t()[plan.features].t().split(sizes, 1),
@@ -162,7 +178,7 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
         plan.features.split(sizes),
         strict=True,
     )
-    for step, (found, wanted, made, features) in enumerate(steps):
+    for step, (x_step, y_step, parameters_step, features) in enumerate(steps):
         if step % wide == 0:
             for node in sums:
                 node.begin_wide(step, min(step + wide, plan.steps))
@@ -171,13 +187,13 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
                 node.begin(step, min(step + narrow, plan.steps))
         for node in nodes:
             node.complete(step)
-        found.copy_(inverse(wanted, made, features))
+        x_step.copy_(inverse(y_step, parameters_step, features))
     rank = plan.features.argsort()
     return x[rank].t().contiguous(), parameters[rank].permute(2, 0, 1)
 
 
 def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
-    """Room for all activations. A map takes that of a sum which nothing else reads."""
+    """Allocate all activations. A map takes the memory of a sum that nothing else reads."""
     readers = Counter(source for node in network.nodes for source in sources_of(node))
     units = [_Units(y.new_zeros(len(plan.orders[0]), len(y)), plan.ends[0])]
     for k, node in enumerate(network.nodes, 1):
@@ -185,8 +201,8 @@ def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
             values = y.new_empty(len(plan.orders[k]), len(y))  # a window begins by writing all of it
         else:
             sources = zip(node.sources, plan.picks[k - 1], strict=True)
-            alike = (i for i, pick in sources if i and pick is None and plan.ends[i] == plan.ends[k])
-            own = next((i for i in alike if readers[i] == 1 and isinstance(network.nodes[i - 1], Linear)), None)
+            same_order = (i for i, pick in sources if i and pick is None and plan.ends[i] == plan.ends[k])
+            own = next((i for i in same_order if readers[i] == 1 and isinstance(network.nodes[i - 1], Linear)), None)
             values = y.new_zeros(len(plan.orders[k]), len(y)) if own is None else units[own].values
         units.append(_Units(values, plan.ends[k]))
     return units
@@ -195,41 +211,41 @@ def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
 class _Units:
     """The activations of a node, ``(units, B)`` in the order of degrees, finite where they are not complete."""
 
-    def __init__(self, values: Tensor, ends: list[int]):
+    def __init__(self, values: Tensor, ends: list[int]) -> None:
         self.values, self.ends = values, ends
         self.by_step = values[: ends[-1]].split(_differences(ends))
 
-    def of(self, first: int, last: int) -> slice:
-        """Those with degrees from first to below last."""
+    def between(self, first: int, last: int) -> slice:
+        """The units with degrees from first to below last."""
         return slice(self.ends[first], self.ends[last])
 
 
 class _Sum:
     """A :class:`Linear` node: its units, and its weights and biases in the order of degrees."""
 
-    def __init__(self, units: _Units, terms: list[tuple[_Units, Tensor]], bias: Tensor):
+    def __init__(self, units: _Units, terms: list[tuple[_Units, Tensor]], bias: Tensor) -> None:
         self.units, self.terms, self.bias = units, terms, bias
 
     def begin_wide(self, first: int, last: int) -> None:
-        """For all units of a wide window, take in what lies before it."""
-        rows = self.units.of(first, last)
+        """Add to all units of a wide window what the units before it contribute."""
+        rows = self.units.between(first, last)
         values, addend, self.since = self.units.values[rows], self.bias[rows], first
         for source, weight in self.terms:
-            before = source.of(0, first)
+            before = source.between(0, first)
             addend = torch.addmm(addend, weight[rows, before], source.values[before], out=values)
 
     def begin(self, first: int, last: int) -> None:
-        """For all units of a window, take in what the wide one has found; have at hand what is to come."""
-        rows, sizes = self.units.of(first, last), _differences(self.units.ends[first : last + 1])
+        """Add to all units of a window what the wide one has found before it, and prepare its steps."""
+        rows, sizes = self.units.between(first, last), _differences(self.units.ends[first : last + 1])
         self.first, self.window = first, []
         for source, weight in self.terms:
-            before, within = source.of(self.since, first), source.of(first, last)
+            before, within = source.between(self.since, first), source.between(first, last)
             if self.since < first:
                 self.units.values[rows].addmm_(weight[rows, before], source.values[before])
             self.window.append((weight[rows, within].split(sizes), source.values[within]))
 
     def complete(self, step: int) -> None:
-        """For the units of a step, take in what the window has found; the weights of all else in it are zero."""
+        """Add to the units of a step what the window has found; all other weights within it are zero."""
         values = self.units.by_step[step]
         if len(values):
             for weights, source in self.window:
@@ -237,7 +253,7 @@ class _Sum:
 
 
 class _Mapped:
-    """A :class:`Map` node: its units, and what a step needs of its sources and of what stands beside them."""
+    """A :class:`Map` node: its units, and the parts of its sources and extras that each step needs."""
 
     def __init__(
         self,
@@ -245,8 +261,8 @@ class _Mapped:
         function: Callable[..., Tensor],
         sources: list[tuple[_Units, Tensor | None]],
         extras: list[Tensor],
-    ):
-        # A step is all overhead: that of calling a module, or of writing elsewhere, adds up.
+    ) -> None:
+        # A step is all overhead, and calling a module or writing elsewhere adds to it.
         self.in_place = None
         if [source.values is units.values for source, _ in sources] == [True] and not extras:
             self.in_place = _IN_PLACE.get(function) or _IN_PLACE.get(type(function))
@@ -256,7 +272,7 @@ class _Mapped:
         self.parts += [extra.split(sizes).__getitem__ for extra in extras]
 
     def complete(self, step: int) -> None:
-        """The units of a step."""
+        """Evaluate the units of a step."""
         values = self.units.by_step[step]
         if not len(values):
             return
@@ -273,14 +289,15 @@ _IN_PLACE = {
 
 
 def _aligned(source: _Units, pick: Tensor | None, sizes: list[int]) -> Callable[[int], Tensor]:
-    """The units of a source that a step of another node is made of."""
-    if pick is None:
-        return source.by_step.__getitem__
+    """A function from a step to the units of a source that another node reads in it."""
+    if pick is None:  # in the same order, though not always in the same steps
+        return source.values[: sum(sizes)].split(sizes).__getitem__
     picks = pick.split(sizes)
     return lambda step: source.values[picks[step]]
 
 
 def _ordered(node: Linear | Map, plan: Plan, k: int, units: list[_Units]) -> _Sum | _Mapped:
+    """Node k with its weights, or extras, in the order of degrees."""
     order = plan.orders[k]
     if isinstance(node, Map):
         sources = [(units[source], pick) for source, pick in zip(node.sources, plan.picks[k - 1], strict=True)]

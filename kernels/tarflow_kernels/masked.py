@@ -13,9 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+__all__ = ["MaskedLayer", "MaskedNetwork"]
+
 
 class MaskedLayer(Protocol):
-    """``x (weight * mask)^T + bias``: a module as the masked linear layers of zuko, nflows, normflows and Pyro are."""
+    """A module that computes ``x (weight * mask)^T + bias``, as zuko's, nflows', normflows' and Pyro's do."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,19 +39,19 @@ class Map(NamedTuple):
 
 
 class MaskedNetwork:
-    """How a network makes the parameters of every feature: a list of nodes, which are vectors of units.
+    """A network that makes the parameters of every feature, described as a list of nodes, which are vectors of units.
 
-    Node 0 is the input, ``features`` of them, with the ``context`` behind or before them where it is an input too. The
-    last node that is added is the output. Which unit sees which feature is read from the masks.
+    Node 0 is the input: the features, with the ``context`` behind or before them where it is an input too. The last
+    node that is added is the output. Which unit sees which feature is read from the masks.
 
     Args:
-        features: D.
+        features: D, how many there are.
         context: ``(B, C)``, where the first layer takes it beside the features.
-        context_first: whether it lies before them.
+        context_first: whether the context lies before the features.
         parameters_first: whether unit ``p D + i`` of the output is parameter p of feature i, and not unit ``i P + p``.
 
     >>> from tarflow_kernels import incremental_inverse
-    >>> layer = torch.nn.Linear(2, 2)  # the shift of the second feature is seen by the first
+    >>> layer = torch.nn.Linear(2, 2)  # the shift of the second feature depends on the first
     >>> layer.mask = torch.tensor([[0, 0], [1, 0]])
     >>> network = MaskedNetwork(2)
     >>> _ = network.linear((0, layer))
@@ -66,30 +68,30 @@ class MaskedNetwork:
         *,
         context_first: bool = False,
         parameters_first: bool = False,
-    ):
+    ) -> None:
         self.features, self.context = features, context
         self.context_first, self.parameters_first = context_first, parameters_first
         self.nodes: list[Linear | Map] = []
 
     def linear(self, *terms: tuple[int, MaskedLayer]) -> int:
-        """Add the sum of masked linear layers, each of an earlier node, and return its number."""
+        """Add a node that sums masked linear layers, each of an earlier node, and return its number."""
         return self._add(Linear(terms))
 
     def map(self, function: Callable[..., Tensor], *sources: int, extras: Sequence[Tensor] = ()) -> int:
-        """Add ``function(*sources, *extras)``, unit by unit, and return its number.
+        """Add the node ``function(*sources, *extras)``, unit by unit, and return its number.
 
-        The function must not care which way units and rows lie: it is given ``(B, units)`` or ``(units, B)``.
+        The function must not depend on the layout: it is given ``(B, units)`` or ``(units, B)``.
         """
         return self._add(Map(function, sources, tuple(extras)))
 
     @property
-    def known(self) -> int:
-        """How many inputs are context."""
+    def context_size(self) -> int:
+        """The number of inputs that are context."""
         return 0 if self.context is None else self.context.shape[-1]
 
     @property
     def layers(self) -> list[MaskedLayer]:
-        """All masked layers."""
+        """The masked layers of all nodes, in their order."""
         return [layer for node in self.nodes if isinstance(node, Linear) for _, layer in node.terms]
 
     def _add(self, node: Linear | Map) -> int:
@@ -99,15 +101,15 @@ class MaskedNetwork:
 
 @dataclass(frozen=True)
 class Plan:
-    """In which step and order units are evaluated; it depends on masks alone.
+    """The steps and orders in which units are evaluated; they depend on masks alone.
 
     Attributes:
-        steps: how many.
+        steps: the number of steps.
         features: the features in the order of their steps.
-        orders: the units of every node in the order of their degrees, without those that see the last step and are of
-            no use to any; of the input all, its context first.
-        ends: how many units of every node have degrees below 0, 1, ..., steps.
-        picks: of every map, for each of its sources, where its units lie there; None where in the same order.
+        orders: for every node, its units in the order of their degrees, without those that see the last step, which no
+            other reads; of the input all units, its context first.
+        ends: for every node, how many of its units have degrees below 0, 1, ..., steps.
+        picks: for every map and each of its sources, where its units lie there; None where in the same order.
     """
 
     steps: int
@@ -121,18 +123,18 @@ _plans: WeakKeyDictionary[MaskedLayer, tuple[tuple, list[Tensor], Plan]] = WeakK
 
 
 def plan_of(network: MaskedNetwork) -> Plan:
-    """Made once, and anew where the masks are others or have changed."""
+    """The plan of a network, which is made once, and again where its masks are others or have changed."""
     first, masks = network.layers[0], [layer.mask for layer in network.layers]
     form = (
         tuple(sources_of(node) for node in network.nodes),
         tuple(0 if mask.is_inference() else mask._version for mask in masks),
-        (network.features, network.known, network.context_first, network.parameters_first),
+        (network.features, network.context_size, network.context_first, network.parameters_first),
     )
-    known = _plans.get(first)
-    if known is None or known[0] != form or any(a is not b for a, b in zip(known[1], masks, strict=True)):
+    cached = _plans.get(first)
+    if cached is None or cached[0] != form or any(a is not b for a, b in zip(cached[1], masks, strict=True)):
         with torch.device("cpu"):
-            known = _plans[first] = form, masks, _plan(network)
-    return known[2]
+            cached = _plans[first] = form, masks, _plan(network)
+    return cached[2]
 
 
 def _plan(network: MaskedNetwork) -> Plan:
@@ -161,9 +163,9 @@ def sources_of(node: Linear | Map) -> tuple[int, ...]:
 
 
 def _seen(network: MaskedNetwork) -> list[Tensor]:
-    """Of every node, which unit sees which feature, ``(units, D)``."""
+    """For every node, which of its units see which features, ``(units, D)``."""
     size = network.features
-    inputs = [torch.eye(size, dtype=torch.bool), torch.zeros(network.known, size, dtype=torch.bool)]
+    inputs = [torch.eye(size, dtype=torch.bool), torch.zeros(network.context_size, size, dtype=torch.bool)]
     seen = [torch.cat(inputs[::-1] if network.context_first else inputs)]
     for node in network.nodes:
         if isinstance(node, Linear):
@@ -175,7 +177,7 @@ def _seen(network: MaskedNetwork) -> list[Tensor]:
 
 
 def _owners(network: MaskedNetwork, outputs: int) -> Tensor:
-    """Of every unit of the output, the feature whose parameter it is."""
+    """For every unit of the output, the feature whose parameter it is."""
     if outputs % network.features:
         raise ValueError(f"network: expected as many outputs for each of {network.features} features; got {outputs}")
     owners, parameters = torch.arange(network.features), outputs // network.features
@@ -183,7 +185,7 @@ def _owners(network: MaskedNetwork, outputs: int) -> Tensor:
 
 
 def _generations(depends: Tensor) -> Tensor:
-    """The step of each feature: the first after those of all that it depends on."""
+    """The step of each feature, the first after those of all features that it depends on."""
     step, waiting = torch.full((len(depends),), -1), depends.sum(1)
     for now in count():
         ready = (waiting == 0) & (step < 0)
@@ -197,10 +199,11 @@ def _generations(depends: Tensor) -> Tensor:
 
 
 def _pick(order: Tensor, source: Tensor, device: torch.device) -> Tensor | None:
+    """The places of units in the order of a source; None where the two orders are the same."""
     pick = source.argsort()[order]
     return None if torch.equal(pick, torch.arange(len(pick))) else pick.to(device)
 
 
 def masked_weight(layer: MaskedLayer) -> Tensor:
-    """``weight * mask``, where multiplying by numbers is faster than by booleans."""
+    """The weight of a layer times its mask, as numbers: multiplying by booleans is slower."""
     return layer.weight * layer.mask.to(layer.weight.dtype)

@@ -15,27 +15,38 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dispatch, reference
-from .checks import check_floating, check_same_device, check_same_shape
+from .arguments import check_floating, check_tensors, full_precision, in_full_precision, needs_gradients
 from .derivatives import differentiated_again, gradients_of
-from .tensors import full_precision, in_full_precision, needs_gradients
+
+__all__ = [
+    "BLOCK",
+    "MAX_COMPONENTS",
+    "MAX_EVALUATIONS",
+    "ROUNDING",
+    "mixture_logistic",
+    "mixture_logistic_inverse",
+    "solve_and_count",
+]
 
 MAX_COMPONENTS = 64
+"""The most components of a mixture that any implementation takes."""
 MAX_EVALUATIONS = 64
-# A residual of so many units of rounding is nothing but that: a GPU's exponentials and logarithms are good to a few.
+"""The most evaluations of the map that an inverse takes for an element."""
 ROUNDING = 8
-# Elements that are no faster by half.
+"""The residual of an inverse that counts as rounding, in units of it: a GPU's exponentials are good to a few."""
+BLOCK = 2**17
+"""Numbers of a temporary on a CPU: its cache still holds so many when they are read."""
+# Elements of which half take as long as all.
 _FEW = 1024
-# Numbers of a temporary, so few that a CPU's cache still holds one when it is read: several times as fast as memory.
-_BLOCK = 2**17
 
 
 def mixture_logistic(
     x: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, *, min_log_scale: float = -7.0
 ) -> tuple[Tensor, Tensor]:
-    """Data to latent: ``v = logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k)))`` and ``logdet = sum log dv/dx``.
+    """Map data to latents: ``v = logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k)))`` and ``logdet = sum log dv/dx``.
 
     Args:
         x: ``(B, ...)``, any strides.
@@ -48,7 +59,7 @@ def mixture_logistic(
     Returns:
         v of the shape of x, and the log-abs-det of the map in nats, summed per sample, ``(B,)``. Both are float32, or
         float64 where x is, and so is all arithmetic. Differentiable in all tensors, twice; gradients that are to be
-        differentiated again (``create_graph=True``) are those of the formula. An element with a NaN among its x and
+        differentiated again (``create_graph=True``) are those of stock operators. An element with a NaN among its x and
         parameters is NaN, and so is the log-det of its sample; no other is.
 
     Raises:
@@ -62,14 +73,14 @@ def mixture_logistic(
     >>> mixture_logistic_inverse(v, zeros, zeros + 1.0, zeros)[0]
     tensor([[ 3., -1.]])
     """
-    _check(min_log_scale, x=x, logits=logits, means=means, log_scales=log_scales)
+    _check("x", x, logits, means, log_scales, min_log_scale)
     return dispatch.call("mixture_logistic", x, logits, means, log_scales, float(min_log_scale))
 
 
 def mixture_logistic_inverse(
     v: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, *, min_log_scale: float = -7.0
 ) -> tuple[Tensor, Tensor]:
-    """Latent to data: the x whose v is given, and ``logdet = -sum log dv/dx``, that of the inverse map.
+    """Map latents to data: the x whose v is given, and ``logdet = -sum log dv/dx``, that of the inverse map.
 
     Arguments, shapes, dtypes and errors are those of :func:`mixture_logistic`. x is found by Newton's method in v,
     within a bracket that starts at the least and the largest of the solutions ``mu_k + exp(s_k) v`` of the components
@@ -79,41 +90,40 @@ def mixture_logistic_inverse(
 
     Gradients are those of the exact inverse, ``dx = exp(-d) (dv - sum dv/dtheta dtheta)``; in such gaps they overflow.
     """
-    _check(min_log_scale, v=v, logits=logits, means=means, log_scales=log_scales)
+    _check("v", v, logits, means, log_scales, min_log_scale)
     return dispatch.call("mixture_logistic_inverse", v, logits, means, log_scales, float(min_log_scale))
 
 
-def _check(min_log_scale: float, **tensors: Tensor) -> None:
-    check_floating(**tensors)
-    (name, first), (logits_name, logits), *others = tensors.items()
-    if first.dim() < 1:
+def _check(name: str, x: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, min_log_scale: float | int) -> None:
+    check_floating(name, x.dtype)
+    if x.dim() < 1:
         raise ValueError(f"{name}: expected (B, ...); got shape ()")
-    shape = tuple(first.shape)
+    shape = tuple(x.shape)
     if logits.dim() != len(shape) + 1 or logits.shape[:-1] != shape or not 1 <= logits.shape[-1] <= MAX_COMPONENTS:
         raise ValueError(
-            f"{logits_name}: expected the shape of {name} and K more, {shape} + (K,), K from 1 to {MAX_COMPONENTS}; "
+            f"logits: expected the shape of {name} and K more, {shape} + (K,), K from 1 to {MAX_COMPONENTS}; "
             f"got {tuple(logits.shape)}"
         )
-    check_same_shape(logits=logits, **dict(others))
-    check_same_device(**tensors)
+    theta = ("logits", logits), ("means", means), ("log_scales", log_scales)
+    check_tensors(name, x, *((each, tensor, logits.shape, None) for each, tensor in theta))
     if isinstance(min_log_scale, bool) or not isinstance(min_log_scale, int | float):
         raise TypeError(f"min_log_scale: expected a number; got {min_log_scale!r}")
     if not min_log_scale < math.inf:
         raise ValueError(f"min_log_scale: expected a number below infinity; got {min_log_scale}")
 
 
-def _reference_forward(*tensors_and_floor):
-    *tensors, floor = tensors_and_floor
+def _reference_forward(*args):
+    *tensors, floor = args
     return reference.mixture_logistic(*in_full_precision(*tensors), min_log_scale=floor)
 
 
-def _reference_inverse(*tensors_and_floor):
-    *tensors, floor = tensors_and_floor
+def _reference_inverse(*args):
+    *tensors, floor = args
     return reference.mixture_logistic_inverse(*in_full_precision(*tensors), min_log_scale=floor)
 
 
 class _Parts(NamedTuple):
-    """What the map and its gradients are made of; components come first, ``(K, ...)``, and F, S, T, v and d have none.
+    """The numbers that make the map and its gradients; components come first, ``(K, ...)``; F, S, T, v and d have none.
 
     ``p / F``, ``q / S`` and ``r / T`` are the weights of the components in the sums of F, of S and of the density.
     """
@@ -130,7 +140,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(x: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> _Parts:
-    """Of x ``(...)`` and components ``(K, ...)``.
+    """Evaluate the map at x ``(...)`` for components ``(K, ...)``.
 
     On a CPU an exponential costs no more than a product, and a selection by condition ten times that.
     """
@@ -159,12 +169,12 @@ def _parts(x: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> _Parts:
 def _gradients(
     parts: _Parts, slope: Tensor, grad_v: Tensor, grad_d: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x, logits, means and s, given those of v and d; ``slope`` is ``exp(-s)``."""
+    """The gradients of x, logits, means and s, given those of v and d; ``slope`` is ``exp(-s)``."""
     v, d, z, p, F, q, S, r, T = parts
     below = torch.sigmoid(z)
     above = torch.sigmoid(-z)
     if inverse:
-        # What comes to x, also through d, goes to the given v, and on to the parameters as if v were held.
+        # The gradient of x, also through d, goes to the given v, and on to the parameters as if v were held.
         w = r / T
         of_d = (q / S).sub_(w).mul_(below).add_(w.sub_(p / F).mul_(above)).mul_(slope).sum(0)
         grad_x = (grad_v - grad_d * of_d) * torch.exp(-d)
@@ -181,21 +191,21 @@ def _gradients(
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Samples that are done together: as many as stay in a CPU's cache, elsewhere all of them."""
+    """Slices of samples that are computed together: as many as stay in a CPU's cache, elsewhere all of them."""
     rows = logits.shape[0]
-    step = max(_BLOCK // max(logits[:1].numel(), 1), 1)
+    step = max(BLOCK // max(logits[:1].numel(), 1), 1)
     if torch.compiler.is_compiling() or not logits.is_cpu or step >= rows:
         return iter([slice(None)])
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _components_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy ``(K, ...)``."""
+    """A copy with the components first, ``(K, ...)``."""
     return tensor.movedim(-1, 0).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 class _Map(torch.autograd.Function):
-    """Either direction, in stock operators, with the gradients of the formula."""
+    """Both directions, in stock operators, with gradients that keep few of their results."""
 
     @staticmethod
     def forward(ctx, given, logits, means, log_scales, min_log_scale, inverse, save):
@@ -223,7 +233,12 @@ class _Map(torch.autograd.Function):
         given, logits, means, log_scales, *saved = ctx.saved_tensors
         if differentiated_again():
             inputs = given, logits, means, log_scales
-            return *_formula_gradients(grad_out, grad_logdet, inputs, ctx.min_log_scale, ctx.inverse), None, None, None
+            return (
+                *_gradients_of_formula(grad_out, grad_logdet, inputs, ctx.min_log_scale, ctx.inverse),
+                None,
+                None,
+                None,
+            )
         grads = [torch.empty_like(t) for t in (given, logits, means, log_scales)]
         grad_logdet = grad_logdet.view(-1, *[1] * (given.dim() - 1))
         for rows, parts in zip(ctx.blocks, zip(*[iter(saved)] * len(_Parts._fields), strict=True), strict=True):
@@ -240,10 +255,35 @@ class _Map(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _formula_gradients(grad_out, grad_logdet, inputs, min_log_scale, inverse):
-    """Gradients of what was given and the parameters that can be differentiated again."""
-    run = _reference_inverse if inverse else _reference_forward
-    return gradients_of(lambda *tensors: run(*tensors, min_log_scale), inputs, (grad_out, grad_logdet))
+def _gradients_of_formula(grad_out, grad_logdet, inputs, min_log_scale, inverse):
+    """The gradients of what was given and of the parameters, which can be differentiated again."""
+    return gradients_of(lambda *tensors: _formula(*tensors, min_log_scale, inverse), inputs, (grad_out, grad_logdet))
+
+
+def _formula(given, logits, means, log_scales, min_log_scale, inverse):
+    """Either direction, of operators that can be differentiated; the inverse, which is known, twice."""
+    given, logits, means, log_scales = in_full_precision(given, logits, means, log_scales)
+    theta, x = (logits, means, log_scales.clamp(min=min_log_scale)), given
+    if inverse:
+        with torch.no_grad():
+            x = _solve(given, logits, means, log_scales, min_log_scale)
+            # Where the map is flat, Newton's step would be endless, and x as good without.
+            slope = torch.exp(-_logit_and_slope(x, *theta)[1]).clamp(max=torch.finfo(x.dtype).max)
+        for _ in range(2):  # the first step makes first derivatives right, the second those of second order
+            residual = given - _logit_and_slope(x, *theta)[0]
+            x = x + slope * (residual - residual.detach())
+    v, d = _logit_and_slope(x, *theta)
+    logdet = d.flatten(1).sum(1) if d.dim() > 1 else d
+    return (x, -logdet) if inverse else (v, logdet)
+
+
+def _logit_and_slope(x: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """v and d, of components that come last."""
+    z = (x[..., None] - means) * torch.exp(-s)
+    log_below, log_above = nn.functional.logsigmoid(z), nn.functional.logsigmoid(-z)
+    log_F, log_S = (torch.logsumexp(logits + log_side, -1) for log_side in (log_below, log_above))
+    log_T = torch.logsumexp(logits + log_below + log_above - s, -1)
+    return log_F - log_S, log_T - log_F - log_S + torch.logaddexp(log_F, log_S)
 
 
 def _torch_forward(*args):
@@ -254,25 +294,38 @@ def _torch_inverse(*args):
     return _Map.apply(*args, True, needs_gradients(*args))
 
 
-def _solve_and_count(
-    v: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, min_log_scale: float
+def solve_and_count(
+    v: Tensor,
+    logits: Tensor,
+    means: Tensor,
+    log_scales: Tensor,
+    min_log_scale: float,
+    *,
+    leave_out_solved: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x, in the dtype of v, and how often the map was evaluated for every element of it."""
+    """Find the x whose v is given, in the dtype of v, and count how often the map was evaluated for every element.
+
+    Args:
+        v, logits, means, log_scales, min_log_scale: as :func:`mixture_logistic_inverse` takes them.
+        leave_out_solved: whether elements that are solved are left out from then on, which reads how many these are;
+            on a CPU, where that waits for nothing, unless given.
+    """
+    if leave_out_solved is None:
+        leave_out_solved = v.is_cpu
     x, evaluations = torch.empty_like(v), torch.empty_like(v, dtype=torch.int32)
     for rows in _blocks(logits):
         components = [_components_first(t[rows], v.dtype).flatten(1) for t in (logits, means, log_scales)]
         components[2] = components[2].clamp(min=min_log_scale)
-        solved, counted = _newton(v[rows].flatten(), *components)
+        solved, counted = _newton(v[rows].flatten(), *components, leave_out_solved)
         x[rows], evaluations[rows] = solved.view_as(v[rows]), counted.view_as(v[rows])
     return x, evaluations
 
 
-def _newton(v: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def _newton(v: Tensor, logits: Tensor, means: Tensor, s: Tensor, leave_out_solved: bool) -> tuple[Tensor, Tensor]:
     """Solve for x, and count; v is ``(N,)``, components are ``(K, N)``.
 
     Newton's steps are taken in v, where the map is nearly linear far from the components, and only within a bracket
-    and while they halve the residual; the bracket is halved otherwise. On a CPU those that are done are left out from
-    then on, elsewhere nothing waits for the device; no element sees another.
+    and while they halve the residual; the bracket is halved otherwise. No element sees another.
     """
     eps = torch.finfo(v.dtype).eps
     alone = torch.addcmul(means, torch.exp(s), v)
@@ -282,7 +335,7 @@ def _newton(v: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor
     low, high = low - margin, high + margin
     last = torch.full_like(v, math.inf)
     done, counts = torch.zeros_like(v, dtype=torch.bool), torch.zeros_like(v, dtype=torch.int32)
-    places, solved, counted = torch.arange(len(v), device=v.device), torch.empty_like(v), torch.empty_like(counts)
+    positions, solved, counted = torch.arange(len(v), device=v.device), torch.empty_like(v), torch.empty_like(counts)
     for _ in range(MAX_EVALUATIONS):
         parts = _parts(x, logits, means, s)
         residual = parts.v - v
@@ -297,21 +350,21 @@ def _newton(v: Tensor, logits: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor
         counts += ~done
         x, moved, last = torch.where(done, x, step), (step - x).abs(), size
         done = done | exact | (moved <= near) | (high - low <= near)
-        remaining = len(done) - int(done.sum()) if _may_look(v) else len(done)
+        remaining = len(done) - int(done.sum()) if leave_out_solved else len(done)
         if not remaining:
             break
         if 2 * remaining <= len(done) > _FEW:
-            solved[places], counted[places] = x, counts
+            solved[positions], counted[positions] = x, counts
             left = (~done).nonzero().squeeze(1)
-            places, x, v, low, high, last, done, counts, logits, means, s = (
-                t[..., left] for t in (places, x, v, low, high, last, done, counts, logits, means, s)
+            positions, x, v, low, high, last, done, counts, logits, means, s = (
+                t[..., left] for t in (positions, x, v, low, high, last, done, counts, logits, means, s)
             )
-    solved[places], counted[places] = x, counts
+    solved[positions], counted[positions] = x, counts
     return solved, counted
 
 
 class _FusedMap(torch.autograd.Function):
-    """Either direction, in kernels; their gradients need x and the parameters alone, second ones what was given."""
+    """Both directions, in kernels; their gradients need x and the parameters alone, second ones what was given."""
 
     @staticmethod
     def forward(ctx, given, logits, means, log_scales, min_log_scale, inverse):
@@ -325,7 +378,7 @@ class _FusedMap(torch.autograd.Function):
     def backward(ctx, grad_out, grad_logdet):
         *inputs, x = ctx.saved_tensors
         if differentiated_again():
-            grads = _formula_gradients(grad_out, grad_logdet, inputs, *ctx.options[1:])
+            grads = _gradients_of_formula(grad_out, grad_logdet, inputs, *ctx.options[1:])
         else:
             grads = _mixture_map_backward(grad_out, grad_logdet, x, *inputs[1:], *ctx.options)
         return *grads, None, None
@@ -348,15 +401,10 @@ def _fake_mixture_map_backward(grad_out, grad_logdet, x, logits, means, log_scal
     return torch.empty_like(x, dtype=dtype), *map(torch.empty_like, (logits, means, log_scales))
 
 
-def _may_look(tensor: Tensor) -> bool:
-    """Whether reading a number of it does not wait for a device."""
-    return tensor.is_cpu
-
-
-# Opaque to compilers, which would else write out all of its steps.
+# Opaque to compilers, which would otherwise write out all of its steps.
 _solve = dispatch.register_opaque(
     "mixture_logistic_solve(Tensor v, Tensor logits, Tensor means, Tensor log_scales, float min_log_scale) -> Tensor",
-    lambda *args: _solve_and_count(*args)[0],
+    lambda *args: solve_and_count(*args)[0],
     fake=lambda v, *_: torch.empty_like(v),
 )
 

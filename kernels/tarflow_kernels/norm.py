@@ -1,12 +1,12 @@
 """A residual connection and the layer norm behind it: two of the small operators between a decoding step's products."""
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .checks import check_floating, check_same_device, check_same_shape
+from .arguments import check_floating, check_tensors
+
+__all__ = ["residual_norm"]
 
 
 def residual_norm(
@@ -42,44 +42,21 @@ def residual_norm(
     >>> h
     tensor([[1., 3.]])
     """
-    dtype = h.dtype if dtype is None else dtype
-    # One comparison when all is well: this runs twice per layer and token.
-    shape, device = h.shape, h.device
-    fits = (
-        len(shape) > 0
-        and weight.shape == bias.shape == (shape[-1],)
-        and weight.dtype == bias.dtype == h.dtype
-        and h.dtype.is_floating_point
-        and isinstance(dtype, torch.dtype)
-        and dtype.is_floating_point
-        and weight.device == bias.device == device
-        and (delta is None or (delta.shape == shape and delta.device == device and delta.dtype.is_floating_point))
-        and eps > 0
-    )
-    if not fits:
-        _explain(h, delta, weight, bias, eps, dtype)
-    return dispatch.call("residual_norm", h, delta, weight, bias, eps, dtype)
-
-
-def _explain(h, delta, weight, bias, eps, dtype) -> NoReturn:
-    """Raise the error of the argument that does not fit."""
-    check_floating(h=h)
-    if not h.dim():
+    shape, own = h.shape, h.dtype
+    check_floating("h", own)
+    if not shape:
         raise ValueError("h: expected shape (..., C); got ()")
-    if delta is not None:
-        check_floating(delta=delta)
-        check_same_shape(h=h, delta=delta)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != h.shape[-1:]:
-            raise ValueError(
-                f"{name}: expected shape ({h.shape[-1]},), one for each channel; got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != h.dtype:
-            raise TypeError(f"{name}: expected the dtype of h, {h.dtype}; got {tensor.dtype}")
-    check_same_device(h=h, weight=weight, bias=bias)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    channels = (shape[-1],)
+    check_tensors(
+        "h", h, ("delta", delta, shape, None), ("weight", weight, channels, own), ("bias", bias, channels, own)
+    )
+    if dtype is None:
+        dtype = own
+    elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point dtype; got {dtype}")
-    raise ValueError(f"eps: expected a positive number; got {eps}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number; got {eps}")
+    return dispatch.call("residual_norm", h, delta, weight, bias, eps, dtype)
 
 
 def _reference(h, delta, weight, bias, eps, dtype):

@@ -2,7 +2,7 @@
 
 Readable before fast: each function materializes whatever the formula names. All of them are differentiable in every
 tensor argument and run in the dtype of their inputs, float64 included. Arguments are those of the public functions,
-where shapes, units and errors are documented.
+where shapes, units and errors are documented. No arithmetic is shared with what is tested against it.
 """
 
 import math
@@ -11,10 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scales import EXP, Scale, log_scale
+from .scales import EXP, Scale
+
+__all__ = [
+    "affine_forward",
+    "affine_inverse",
+    "causal_attention",
+    "decode_attention",
+    "embed_next",
+    "mixture_logistic",
+    "mixture_logistic_inverse",
+    "residual_norm",
+]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, temperature: float | Tensor = 1.0, scale: float | None = None):
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, temperature: float | Tensor = 1.0, scale: float | None = None
+) -> Tensor:
     """``softmax(q k^T * scale / temperature + mask) v``, where query i sees keys 0 to i."""
     length = q.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
@@ -32,7 +45,7 @@ def decode_attention(
     temperature: float | Tensor = 1.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Row by row: append k and v to the cache at ``positions[b]``, then attend to everything up to each query."""
+    """Append k and v to the cache at ``positions[b]``, row by row, then attend to everything up to each query."""
     new = q.shape[2]
     rows = []
     for b, start in enumerate(positions.tolist()):
@@ -50,7 +63,7 @@ def affine_forward(
     x: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False, scale: Scale = EXP
 ) -> tuple[Tensor, Tensor]:
     """``z = (x - mu) exp(-a)``, ``logdet = -sum a``, with ``a`` the log-scale that ``scale`` makes of alpha."""
-    mu, a = parameters(mu, alpha, shift, scale)
+    mu, a = _parameters(mu, alpha, shift, scale)
     return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
 
 
@@ -58,19 +71,8 @@ def affine_inverse(
     z: Tensor, mu: Tensor, alpha: Tensor, *, shift: bool = False, scale: Scale = EXP
 ) -> tuple[Tensor, Tensor]:
     """``x = z exp(a) + mu``, ``logdet = sum a``, with ``a`` the log-scale that ``scale`` makes of alpha."""
-    mu, a = parameters(mu, alpha, shift, scale)
+    mu, a = _parameters(mu, alpha, shift, scale)
     return z * torch.exp(a) + mu, _sum_per_sample(a)
-
-
-def guided_affine_inverse(
-    z: Tensor, mu: Tensor, alpha: Tensor, mu_ref: Tensor, alpha_ref: Tensor, weight: float | Tensor
-) -> Tensor:
-    """``x = z exp(a) + m`` with ``v = (1 + w) v(cond) - w v(ref)`` for ``v`` in ``{a, m}``."""
-    if isinstance(weight, Tensor):
-        weight = per_token(weight, z)
-    guided_mu = (1 + weight) * mu - weight * mu_ref
-    guided_alpha = (1 + weight) * alpha - weight * alpha_ref
-    return z * torch.exp(guided_alpha) + guided_mu
 
 
 def residual_norm(
@@ -82,7 +84,7 @@ def residual_norm(
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``h += delta`` in place, then ``(h - mean) / sqrt(var + eps) * weight + bias`` over the last dimension."""
+    """Add delta to h in place, then ``(h - mean) / sqrt(var + eps) * weight + bias`` over the last dimension."""
     if delta is not None:
         h += delta
     x = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -105,12 +107,15 @@ def embed_next(
     embedding: Tensor,
     context: Tensor | None,
 ) -> Tensor:
-    """``x_i = z_i exp(a) + m`` in place at ``i = positions + 1``, then ``x_i projection + embedding_i + context``."""
+    """``x_i = z_i exp(a) + m`` in place at ``i = positions + 1``, then ``x_i projection + embedding_i + context``.
+
+    Under guidance ``v = (1 + w_i) v(cond) - w_i v(ref)`` for v in {a, m}; without, a is alpha and m is mu.
+    """
     samples, i = torch.arange(len(x), device=x.device), positions.long() + 1
-    if weights is None:
-        token, _ = affine_inverse(z[samples, i], mu, alpha)
-    else:
-        token = guided_affine_inverse(z[samples, i], mu, alpha, mu_ref, alpha_ref, weights[i, None])
+    if weights is not None:
+        w = weights[i, None]
+        mu, alpha = (1 + w) * mu - w * mu_ref, (1 + w) * alpha - w * alpha_ref
+    token = z[samples, i] * torch.exp(alpha) + mu
     x[samples, i] = token
     h = token @ projection + embedding[i]
     h = h if weights is None else torch.cat((h, h))  # the branches differ in their context alone
@@ -128,9 +133,10 @@ def mixture_logistic(
 def mixture_logistic_inverse(
     v: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, *, min_log_scale: float = -7.0
 ) -> tuple[Tensor, Tensor]:
-    """Bisection between the solutions of the components alone; derivatives are those of two of Newton's steps there.
+    """The x whose v is given, by bisection between the solutions of the components alone; ``logdet = -sum log dv/dx``.
 
-    The first step makes first derivatives right, the second those of second order; there are no others.
+    Derivatives are those of two of Newton's steps from there: the first step makes first derivatives right, the second
+    those of second order; there are no others.
     """
     theta = torch.log_softmax(logits, -1), means, log_scales.clamp(min=min_log_scale)
     with torch.no_grad():
@@ -148,15 +154,30 @@ def mixture_logistic_inverse(
     return x, -_sum_per_sample(_mixture_logit(x, *theta)[1])
 
 
-def parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
-    """mu and the log-scale a of every element, of the token before where ``shift``."""
-    a = log_scale(alpha, scale)
+def _parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[Tensor, Tensor]:
+    """mu and the log-scale a of every element; with ``shift``, of the token before."""
+    a = _log_scale(alpha, *scale)
     return (_shift(mu), _shift(a)) if shift else (mu, a)
 
 
-def per_token(weight: Tensor, tokens: Tensor) -> Tensor:
-    """A weight ``()``, ``(N,)`` or ``(B, N)``, viewed so that it broadcasts against tokens ``(B, N, ...)``."""
-    return weight.reshape(*weight.shape, *[1] * (tokens.dim() - 2))
+def _log_scale(raw: Tensor, kind: str, first: float, second: float) -> Tensor:
+    """The log-scale a as :mod:`~tarflow_kernels.scales` defines each kind of it."""
+    match kind:
+        case "exp":
+            return raw
+        case "softclip":
+            return first * raw / (first + raw.abs())
+        case "softplus":
+            t = raw + first
+            return torch.log(torch.logaddexp(t, torch.zeros_like(t)) + second)
+        case "sigmoid":
+            t = raw + first
+            return torch.log(torch.sigmoid(t) + second) if second else -torch.logaddexp(-t, torch.zeros_like(t))
+        case "clamp":
+            return raw + (raw.clamp(first, second) - raw).detach()
+        case "tanh":
+            return first * torch.tanh(raw / first)
+    raise ValueError(f"scale: expected a kind of tarflow_kernels.scales; got {kind!r}")
 
 
 def _mixture_logit(x: Tensor, log_pi: Tensor, means: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""How a network's raw output becomes the log-scale a of an affine map: the activations of the common flow libraries.
+"""Activations that make the log-scale a of an affine map from the raw output of a network.
 
-An affine map scales by exp(a). Each activation below says what that is, and keeps a, or at least its gradient, from
-running away. Sources: the affine transforms of zuko (softclip), nflows and normflows (softplus, sigmoid), Pyro (clamp)
-and RealNVP's scaled tanh (arXiv 1605.08803).
+An affine map scales by exp(a). An activation keeps a, or at least its gradient, from running away. Sources: the
+affine transforms of zuko (softclip), nflows and normflows (softplus, sigmoid), Pyro (clamp) and RealNVP's scaled tanh
+(arXiv 1605.08803).
 """
 
 import math
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["EXP", "Scale", "clamp", "log_scale", "sigmoid", "softclip", "softplus", "tanh"]
+
 
 class Scale(NamedTuple):
-    """An activation and its two numbers, as the functions of this module make it."""
+    """An activation and its two numbers; the functions of this module make and check them."""
 
     kind: str = "exp"
     first: float = 0.0
@@ -22,11 +24,11 @@ class Scale(NamedTuple):
 
 
 EXP = Scale()
-"""``a = raw``."""
+"""The raw output is the log-scale: ``a = raw``."""
 
 
 def softclip(bound: float) -> Scale:
-    """``a = raw / (1 + |raw / bound|)``, within the bound. zuko's ``slope`` is the bound ``-log(slope)``.
+    """Bound the log-scale softly: ``a = raw / (1 + |raw / bound|)``. zuko's ``slope`` is the bound ``-log(slope)``.
 
     Raises:
         ValueError: ``bound`` is not positive and finite.
@@ -35,7 +37,7 @@ def softclip(bound: float) -> Scale:
 
 
 def softplus(offset: float = 0.0, eps: float = 1e-3) -> Scale:
-    """``exp(a) = log(1 + exp(raw + offset)) + eps``.
+    """Scale by a softplus: ``exp(a) = log(1 + exp(raw + offset)) + eps``.
 
     Raises:
         ValueError: ``offset`` is not finite, or ``eps`` is not positive and finite.
@@ -44,7 +46,9 @@ def softplus(offset: float = 0.0, eps: float = 1e-3) -> Scale:
 
 
 def sigmoid(offset: float = 2.0, eps: float = 1e-3) -> Scale:
-    """``exp(a) = 1 / (1 + exp(-raw - offset)) + eps``; an ``eps`` of zero is normflows' ``sigmoid_inv``.
+    """Scale by a sigmoid: ``exp(a) = 1 / (1 + exp(-raw - offset)) + eps``.
+
+    With an ``eps`` of zero it is normflows' ``sigmoid_inv``.
 
     Raises:
         ValueError: ``offset`` is not finite, or ``eps`` is negative or not finite.
@@ -55,7 +59,7 @@ def sigmoid(offset: float = 2.0, eps: float = 1e-3) -> Scale:
 
 
 def clamp(low: float, high: float) -> Scale:
-    """``a = min(max(raw, low), high)``, whose gradient is taken to be 1 outside the limits too.
+    """Clamp the log-scale: ``a = min(max(raw, low), high)``, whose gradient is taken to be 1 outside the limits too.
 
     Raises:
         ValueError: ``low`` is not below ``high``, or either is not finite.
@@ -66,7 +70,7 @@ def clamp(low: float, high: float) -> Scale:
 
 
 def tanh(bound: float) -> Scale:
-    """``a / bound`` is the hyperbolic tangent of ``raw / bound``.
+    """Bound the log-scale by a hyperbolic tangent: ``bound`` times that of ``raw / bound``.
 
     Raises:
         ValueError: ``bound`` is not positive and finite.
@@ -75,7 +79,7 @@ def tanh(bound: float) -> Scale:
 
 
 def log_scale(raw: Tensor, scale: Scale) -> Tensor:
-    """The log-scale a, in the dtype of ``raw``.
+    """The log-scale a that an activation makes of a raw output, in the dtype of ``raw``.
 
     >>> log_scale(torch.tensor([-1000.0, 0.0, 1000.0]), clamp(-5.0, 3.0))
     tensor([-5.,  0.,  3.])

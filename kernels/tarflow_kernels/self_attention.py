@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_floating, check_same_device
 from .attention import causal_attention
-from .checks import check_floating, check_same_device
 from .decode import decode_attention
+
+__all__ = ["CausalSelfAttention"]
 
 
 class CausalSelfAttention(nn.Module):
-    """``proj(softmax(q k^T / (sqrt(D) temperature) + mask) v)`` over H heads, where ``q, k, v = qkv(x)``.
+    """Multi-head attention: ``proj(softmax(q k^T / (sqrt(D) temperature) + mask) v)``, where ``q, k, v = qkv(x)``.
 
     Output i sees inputs 0 to i. ``decode`` gives what ``forward`` would, a few tokens at a time against a cache.
 
@@ -31,7 +33,7 @@ class CausalSelfAttention(nn.Module):
     True
     """
 
-    def __init__(self, channels: int, num_heads: int, *, bias: bool = True):
+    def __init__(self, channels: int, num_heads: int, *, bias: bool = True) -> None:
         super().__init__()
         if not 0 < num_heads <= channels or channels % num_heads:
             raise ValueError(f"num_heads: expected a divisor of channels {channels}; got {num_heads}")
@@ -40,7 +42,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-        """All tokens at once.
+        """Attend over all tokens at once.
 
         Args:
             x: ``(B, N, C)``, in the dtype of the weights, or any floating point under autocast.
@@ -59,7 +61,7 @@ class CausalSelfAttention(nn.Module):
     def decode(
         self, x: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor, *, temperature: float | Tensor = 1.0
     ) -> Tensor:
-        """G new tokens per row, those of row b at ``positions[b]`` and behind, against those before them.
+        """Attend from G new tokens per row, which begin at ``positions[b]``, to themselves and all before them.
 
         Args:
             x: ``(B, G, C)`` for G >= 1, the new tokens, of a dtype as in ``forward``.
@@ -82,12 +84,12 @@ class CausalSelfAttention(nn.Module):
         return self._join(decode_attention(*heads, cache_k, cache_v, positions, temperature=temperature))
 
     def _split(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values ``(B, H, N, D)``, views of one projection."""
+        """Project to queries, keys and values ``(B, H, N, D)``, views of one tensor."""
         weight = self.qkv.weight
         if x.dim() != 3 or x.shape[2] != weight.shape[1]:
             raise ValueError(f"x: expected shape (B, N, {weight.shape[1]}); got {tuple(x.shape)}")
-        check_floating(x=x)
-        check_same_device(weights=weight, x=x)
+        check_floating("x", x.dtype)
+        check_same_device("weights", weight, "x", x)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x: expected the dtype of the weights, {weight.dtype}; got {x.dtype}")
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)

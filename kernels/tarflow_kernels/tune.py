@@ -10,7 +10,6 @@ spill nothing are checked against the present configuration and timed on the car
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import multiprocessing
@@ -18,62 +17,85 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-HEADS, HEAD_DIM = 12, 64
+from . import cases
+
+__all__ = ["Problem", "main", "problems", "save", "tune"]
 
 
 class Problem(NamedTuple):
-    """What a kernel is tuned on: a shape and dtype, large enough to fill any card."""
+    """A shape and dtype on which a kernel is tuned, large enough to fill any card.
+
+    Attributes:
+        kernel: its name in the tables.
+        key: the row of the table, as a launcher looks it up.
+        candidates: the configurations to try.
+        make: from a device to a launch on tensors there, which returns what the kernel computed.
+    """
 
     kernel: str
     key: str
     candidates: list[dict[str, int]]
-    make: Callable[[str], Callable[[], object]]
-    """from a device to a launch on tensors there, which returns what the kernel computed"""
+    make: Callable[[str], cases.Launch]
 
 
 def problems() -> Iterator[Problem]:
-    """The sizes of the published models first."""
+    """Yield every problem, the sizes of the published models first."""
     from .triton import affine, attention, decode, mixture
-
-    def attend(phase, dtype, length, head_dim):
-        key = f"{dtype},d{head_dim},n{length}"
-        make = functools.partial(_attend, phase, getattr(torch, dtype), length, head_dim)
-        return Problem(f"causal_attention_{phase}", key, attention.CANDIDATES[phase], make)
 
     shapes = [("bfloat16", n, 64) for n in (1024, 256, 4096, 64, 128, 512, 2048)]
     shapes += [("bfloat16", n, 128) for n in (1024, 256, 4096)] + [("float32", n, 64) for n in (1024, 256)]
-    for dtype, length, head_dim in shapes:
-        for phase in ("forward", "backward_queries", "backward_keys"):
-            yield attend(phase, dtype, length, head_dim)
-        key = f"{dtype},d{head_dim},n{length}"
-        make = functools.partial(_decode, getattr(torch, dtype), length, head_dim)
+    for name, length, head_dim in shapes:
+        dtype, key = getattr(torch, name), f"{name},d{head_dim},n{length}"
+        for phase, candidates in attention.CANDIDATES.items():
+            make = partial(_attention, phase, dtype, length, head_dim)
+            yield Problem(f"causal_attention_{phase}", key, candidates, make)
+        make = partial(cases.decoding, dtype=dtype, rows=64, new=1, head_dim=head_dim, capacity=length)
         yield Problem("decode_attention", key, decode.CANDIDATES, make)
-    for dtype in ("bfloat16", "float32"):
+    for name in ("bfloat16", "float32"):
+        dtype = getattr(torch, name)
         for inner in (64, 4096):  # elements of a sample; one of 4096 and more is cut into parts
-            for kernel in ("affine_map", "affine_map_backward", "guided_affine_map"):
-                make = functools.partial(_affine, kernel, getattr(torch, dtype), inner)
-                yield Problem(kernel, f"{dtype},n{inner}", affine.CANDIDATES, make)
+            for phase, kernel in enumerate(("affine_map", "affine_map_backward")):
+                make = partial(_affine, phase, dtype, inner)
+                yield Problem(kernel, f"{name},n{inner}", affine.CANDIDATES, make)
         for components, order in itertools.product((32, 4), ("elements", "components")):
             for kernel in ("mixture_map", "mixture_map_backward", "mixture_map_inverse"):
-                key = f"{dtype},k{components},{order},n2048"
-                make = functools.partial(_mix, kernel, getattr(torch, dtype), components, order)
-                yield Problem(kernel, key, mixture.candidates(order, components), make)
+                key = f"{name},k{components},{order},n2048"
+                yield Problem(
+                    kernel,
+                    key,
+                    mixture.candidates(order, components),
+                    partial(_mixture, kernel, dtype, components, order),
+                )
+
+
+def _attention(phase: str, dtype: torch.dtype, length: int, head_dim: int, device: str) -> cases.Launch:
+    return cases.attention(device, dtype, max(32, 32768 // length), length, head_dim)[phase != "forward"]
+
+
+def _affine(phase: int, dtype: torch.dtype, inner: int, device: str) -> cases.Launch:
+    return cases.affine(device, dtype, 2**24 // inner, inner // 16, 16)[phase]
+
+
+def _mixture(kernel: str, dtype: torch.dtype, components: int, order: str, device: str) -> cases.Launch:
+    launches = cases.mixture(device, dtype, 64, components, order, inverse=kernel == "mixture_map_inverse")
+    return launches[kernel == "mixture_map_backward"]
 
 
 def tune(problem: Problem, candidates: list[dict[str, int]]) -> tuple[dict[str, int] | None, str]:
-    """The fastest candidate, None where what there is is faster, and a line that says what was found."""
+    """Find the fastest candidate, or None where the present configuration is faster, and a line to print about it."""
     import triton
     from triton.runtime.errors import OutOfResources
 
     from .triton import configs
 
     launch = problem.make("cuda" if torch.cuda.is_available() else "xpu")
-    time_it = functools.partial(triton.testing.do_bench, launch, warmup=5, rep=40, return_mode="median")
+    time_it = partial(triton.testing.do_bench, launch, warmup=5, rep=40, return_mode="median")
     expected = launch()
     times = {"present": time_it()}
     for candidate in candidates:
@@ -105,8 +127,8 @@ def save(folder: Path, kernel: str, device: str, key: str, config: dict[str, int
 
 
 def _compile_candidates(index: int, target) -> list[dict[str, int]]:
-    """Those that compile and spill nothing; they are in Triton's cache then, where timing finds them."""
-    from .inspect import compile_only, resources
+    """The candidates that compile and spill nothing; timing finds them in Triton's cache."""
+    from .resources import compile_only, resources
     from .triton import configs
 
     problem = list(problems())[index]
@@ -116,58 +138,6 @@ def _compile_candidates(index: int, target) -> list[dict[str, int]]:
             if not any(resources(kernel).spilled for kernel in compile_only(target, lambda: problem.make("meta")())):
                 kept.append(candidate)
     return kept
-
-
-def _attend(phase: str, dtype: torch.dtype, length: int, head_dim: int, device: str) -> Callable[[], object]:
-    from .triton.attention import causal_attention_backward, causal_attention_forward
-
-    rows = max(32, 32768 // length)
-    qkv = torch.randn(rows, length, 3, HEADS, head_dim, dtype=dtype, device=device)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    scale = head_dim**-0.5
-    if phase == "forward":
-        return lambda: causal_attention_forward(q, k, v, None, scale)
-    out, lse = causal_attention_forward(q, k, v, None, scale)
-    return lambda: causal_attention_backward(out, q, k, v, out, lse, None, scale)
-
-
-def _decode(dtype: torch.dtype, capacity: int, head_dim: int, device: str) -> Callable[[], object]:
-    from .triton.decode import decode_attention
-
-    q, k, v = torch.randn(64, 1, 3, HEADS, head_dim, dtype=dtype, device=device).permute(2, 0, 3, 1, 4)
-    caches = torch.randn(2, 64, HEADS, capacity, head_dim, dtype=dtype, device=device)
-    positions = torch.full((64,), capacity - 1, dtype=torch.int32, device=device)
-    return lambda: decode_attention(q, k, v, *caches, positions, None, head_dim**-0.5)
-
-
-def _affine(kernel: str, dtype: torch.dtype, inner: int, device: str) -> Callable[[], object]:
-    from .triton import affine
-
-    rows, token_dim = 2**24 // inner, 16
-    x = torch.randn(rows, inner // token_dim, token_dim, device=device)
-    alpha, mu = torch.randn(rows, inner // token_dim, 2 * token_dim, dtype=dtype, device=device).chunk(2, dim=-1)
-    exp = ("exp", 0.0, 0.0)
-    if kernel == "affine_map":
-        return lambda: affine.affine_map(x, mu, alpha, True, False, *exp)
-    if kernel == "guided_affine_map":
-        out = torch.empty_like(x)
-        return lambda: affine.guided_affine_map(x, mu, alpha, mu, alpha, None, 2.0, out) or out
-    z, logdet = affine.affine_map(x, mu, alpha, True, False, *exp)
-    return lambda: affine.affine_map_backward(x, logdet, z, alpha, x.dtype, mu.dtype, True, False, *exp)
-
-
-def _mix(kernel: str, dtype: torch.dtype, components: int, order: str, device: str) -> Callable[[], object]:
-    """As a coupling of Flow++ has it, whose last layer is channels first, as in PyTorch, or last."""
-    from .triton.mixture import mixture_map, mixture_map_backward
-
-    outputs = torch.randn(64, 3, 32, 16, 2 + 3 * components, device=device).to(dtype)
-    if order == "elements":
-        outputs = outputs.movedim(-1, 2).contiguous().movedim(2, -1)
-    x, theta = torch.randn(64, 3, 32, 16, device=device), outputs[..., 2:].chunk(3, dim=-1)
-    if kernel != "mixture_map_backward":
-        return lambda: mixture_map(x, *theta, -7.0, kernel == "mixture_map_inverse")
-    v, logdet = mixture_map(x, *theta, -7.0, False)
-    return lambda: mixture_map_backward(v, logdet, x, *theta, x.dtype, -7.0, False)
 
 
 def main(argv: list[str] | None = None) -> None:

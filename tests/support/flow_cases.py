@@ -28,7 +28,7 @@ from tarflow_kernels.adapters import pyro as pyro_adapter
 from tarflow_kernels.adapters import zuko as zuko_adapter
 
 D, C = 7, 3
-FEW, MANY = 3, incremental._FEW_ROWS + 1
+FEW, MANY = 3, incremental.FEW_ROWS + 1
 AR = nflows.transforms.autoregressive
 T = pyro.distributions.transforms
 F = zuko.flows
@@ -36,7 +36,7 @@ F = zuko.flows
 
 @dataclass(frozen=True)
 class Library:
-    """How flows of a library are called; both functions return a value and a log-det."""
+    """A library: how its flows are called; both functions return a value and a log-det."""
 
     accelerate: Callable
     forward: Callable
@@ -79,12 +79,13 @@ PYRO = Library(pyro_adapter.accelerate, pyro_forward, pyro_inverse)
 
 @dataclass(frozen=True)
 class Case:
-    """A flow: its library, how it is made, and of what it is a map.
+    """A flow of a library, and what its tests need to know.
 
     Attributes:
         peer: the library.
-        context: whether it takes one, of C numbers.
-        span: between which numbers its points lie, of one that does not map all of space.
+        make: makes the flow.
+        context: whether it takes a context, of C numbers.
+        span: the interval in which its points lie, where it does not map all of space.
         logdet: how far the library's log-det may be off.
         gradients: how far the gradients of its inverse may be off; None where they are off for good.
         inverts: whether the library can invert it.

@@ -24,14 +24,14 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def inversions(monkeypatch):
-    """How often an inverse was found incrementally."""
+    """The rows of each inverse that was found incrementally."""
     found = []
 
     def counting(network, y, inverse):
         found.append(len(y))
         return original(network, y, inverse)
 
-    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)  # no page is too small for it
+    monkeypatch.setattr(incremental, "FEW_PRODUCTS", 0)  # no page is too small for it
     original = common.incremental_inverse
     monkeypatch.setattr(common, "incremental_inverse", counting)
     return found

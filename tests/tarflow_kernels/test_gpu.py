@@ -1,4 +1,4 @@
-"""What only a GPU can show: half precision, CUDA graphs, the compiler's own kernels, sizes that fill a card."""
+"""Claims that only a GPU can show: half precision, CUDA graphs, the compiler's own kernels, sizes that fill a card."""
 
 import copy
 import itertools
@@ -17,7 +17,6 @@ from tarflow_kernels import (
     causal_attention,
     decode_attention,
     embed_next,
-    guided_affine_inverse,
     mixture_logistic,
     mixture_logistic_inverse,
     reference,
@@ -50,7 +49,7 @@ def error(results, expected):
 
 
 def no_worse_than_torch(op, inputs, dtype):
-    """In low precision, the kernel is at most twice as far from float64 as stock PyTorch is.
+    """Check that a kernel in low precision is at most twice as far from float64 as stock PyTorch is.
 
     In float32 it may be 1e-5 off, which tells three products on tensor cores, that add up with less care, from one.
     """
@@ -237,7 +236,7 @@ def test_one_graph_serves_every_position():
 
 
 def test_one_graph_goes_from_token_to_token():
-    """What lies between the products of a decoding step, with the position on the device."""
+    """The ops between the products of a decoding step read the position on the device."""
     x, z = torch.zeros(4, 9, 48), torch.randn(4, 9, 48)
     mu, alpha, mu_ref, alpha_ref = 0.3 * torch.randn(4, 4, 48)
     delta, (weight, bias) = torch.randn(8, 96), torch.randn(2, 96)
@@ -346,18 +345,18 @@ def test_the_device_picks_triton_and_only_where_it_has_a_kernel(monkeypatch):
     seen = []
     from tarflow_kernels import dispatch
 
-    for name, backend in itertools.product(("causal_attention", "guided_affine_inverse"), ("torch", "triton")):
-        run = dispatch._implementations[name][backend]
+    for name, backend in itertools.product(("causal_attention", "residual_norm"), ("torch", "triton")):
+        run = dispatch.implementations[name][backend]
         monkeypatch.setitem(
-            dispatch._implementations[name],
+            dispatch.implementations[name],
             backend,
             lambda *args, run=run, backend=backend: seen.append(backend) or run(*args),
         )
     half, double = torch.ones(1, 1, 2, 16, dtype=torch.bfloat16), torch.ones(1, 1, 2, 16, dtype=torch.float64)
     causal_attention(half, half, half)
     causal_attention(double, double, double)
-    guided_affine_inverse(*[torch.ones(2, 3)] * 5, 1.0)
-    guided_affine_inverse(*[torch.ones(2, 3, requires_grad=True)] * 5, 1.0)
+    for channels in (8, 8200):
+        residual_norm(torch.ones(2, channels), None, *torch.ones(2, channels))
     assert seen == ["triton", "torch", "triton", "torch"]
 
 
@@ -368,7 +367,7 @@ def small_model(**options):
 
 
 def captured(run, before=lambda: None):
-    """What run returned while it was recorded, and the graph; it has run before, as recording asks for."""
+    """Record a function that has run before, and return its result and the graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import DEVICE
 from tarflow_kernels import MaskedNetwork, fixed_point_inverse, incremental, incremental_inverse
 
-MANY = (incremental._FEW_ROWS if DEVICE == "cpu" else incremental._FEW_ROWS_ON_GPU) + 1
+MANY = (incremental.FEW_ROWS if DEVICE == "cpu" else incremental.FEW_ROWS_ON_GPU) + 1
 
 
 def masked_linear(mask):
@@ -64,12 +64,12 @@ def apply(layer, x):
 
 
 def inverse(y, parameters, features):
-    """Of ``y = x exp(tanh(b)) + a``."""
+    """The inverse of ``y = x exp(tanh(b)) + a``."""
     return (y - parameters[..., 0]) * torch.exp(-torch.tanh(parameters[..., 1]))
 
 
 def by_passes(whole, y):
-    """What the libraries do."""
+    """Invert as the libraries do."""
     x = torch.zeros_like(y)
     for _ in range(y.shape[1]):
         x = inverse(y, whole(x), None)
@@ -79,7 +79,7 @@ def by_passes(whole, y):
 @pytest.fixture(autouse=True)
 def on_the_device_in_poisoned_memory(monkeypatch):
     """Memory that is allocated without being written holds NaN; no problem is too small to be solved step by step."""
-    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 0)
+    monkeypatch.setattr(incremental, "FEW_PRODUCTS", 0)
     torch.set_default_device(DEVICE)
     torch.use_deterministic_algorithms(True)
     yield
@@ -113,7 +113,7 @@ def test_it_inverts_networks_of_any_order_depth_and_form(data, seed, rows, few_p
         parameters_first=data.draw(st.booleans()),
     )
     y, calls = torch.randn(rows, features, dtype=torch.float64), []
-    with torch.no_grad(), mock.patch.multiple(incremental, _FEW_PRODUCTS=few_products, _WINDOWS=windows):
+    with torch.no_grad(), mock.patch.multiple(incremental, FEW_PRODUCTS=few_products, WINDOWS=windows):
         x, parameters = incremental_inverse(network, y, lambda *args: calls.append(args[0].shape[1]) or inverse(*args))
         torch.testing.assert_close(x, by_passes(whole, y), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(parameters, whole(x), rtol=1e-10, atol=1e-10)
@@ -139,6 +139,25 @@ def test_the_order_of_a_graph_is_read_from_its_masks(seed, features, density, ro
         return apply(layer, x).unflatten(1, (features, 2))
 
     y = torch.randn(rows, features, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(incremental_inverse(network, y, inverse)[0], by_passes(whole, y))
+
+
+def test_a_residual_may_be_complete_later_than_what_it_is_added_to():
+    """Both of its units see two features, in the order in which they lie where one of them sees a single feature."""
+    first, second = masked_linear(torch.tensor([[1, 0, 0], [1, 1, 0]])), masked_linear(torch.ones(2, 2))
+    last, direct = (masked_linear(torch.zeros(6, size)) for size in (2, 3))
+    last.mask[4:], direct.mask[2:4, 0] = 1, 1  # each feature depends on the one before
+    network = MaskedNetwork(3)
+    h = network.map(torch.tanh, network.linear((0, first)))
+    h = network.map(torch.add, h, network.map(torch.tanh, network.linear((h, second))))
+    network.linear((h, last), (0, direct))
+
+    def whole(x):
+        h = torch.tanh(apply(first, x))
+        return (apply(last, h + torch.tanh(apply(second, h))) + apply(direct, x)).unflatten(1, (3, 2))
+
+    y = torch.randn(MANY, 3, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(incremental_inverse(network, y, inverse)[0], by_passes(whole, y))
 
@@ -180,8 +199,8 @@ def test_independent_features_are_found_in_one_step():
 
 
 def test_small_problems_are_solved_by_passes(monkeypatch):
-    """As many as there are steps, at rest or not, after which all is exact."""
-    monkeypatch.setattr(incremental, "_FEW_PRODUCTS", 8e6)
+    """There are as many passes as steps, at rest or not, after which all is exact."""
+    monkeypatch.setattr(incremental, "FEW_PRODUCTS", 8e6)
     network, whole = chain(torch.tensor([2, 0, 1]), width=8, depth=2, parameters=2)
     y, passes = torch.randn(MANY, 3, dtype=torch.float64), []
     x, parameters = incremental_inverse(
@@ -226,7 +245,7 @@ def test_masks_that_change_are_read_again(rows):
 
 
 def test_networks_of_the_same_layer_are_told_apart():
-    """Of three inputs and six outputs, of which the last sees the first."""
+    """The layer has three inputs and six outputs, of which the last sees the first."""
     mask = torch.zeros(6, 3)
     mask[5, 0] = 1
     layer = masked_linear(mask)

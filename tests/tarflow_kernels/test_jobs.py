@@ -14,7 +14,7 @@ from packaging.version import Version
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-INTERPRETED = ["test_kernels.py", "test_mixture.py", "test_ops.py", "test_scales.py", "test_triton.py"]
+INTERPRETED = ["test_scales.py", "test_triton.py", "test_mixture.py", "test_ops.py"]
 
 # In bytes per thread, by version of Triton, where the configuration that spills nothing with the newest does.
 SPILLED_ON_HOPPER = {"3.6.0": {"causal_attention_backward_keys bfloat16 N=1000 D=96": 16}}
@@ -26,9 +26,9 @@ interprets = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """All of them, two at a time, the longest first; a test waits for its own."""
-    table = tmp_path_factory.mktemp("inspect") / "resources.json"
-    commands = {"compile": ["-m", "tarflow_kernels.inspect", "--workers", "1", "--out", table]}
+    """All jobs, run two at a time, the longest first; a test waits for its own."""
+    table = tmp_path_factory.mktemp("compiled") / "resources.json"
+    commands = {"compile": ["-m", "tarflow_kernels.resources", "--workers", "1", "--out", table]}
     for name in reversed([] if interprets.args[0] else INTERPRETED):
         commands[name] = ["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / name]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -36,7 +36,7 @@ def jobs(tmp_path_factory):
 
 
 def _run(name, command, table):
-    """What the process printed where it failed; else the table, of the one that writes it."""
+    """Run a process, and return the table of the one that writes it; where it fails, show what it printed."""
     environment = os.environ | {"TRITON_INTERPRET": "0" if name == "compile" else "1"}
     job = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert job.returncode == 0, job.stdout[-20000:] + job.stderr[-20000:]
@@ -45,10 +45,11 @@ def _run(name, command, table):
 
 @pytest.fixture(scope="module")
 def compiled(jobs):
-    """Job B: what the inspector finds, and the committed table of what it found before."""
+    """Job B: the resources that are found, and the committed table of those found before."""
     return jobs["compile"].result(), json.loads((HERE / "resources.json").read_text())
 
 
+@pytest.mark.interpreter
 @interprets
 @pytest.mark.parametrize("tests", INTERPRETED)
 def test_every_kernel_passes_under_the_interpreter(jobs, tests):
@@ -57,7 +58,7 @@ def test_every_kernel_passes_under_the_interpreter(jobs, tests):
 
 
 def test_kernels_take_the_registers_and_memory_that_the_table_says(compiled):
-    """After a change that is meant: python -m tarflow_kernels.inspect --out tests/tarflow_kernels/resources.json."""
+    """After a change that is meant: python -m tarflow_kernels.resources --out tests/tarflow_kernels/resources.json."""
     found, committed = compiled
     if found["triton"] != committed["triton"]:
         pytest.skip(f"the table is that of triton {committed['triton']}, and this is {triton.__version__}")
@@ -82,7 +83,7 @@ def test_kernels_fit_their_cards(compiled, target, kilobytes):
     [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
 )
 def test_matrices_are_multiplied_by_tensor_cores(compiled, target, instruction):
-    """By the best of each card where the published models train: heads of 64 in bfloat16."""
+    """The best instruction of each card is used where the published models train: heads of 64 in bfloat16."""
     found, _ = compiled
     rows = found["resources"][target]
     training = [row for name, row in rows.items() if name.endswith("bfloat16 N=1024 D=64")]

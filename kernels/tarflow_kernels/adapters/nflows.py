@@ -1,6 +1,6 @@
 """nflows' flows (https://github.com/bayesiains/nflows) on these kernels.
 
-Of the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
+In the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
 inverse, with their log-dets, and masked autoregressive transforms are inverted incrementally.
 """
 
@@ -14,24 +14,17 @@ from torch import Tensor, nn
 
 from ..masked import MaskedNetwork
 from ..scales import Scale, sigmoid
-from .common import (
-    MaskedAutoregressive,
-    affine_forward,
-    affine_inverse,
-    affine_inverse_of,
-    batch_norm,
-    check_module,
-    feedforward,
-    is_elementwise,
-    is_plain,
-    replaced,
-)
+from . import common
+from .common import affine_forward, affine_inverse, is_elementwise, is_plain
+from .made import MaskedAffine, MaskedAutoregressive, feedforward, residual_layers
+
+__all__ = ["accelerate"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def accelerate(flow: Module) -> Module:
-    """An equivalent of an nflows flow, or transform, that shares its parameters and buffers.
+    """Make an equivalent of an nflows flow, or transform, that shares its parameters and buffers.
 
     Replaced are the masked autoregressive transforms, affine and piecewise linear, quadratic, cubic and
     rational-quadratic, and ``AffineCouplingTransform``; subclasses of these stay as they are. The flow that was given
@@ -46,61 +39,48 @@ def accelerate(flow: Module) -> Module:
     >>> torch.allclose(fast.inverse(z)[0], transform.inverse(z)[0], atol=1e-5)
     True
     """
-    check_module(flow, "nflows")
-    return replaced(flow, lambda module: _REPLACEMENTS.get(type(module)))
+    return common.accelerate(flow, "nflows", _REPLACEMENTS)
 
 
 class _Autoregressive(MaskedAutoregressive):
-    """nflows' transforms, with an incremental inverse."""
+    """A base for nflows' transforms, whose networks are read here."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.incremental_inverse(inputs, context, read(self.autoregressive_net, inputs.shape[-1], context))
+    def read(self, features: int, context: Tensor | None) -> MaskedNetwork | None:
+        return read(self.autoregressive_net, features, context)
 
 
-class MaskedAffineAutoregressiveTransform(_Autoregressive, library.MaskedAffineAutoregressiveTransform):
-    """nflows', with its map by kernels and an incremental inverse."""
-
-    def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self._unconstrained_scale_and_shift(autoregressive_params)
-        return affine_inverse(inputs, shift, raw, scale=self._activation)
-
-    def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self._unconstrained_scale_and_shift(autoregressive_params)
-        return affine_forward(inputs, shift, raw, scale=self._activation)
-
-    def elementwise_inverse(self, y: Tensor, parameters: Tensor, features: Tensor) -> Tensor:
-        raw, shift = parameters.unbind(-1)
-        return affine_inverse_of(y, shift, raw, self._activation)
+class MaskedAffineAutoregressiveTransform(_Autoregressive, MaskedAffine, library.MaskedAffineAutoregressiveTransform):
+    """nflows' affine transform, with its map by kernels and an incremental inverse."""
 
     @property
-    def _activation(self) -> Scale:
+    def activation(self) -> Scale:
         return Scale("softplus", 0.0, self._epsilon)
 
 
 class MaskedPiecewiseLinearAutoregressiveTransform(
     _Autoregressive, library.MaskedPiecewiseLinearAutoregressiveTransform
 ):
-    """nflows', with an incremental inverse."""
+    """nflows' linear splines, with an incremental inverse."""
 
 
 class MaskedPiecewiseQuadraticAutoregressiveTransform(
     _Autoregressive, library.MaskedPiecewiseQuadraticAutoregressiveTransform
 ):
-    """nflows', with an incremental inverse."""
+    """nflows' quadratic splines, with an incremental inverse."""
 
 
 class MaskedPiecewiseCubicAutoregressiveTransform(_Autoregressive, library.MaskedPiecewiseCubicAutoregressiveTransform):
-    """nflows', with an incremental inverse."""
+    """nflows' cubic splines, with an incremental inverse."""
 
 
 class MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
     _Autoregressive, library.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 ):
-    """nflows', with an incremental inverse."""
+    """nflows' rational-quadratic splines, with an incremental inverse."""
 
 
 class AffineCouplingTransform(LibraryAffineCouplingTransform):
-    """nflows', with its map by kernels."""
+    """nflows' affine coupling, with its map by kernels."""
 
     def _coupling_transform_forward(self, inputs: Tensor, transform_params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = transform_params.tensor_split((self.num_transform_features,), dim=1)
@@ -112,23 +92,19 @@ class AffineCouplingTransform(LibraryAffineCouplingTransform):
 
 
 _COUPLING = sigmoid(2.0, 1e-3)
-# By what they replace, which is the last of their bases.
-_REPLACEMENTS = {
-    ours.__bases__[-1]: ours
-    for ours in (
-        MaskedAffineAutoregressiveTransform,
-        MaskedPiecewiseLinearAutoregressiveTransform,
-        MaskedPiecewiseQuadraticAutoregressiveTransform,
-        MaskedPiecewiseCubicAutoregressiveTransform,
-        MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
-        AffineCouplingTransform,
-    )
-}
+_REPLACEMENTS = common.replacements_of(
+    MaskedAffineAutoregressiveTransform,
+    MaskedPiecewiseLinearAutoregressiveTransform,
+    MaskedPiecewiseQuadraticAutoregressiveTransform,
+    MaskedPiecewiseCubicAutoregressiveTransform,
+    MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+    AffineCouplingTransform,
+)
 
 
 @torch.no_grad()
 def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
-    """A ``MADE``; None if it is something else, or not plain."""
+    """Read a ``MADE`` as a masked network; None if it is something else, or not plain."""
     if type(made) is not MADE or not is_plain(made) or not is_elementwise(made.activation, made.initial_layer.weight):
         return None
     network = MaskedNetwork(features)
@@ -141,17 +117,7 @@ def read(made: nn.Module, features: int, context: Tensor | None = None) -> Maske
         if isinstance(block, MaskedFeedforwardBlock):
             h = feedforward(network, h, block)
         else:
-            h = _residual(network, h, block, context)
+            added = None if context is None else block.context_layer(context)
+            h = network.map(torch.add, h, residual_layers(network, h, block, added))
     network.linear((h, made.final_layer))
     return network
-
-
-def _residual(network: MaskedNetwork, h: int, block: nn.Module, context: Tensor | None) -> int:
-    inputs = h
-    for k, layer in enumerate(block.linear_layers):
-        if block.use_batch_norm:
-            h = batch_norm(network, h, block.batch_norm_layers[k])
-        h = network.linear((network.map(block.activation, h), layer))
-        if k == 0 and context is not None:
-            h = network.map(torch.add, h, extras=[block.context_layer(context)])
-    return network.map(torch.add, inputs, h)

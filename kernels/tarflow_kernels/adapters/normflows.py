@@ -1,6 +1,6 @@
 """normflows' flows (https://github.com/VincentStimper/normalizing-flows) on these kernels.
 
-Of the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
+In the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
 inverse, with their log-dets, and masked autoregressive flows are inverted incrementally.
 """
 
@@ -21,24 +21,17 @@ from torch import Tensor, nn
 
 from ..masked import MaskedNetwork
 from ..scales import EXP, sigmoid
-from .common import (
-    MaskedAutoregressive,
-    affine_forward,
-    affine_inverse,
-    affine_inverse_of,
-    batch_norm,
-    check_module,
-    feedforward,
-    is_elementwise,
-    is_plain,
-    replaced,
-)
+from . import common
+from .common import affine_forward, affine_inverse, is_elementwise, is_plain
+from .made import MaskedAffine, MaskedAutoregressive, feedforward, residual_layers
+
+__all__ = ["accelerate"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def accelerate(flow: Module) -> Module:
-    """An equivalent of a normflows model, or flow, that shares its parameters and buffers.
+    """Make an equivalent of a normflows model, or flow, that shares its parameters and buffers.
 
     Replaced are ``MaskedAffineAutoregressive``, ``MaskedPiecewiseRationalQuadraticAutoregressive`` (also inside of
     ``AutoregressiveRationalQuadraticSpline`` and its circular sister), ``AffineCoupling`` (also inside of
@@ -55,40 +48,29 @@ def accelerate(flow: Module) -> Module:
     >>> torch.allclose(fast.inverse(z)[0], flow.inverse(z)[0], atol=1e-5)
     True
     """
-    check_module(flow, "normflows")
-    return replaced(flow, lambda module: _REPLACEMENTS.get(type(module)))
+    return common.accelerate(flow, "normflows", _REPLACEMENTS)
 
 
 class _Autoregressive(MaskedAutoregressive):
-    """normflows' transforms, with an incremental inverse."""
+    """A base for normflows' transforms, whose networks are read here."""
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.incremental_inverse(inputs, context, read(self.autoregressive_net, inputs.shape[-1], context))
+    def read(self, features: int, context: Tensor | None) -> MaskedNetwork | None:
+        return read(self.autoregressive_net, features, context)
 
 
-class MaskedAffineAutoregressive(_Autoregressive, LibraryMaskedAffineAutoregressive):
-    """normflows', with its map by kernels and an incremental inverse."""
+class MaskedAffineAutoregressive(_Autoregressive, MaskedAffine, LibraryMaskedAffineAutoregressive):
+    """normflows' affine transform, with its map by kernels and an incremental inverse."""
 
-    def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self._unconstrained_scale_and_shift(autoregressive_params)
-        return affine_inverse(inputs, shift, raw, scale=_AUTOREGRESSIVE)
-
-    def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self._unconstrained_scale_and_shift(autoregressive_params)
-        return affine_forward(inputs, shift, raw, scale=_AUTOREGRESSIVE)
-
-    def elementwise_inverse(self, y: Tensor, parameters: Tensor, features: Tensor) -> Tensor:
-        raw, shift = parameters.unbind(-1)
-        return affine_inverse_of(y, shift, raw, _AUTOREGRESSIVE)
+    activation = sigmoid(2.0, 1e-3)
 
 
 class MaskedPiecewiseRationalQuadraticAutoregressive(
     _Autoregressive, LibraryMaskedPiecewiseRationalQuadraticAutoregressive
 ):
-    """normflows', with an incremental inverse."""
+    """normflows' rational-quadratic splines, with an incremental inverse."""
 
-    def only(self, features: Tensor) -> "MaskedPiecewiseRationalQuadraticAutoregressive":
-        twin = super().only(features)
+    def restricted_to(self, features: Tensor) -> "MaskedPiecewiseRationalQuadraticAutoregressive":
+        twin = super().restricted_to(features)
         if isinstance(self.tails, list | tuple):
             twin.tails = [self.tails[i] for i in features.tolist()]
         if isinstance(self.tail_bound, Tensor):
@@ -97,7 +79,7 @@ class MaskedPiecewiseRationalQuadraticAutoregressive(
 
 
 class AffineCoupling(LibraryAffineCoupling):
-    """normflows', with its map by kernels."""
+    """normflows' affine coupling, with its map by kernels."""
 
     def forward(self, z: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         return self._map(affine_inverse, z) if self.scale else super().forward(z)
@@ -121,7 +103,7 @@ class AffineCoupling(LibraryAffineCoupling):
 
 
 class MaskedAffineFlow(LibraryMaskedAffineFlow):
-    """normflows', with its map by kernels."""
+    """normflows' masked affine flow, with its map by kernels."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self._map(affine_inverse, z)
@@ -137,22 +119,14 @@ class MaskedAffineFlow(LibraryMaskedAffineFlow):
         return op(z, shift, alpha)
 
 
-_AUTOREGRESSIVE = sigmoid(2.0, 1e-3)
-# By what they replace, which is the last of their bases.
-_REPLACEMENTS = {
-    ours.__bases__[-1]: ours
-    for ours in (
-        MaskedAffineAutoregressive,
-        MaskedPiecewiseRationalQuadraticAutoregressive,
-        AffineCoupling,
-        MaskedAffineFlow,
-    )
-}
+_REPLACEMENTS = common.replacements_of(
+    MaskedAffineAutoregressive, MaskedPiecewiseRationalQuadraticAutoregressive, AffineCoupling, MaskedAffineFlow
+)
 
 
 @torch.no_grad()
 def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
-    """A ``MADE``; None if it is something else, or not plain."""
+    """Read a ``MADE`` as a masked network; None if it is something else, or not plain."""
     if type(made) is not MADE or not is_plain(made) or not _is_elementwise(made):
         return None
     network = MaskedNetwork(features)
@@ -166,12 +140,17 @@ def read(made: nn.Module, features: int, context: Tensor | None = None) -> Maske
         if isinstance(block, MaskedFeedforwardBlock):
             h = feedforward(network, h, block)
         else:
-            h = _residual(network, h, block, context)
+            inside = residual_layers(network, h, block)
+            if context is None:
+                h = network.map(torch.add, h, inside)
+            else:
+                h = network.map(_add_gated, h, inside, extras=[block.context_layer(context)])
     network.linear((h, made.final_layer))
     return network
 
 
 def _is_elementwise(made: MADE) -> bool:
+    """Whether all activations of a network are known to map each element on its own, and its preprocessing is read."""
     activations = [block.activation for block in made.blocks]
     if isinstance(made.preprocessing, PeriodicFeaturesElementwise):
         activations.append(made.preprocessing.activation)
@@ -181,10 +160,11 @@ def _is_elementwise(made: MADE) -> bool:
 
 
 def _read_periodic(network: MaskedNetwork, periodic: PeriodicFeaturesElementwise) -> int:
-    """Of some features ``activation(w1 sin(scale x) + w2 cos(scale x) + bias)``, of the others x."""
+    """Add ``activation(w1 sin(scale x) + w2 cos(scale x) + bias)`` of the periodic features, and x of the others."""
 
-    def of_all(values: Tensor | float, others: float) -> Tensor:
-        everywhere = periodic.weights.new_full((periodic.ndim,), others)
+    def for_all(values: Tensor | float) -> Tensor:
+        """A number for each feature, which is zero for those that are not periodic."""
+        everywhere = periodic.weights.new_zeros(periodic.ndim)
         everywhere[periodic.ind] = torch.as_tensor(values, dtype=everywhere.dtype, device=everywhere.device)
         return everywhere
 
@@ -195,19 +175,7 @@ def _read_periodic(network: MaskedNetwork, periodic: PeriodicFeaturesElementwise
 
     sine, cosine = (weights.detach() for weights in periodic.weights.unbind(1))
     bias = periodic.bias.detach() if periodic.apply_bias else 0.0
-    values = (1.0, 0.0), (periodic.scale, 0.0), (sine, 0.0), (cosine, 0.0), (bias, 0.0)
-    return network.map(function, 0, extras=[of_all(*pair) for pair in values])
-
-
-def _residual(network: MaskedNetwork, h: int, block: nn.Module, context: Tensor | None) -> int:
-    inputs = h
-    for k, layer in enumerate(block.linear_layers):
-        if block.use_batch_norm:
-            h = batch_norm(network, h, block.batch_norm_layers[k])
-        h = network.linear((network.map(block.activation, h), layer))
-    if context is None:
-        return network.map(torch.add, inputs, h)
-    return network.map(_add_gated, inputs, h, extras=[block.context_layer(context)])
+    return network.map(function, 0, extras=[for_all(each) for each in (1.0, periodic.scale, sine, cosine, bias)])
 
 
 def _add_gated(inputs: Tensor, h: Tensor, gate: Tensor) -> Tensor:

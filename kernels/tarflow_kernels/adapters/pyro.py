@@ -1,6 +1,6 @@
 """Pyro's flows (https://github.com/pyro-ppl/pyro) on these kernels.
 
-Of the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
+In the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
 inverse, with their log-dets; neural autoregressive ones, which are mixtures of logistics by another name, through
 :func:`~tarflow_kernels.mixture_logistic`, which gives them the inverse that they lack in Pyro; and autoregressive
 transforms are inverted incrementally.
@@ -33,15 +33,18 @@ from .common import (
     mixture_logistic,
     mixture_logistic_inverse,
     replaced,
+    replacements_of,
 )
 
+__all__ = ["accelerate"]
+
 Flow = TypeVar("Flow")
-# Slopes below it are none; 1 / slope and its products stay finite.
+# Smaller slopes count as this one, so that 1 / slope and its products stay finite.
 _LEAST_SLOPE = 1e-18
 
 
 def accelerate(flow: Flow) -> Flow:
-    """An equivalent of a flow of Pyro that shares its parameters and buffers.
+    """Make an equivalent of a flow of Pyro that shares its parameters and buffers.
 
     Args:
         flow: a ``TransformModule``, a ``ConditionalTransformModule``, compositions and inverses of them, or a
@@ -83,7 +86,7 @@ def accelerate(flow: Flow) -> Flow:
 
 
 def _reset(transform: Transform) -> Transform:
-    """What Pyro's classes keep per instance is not theirs: values that were computed last, methods where stable."""
+    """Drop what Pyro keeps on an instance of the former class: the values computed last, and methods where stable."""
     transform._cached_x_y, transform._cached_logdet = (None, None), None
     for method in ("_call", "_inverse"):
         vars(transform).pop(method, None)
@@ -91,7 +94,7 @@ def _reset(transform: Transform) -> Transform:
 
 
 class _Cached:
-    """The log-det, summed, is kept of the last pair of values."""
+    """A base for transforms that keep the log-det, summed, of the last pair of values."""
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         last_x, last_y = self._cached_x_y
@@ -102,8 +105,10 @@ class _Cached:
 
 
 class _Autoregressive(_Cached):
+    """A base for autoregressive transforms, whose inverse is incremental."""
+
     def _solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and its parameters ``(..., D, P)``."""
+        """Find x, and its parameters ``(..., D, P)``."""
         arn, context = _parts(self.arn)
         rows = y.reshape(-1, y.shape[-1])
         if context is not None:
@@ -125,7 +130,7 @@ class _Autoregressive(_Cached):
 
 
 class AffineAutoregressive(_Autoregressive, library.AffineAutoregressive):
-    """Pyro's, with its map by kernels and an incremental inverse."""
+    """Pyro's affine transform, with its map by kernels and an incremental inverse."""
 
     def _call(self, x: Tensor) -> Tensor:
         y, self._cached_logdet = _of_vectors(
@@ -154,7 +159,7 @@ class AffineAutoregressive(_Autoregressive, library.AffineAutoregressive):
 
 
 class SplineAutoregressive(_Autoregressive, library.SplineAutoregressive):
-    """Pyro's, with an incremental inverse."""
+    """Pyro's splines, with an incremental inverse."""
 
     def _call(self, x: Tensor) -> Tensor:
         y = super()._call(x)
@@ -175,7 +180,7 @@ class SplineAutoregressive(_Autoregressive, library.SplineAutoregressive):
         return self._spline(parameters)._inverse(y)
 
     def _spline(self, parameters: Tensor) -> Transform:
-        """As many splines as there are parameters for."""
+        """The splines of as many features as there are parameters for."""
         arn, _ = _parts(self.arn)
         made = parameters.transpose(-1, -2).split(arn.param_dims, dim=-2)
         spline = self.spline
@@ -185,7 +190,7 @@ class SplineAutoregressive(_Autoregressive, library.SplineAutoregressive):
 
 
 class NeuralAutoregressive(_Autoregressive, library.NeuralAutoregressive):
-    """Pyro's with sigmoids, as a mixture of logistics, with an incremental inverse."""
+    """Pyro's neural transform with sigmoids, as a mixture of logistics, with an incremental inverse."""
 
     def _call(self, x: Tensor) -> Tensor:
         parameters = (made.transpose(-1, -2) for made in self.arn(x))
@@ -207,7 +212,7 @@ class NeuralAutoregressive(_Autoregressive, library.NeuralAutoregressive):
 
 
 class AffineCoupling(_Cached, library.AffineCoupling):
-    """Pyro's, with its map by kernels."""
+    """Pyro's affine coupling, with its map by kernels."""
 
     def _call(self, x: Tensor) -> Tensor:
         y, self._cached_logdet = self._map(affine_inverse, x)
@@ -228,52 +233,43 @@ class AffineCoupling(_Cached, library.AffineCoupling):
         return torch.cat([seen, flat.view(changed.shape)], dim=self.dim), logdet
 
 
-class ConditionalAffineAutoregressive(library.ConditionalAffineAutoregressive):
-    """Pyro's, of a transform as above."""
+class _Conditional:
+    """A base for conditional transforms: the transform of a context is one of this module."""
 
     def condition(self, context: Tensor) -> Transform:
         return _conditioned(super().condition(context))
 
 
-class ConditionalSplineAutoregressive(library.ConditionalSplineAutoregressive):
-    """Pyro's, of a transform as above."""
-
-    def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+class ConditionalAffineAutoregressive(_Conditional, library.ConditionalAffineAutoregressive):
+    """Pyro's transform, conditioned to :class:`AffineAutoregressive`."""
 
 
-class ConditionalNeuralAutoregressive(library.ConditionalNeuralAutoregressive):
-    """Pyro's, of a transform as above."""
-
-    def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+class ConditionalSplineAutoregressive(_Conditional, library.ConditionalSplineAutoregressive):
+    """Pyro's transform, conditioned to :class:`SplineAutoregressive`."""
 
 
-class ConditionalAffineCoupling(library.ConditionalAffineCoupling):
-    """Pyro's, of a transform as above."""
-
-    def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+class ConditionalNeuralAutoregressive(_Conditional, library.ConditionalNeuralAutoregressive):
+    """Pyro's transform, conditioned to :class:`NeuralAutoregressive`."""
 
 
-# By what they replace, which is the last of their bases.
-_REPLACEMENTS = {
-    ours.__bases__[-1]: ours
-    for ours in (
-        AffineAutoregressive,
-        SplineAutoregressive,
-        NeuralAutoregressive,
-        AffineCoupling,
-        ConditionalAffineAutoregressive,
-        ConditionalSplineAutoregressive,
-        ConditionalNeuralAutoregressive,
-        ConditionalAffineCoupling,
-    )
-}
+class ConditionalAffineCoupling(_Conditional, library.ConditionalAffineCoupling):
+    """Pyro's transform, conditioned to :class:`AffineCoupling`."""
+
+
+_REPLACEMENTS = replacements_of(
+    AffineAutoregressive,
+    SplineAutoregressive,
+    NeuralAutoregressive,
+    AffineCoupling,
+    ConditionalAffineAutoregressive,
+    ConditionalSplineAutoregressive,
+    ConditionalNeuralAutoregressive,
+    ConditionalAffineCoupling,
+)
 
 
 def read(arn: nn.Module, context: Tensor | None = None) -> MaskedNetwork | None:
-    """An ``AutoRegressiveNN``, conditional or not; None if it is something else, or not plain."""
+    """Read an ``AutoRegressiveNN``, conditional or not; None if it is something else, or not plain."""
     if type(arn) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN) or not is_plain(arn):
         return None
     if not is_elementwise(arn.f, arn.layers[0].weight):
@@ -288,11 +284,12 @@ def read(arn: nn.Module, context: Tensor | None = None) -> MaskedNetwork | None:
 
 
 def _parts(arn: Callable) -> tuple[nn.Module, Tensor | None]:
-    """The network, and the context that a conditional transform has bound to it."""
+    """The network of a transform, and the context that a conditional one has bound to it."""
     return (arn.func, arn.keywords["context"]) if isinstance(arn, partial) else (arn, None)
 
 
 def _replacement(module: nn.Module) -> type | None:
+    """The type that replaces that of a module, if any."""
     if type(module) is library.NeuralAutoregressive:
         served = isinstance(module.T, SigmoidTransform) and module.hidden_units <= MAX_COMPONENTS
         return NeuralAutoregressive if served else None
@@ -300,30 +297,31 @@ def _replacement(module: nn.Module) -> type | None:
 
 
 def _conditioned(transform: Transform) -> Transform:
-    """A transform that was just made, changed where it stands."""
+    """Change a transform that was just made to the type that replaces its own."""
     transform.__class__ = _replacement(transform) or type(transform)
     return _reset(transform) if isinstance(transform, _Cached) else transform
 
 
 def _joined(made: Tensor | tuple[Tensor, ...], arn: nn.Module) -> Tensor:
-    """What a network made, in whatever form, as ``(B, D, P)``."""
+    """Join the outputs of a network, whatever their form, to ``(B, D, P)``."""
     parts = (made,) if isinstance(made, Tensor) else made
     parts = [part.unsqueeze(-2) if part.dim() == 2 else part for part in parts]
     return torch.cat(parts, -2).transpose(-1, -2)
 
 
 def _mixture(slopes: Tensor, logits: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_k softmax(W)_k sigmoid(a_k x + b_k)`` as a mixture: its logits, means and log-scales."""
+    """The logits, means and log-scales of ``sum_k softmax(W)_k sigmoid(a_k x + b_k)`` as a mixture of logistics."""
     slopes = F.softplus(slopes).clamp(min=_LEAST_SLOPE)
     return logits, -offsets / slopes, -torch.log(slopes)
 
 
 def _of_vectors(op: Callable, x: Tensor, *parameters: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """An op that sums over all but the first dimension, of x with any batch dimensions before the last."""
+    """Run an op, which sums over all but the first dimension, on x with any batch dimensions before the last."""
     tensors = [tensor.reshape(-1, *tensor.shape[x.dim() - 1 :]) for tensor in (x, *parameters)]
     value, logdet = op(*tensors, **options)
     return value.view(x.shape), logdet.view(x.shape[:-1])
 
 
 def _clamp(module: nn.Module) -> Scale:
+    """The activation of a transform that clamps its log-scale."""
     return clamp(float(module.log_scale_min_clip), float(module.log_scale_max_clip))

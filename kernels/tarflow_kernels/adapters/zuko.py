@@ -1,6 +1,6 @@
 """zuko's flows (https://github.com/probabilists/zuko) on these kernels.
 
-Of the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
+In the flow that :func:`accelerate` returns, affine maps run through :func:`~tarflow_kernels.affine_inverse` and its
 inverse, with their log-dets, and masked autoregressive transforms of any univariate are inverted incrementally.
 """
 
@@ -23,24 +23,25 @@ from zuko.utils import broadcast, unpack
 from ..incremental import Inverse
 from ..masked import MaskedNetwork
 from ..scales import Scale, softclip
+from . import common
 from .common import (
     affine_forward,
     affine_inverse,
     affine_inverse_of,
     autoregressive_inverse,
-    check_module,
     is_elementwise,
     is_plain,
     mixture_logistic,
     mixture_logistic_inverse,
-    replaced,
 )
+
+__all__ = ["AffineTransform", "MixtureTransform", "accelerate"]
 
 Lazy = TypeVar("Lazy", bound=nn.Module)
 
 
 def accelerate(flow: Lazy) -> Lazy:
-    """An equivalent of a zuko flow, or lazy transform, that shares its parameters and buffers.
+    """Make an equivalent of a zuko flow, or lazy transform, that shares its parameters and buffers.
 
     Replaced are ``MaskedAutoregressiveTransform`` (MAF, NSF, NCSF, SOSPF, BPF, NAF, UNAF), ``GeneralCouplingTransform``
     (NICE, RealNVP) and ``ElementWiseTransform``; subclasses of these stay as they are. The flow that was given stays as
@@ -54,12 +55,11 @@ def accelerate(flow: Lazy) -> Lazy:
     >>> torch.allclose(fast(c).transform.inv(z), flow(c).transform.inv(z), atol=1e-5)
     True
     """
-    check_module(flow, "zuko")
-    return replaced(flow, lambda module: _REPLACEMENTS.get(type(module)))
+    return common.accelerate(flow, "zuko", _REPLACEMENTS)
 
 
 class MixtureTransform(Transform):
-    """A univariate for zuko: ``f(x) = logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k)))``, Flow++'s mixture of logistics.
+    """A univariate for zuko, Flow++'s mixture of logistics: ``f(x) = logit(sum_k pi_k sigmoid((x - mu_k) exp(-s_k)))``.
 
     It is the sigmoidal transform of neural autoregressive flows (arXiv 1804.00779) as well, here with an inverse::
 
@@ -73,7 +73,7 @@ class MixtureTransform(Transform):
     bijective = True
     sign = +1
 
-    def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, **kwargs):
+    def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, **kwargs) -> None:
         super().__init__(**kwargs)
         self.parameters = logits, means, log_scales
 
@@ -87,7 +87,7 @@ class MixtureTransform(Transform):
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and log-derivative of each element."""
+        """Map each element, and return its log-derivative too."""
         return self._elementwise(mixture_logistic, x)
 
     def _elementwise(self, op: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,12 +98,12 @@ class MixtureTransform(Transform):
 
 
 class AffineTransform(Transform):
-    """zuko's ``MonotonicAffineTransform`` of a vector, with its log-det: ``f(x) = exp(a) x + b``."""
+    """zuko's ``MonotonicAffineTransform`` as a map of vectors, ``f(x) = exp(a) x + b``, with its log-det."""
 
     domain = codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, shift: Tensor, scale: Tensor, activation: Scale, **kwargs):
+    def __init__(self, shift: Tensor, scale: Tensor, activation: Scale, **kwargs) -> None:
         super().__init__(**kwargs)
         self.shift, self.scale, self.activation = shift, scale, activation
 
@@ -117,7 +117,7 @@ class AffineTransform(Transform):
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and log-det."""
+        """Map each vector, and return its log-det too."""
         return self._vectors(affine_inverse, x)
 
     def _vectors(self, op: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +127,9 @@ class AffineTransform(Transform):
 
 
 class AutoregressiveTransform(zuko.transforms.AutoregressiveTransform):
-    """zuko's, with an incremental inverse."""
+    """zuko's autoregressive transform, with an incremental inverse."""
 
-    def __init__(self, lazy: "MaskedAutoregressiveTransform", c: Tensor | None):
+    def __init__(self, lazy: "MaskedAutoregressiveTransform", c: Tensor | None) -> None:
         super().__init__(partial(lazy.meta, c), lazy.passes)
         self.lazy, self.c = lazy, c
 
@@ -143,7 +143,7 @@ class AutoregressiveTransform(zuko.transforms.AutoregressiveTransform):
 
 
 class MaskedAutoregressiveTransform(ZukoMaskedAutoregressiveTransform):
-    """zuko's, with affine maps by kernels and an incremental inverse."""
+    """zuko's lazy autoregressive transform, with affine maps by kernels and an incremental inverse."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
         return AutoregressiveTransform(self, c)
@@ -152,7 +152,7 @@ class MaskedAutoregressiveTransform(ZukoMaskedAutoregressiveTransform):
         return _row(self.univariate, unpack(self._conditioner(c, x), self.shapes))
 
     def inverse(self, y: Tensor, c: Tensor | None) -> Tensor:
-        """Of vectors ``(B, D)`` with their contexts ``(B, C)``."""
+        """Invert the map of vectors ``(B, D)`` with their contexts ``(B, C)``."""
         x, _ = autoregressive_inverse(
             y,
             read(self.hyper, y.shape[-1], c),
@@ -170,7 +170,7 @@ class MaskedAutoregressiveTransform(ZukoMaskedAutoregressiveTransform):
 
 
 class GeneralCouplingTransform(ZukoGeneralCouplingTransform):
-    """zuko's, with affine maps by kernels."""
+    """zuko's lazy coupling, with affine maps by kernels."""
 
     def meta(self, c: Tensor | None, x: Tensor) -> Transform:
         if c is not None:
@@ -179,33 +179,25 @@ class GeneralCouplingTransform(ZukoGeneralCouplingTransform):
 
 
 class ElementWiseTransform(ZukoElementWiseTransform):
-    """zuko's, with affine maps by kernels."""
+    """zuko's lazy element-wise transform, with affine maps by kernels."""
 
     def forward(self, c: Tensor | None = None) -> Transform:
         phi = self.phi if c is None else unpack(self.hyper(c).unflatten(-1, (-1, self.total)), self.shapes)
         return _row(self.univariate, phi)
 
 
-# By what they replace, which is the last of their bases.
-_REPLACEMENTS = {
-    ours.__bases__[-1]: ours
-    for ours in (
-        MaskedAutoregressiveTransform,
-        GeneralCouplingTransform,
-        ElementWiseTransform,
-    )
-}
+_REPLACEMENTS = common.replacements_of(MaskedAutoregressiveTransform, GeneralCouplingTransform, ElementWiseTransform)
 
 
 def read(hyper: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
-    """A ``zuko.nn.MaskedMLP``, of which the context is the last part of the input; None if it is not plain."""
+    """Read a ``zuko.nn.MaskedMLP``, whose input ends with the context; None if it is something else, or not plain."""
     network = MaskedNetwork(features, context)
     readable = type(hyper) is zuko.nn.MaskedMLP and is_plain(hyper) and _read(network, hyper, 0)
     return network if readable else None
 
 
 def _read(network: MaskedNetwork, layers: nn.Sequential, h: int) -> int | None:
-    """Add layers behind node h, and return the number of the last."""
+    """Add layers behind node h, and return the number of the last; None where one cannot be read."""
     like = next(layers.parameters())
     for layer in layers:
         if isinstance(layer, zuko.nn.MaskedLinear):
@@ -221,12 +213,13 @@ def _read(network: MaskedNetwork, layers: nn.Sequential, h: int) -> int | None:
 
 
 def _row(univariate: Callable[..., Transform], phi: list[Tensor]) -> Transform:
-    activation = _affine_activation(univariate)
+    """The univariates of all features as one map of vectors."""
+    activation = affine_activation(univariate)
     return DependentTransform(univariate(*phi), 1) if activation is None else AffineTransform(*phi, activation)
 
 
-def _affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
-    """How an affine univariate makes its log-scale; None if it is another."""
+def affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
+    """The activation by which an affine univariate makes its log-scale; None if it is another univariate."""
     if isinstance(univariate, partial):
         known = (
             univariate.func is MonotonicAffineTransform
@@ -238,18 +231,18 @@ def _affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
 
 
 def _inverse_of(univariate: Callable[..., Transform], shapes: Sequence[torch.Size]) -> Inverse:
-    activation = _affine_activation(univariate)
+    activation = affine_activation(univariate)
     if activation is not None:
         return lambda y, phi, features: affine_inverse_of(y, *phi.unbind(-1), activation)
-    return lambda y, phi, features: _of(univariate, features)(*unpack(phi, shapes)).inv(y)
+    return lambda y, phi, features: _restricted(univariate, features)(*unpack(phi, shapes)).inv(y)
 
 
-def _of(univariate: Callable[..., Transform], features: Tensor) -> Callable[..., Transform]:
-    """The univariate of some features: of networks that are a stack of one per feature, as in NAF, only theirs."""
+def _restricted(univariate: Callable[..., Transform], features: Tensor) -> Callable[..., Transform]:
+    """The univariate for some features only: of networks that are a stack of one per feature, as in NAF, theirs."""
     if not isinstance(univariate, nn.Module):
         return univariate
     twin = copy.copy(univariate)
-    twin._modules = {name: _of(module, features) for name, module in univariate._modules.items()}
+    twin._modules = {name: _restricted(module, features) for name, module in univariate._modules.items()}
     if isinstance(univariate, zuko.nn.Linear) and univariate.weight.dim() == 3:
         twin._parameters = {
             name: value if value is None else value[features] for name, value in univariate._parameters.items()

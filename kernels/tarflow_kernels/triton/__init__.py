@@ -1,1 +1,1 @@
-"""The Triton kernels, a file per op, and what launches them; imported when the first of them runs."""
+"""The Triton kernels and their launchers, a file per op; imported when the first of them runs."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import configs
 from .elements import cut, inner_size, load, log1p, offsets, tile, views_of
 
-# What a tuner may try, by warps and elements for each thread.
+# The candidates of the tuner, by warps and elements for each thread.
 CANDIDATES = [{"BLOCK": 32 * warps * each, "num_warps": warps} for warps in (2, 4, 8) for each in (4, 8, 16)]
 FALLBACK = {"BLOCK": 1024, "num_warps": 4}
 
@@ -106,34 +106,6 @@ def _affine_backward_kernel(
 
 
 @triton.jit
-def _guided_affine_kernel(
-    Z,
-    Mu,
-    Alpha,
-    MuRef,
-    AlphaRef,
-    Weight,
-    weight,
-    Out,
-    space,
-    rows,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    ACC: tl.constexpr = Out.pointer.dtype.element_ty
-    row, index, inside, _, _ = tile(space, rows, ROWS, BLOCK)
-    z = load(Z, space, row, index, inside, ACC)
-    mu = load(Mu, space, row, index, inside, ACC)
-    a = load(Alpha, space, row, index, inside, ACC)
-    mu_ref = load(MuRef, space, row, index, inside, ACC)
-    a_ref = load(AlphaRef, space, row, index, inside, ACC)
-    w = weight if Weight is None else load(Weight, space, row, index, inside, ACC)
-    mu += w * (mu - mu_ref)
-    a += w * (a - a_ref)
-    tl.store(Out.pointer + offsets(Out, space, row, index), z * tl.exp(a) + mu, mask=inside)
-
-
-@triton.jit
 def _source(space, index, inside):
     """The indices of the parameters of elements, and whether they have any."""
     if space.token is None:
@@ -191,7 +163,7 @@ def _sigmoid(t):
 def affine_map(
     x: Tensor, mu: Tensor, alpha: Tensor, shift: bool, inverse: bool, scale: str, first: float, second: float
 ) -> tuple[Tensor, Tensor]:
-    """The output of the map, in the layout of x, and its log-det ``(B,)``, both float32 or the float64 of x."""
+    """Compute the map: the output, in the layout of x, and its log-det ``(B,)``, both float32 or the float64 of x."""
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     if not x.numel():
         return out, out.new_zeros(len(x))
@@ -218,7 +190,7 @@ def affine_map_backward(
     first: float,
     second: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the input of the map, of mu and of alpha."""
+    """Compute the gradients of the input of the map, of mu and of alpha."""
     grads = torch.empty_like(z, dtype=x_dtype), torch.empty_like(alpha, dtype=mu_dtype), torch.empty_like(alpha)
     if z.numel():
         space, views = views_of(*grads, grad_out, z, alpha, shift=shift)
@@ -229,28 +201,6 @@ def affine_map_backward(
             INVERSE=inverse, SCALE=scale, FIRST=first, SECOND=second, **options,
         )  # fmt: skip
     return grads
-
-
-def guided_affine_map(
-    z: Tensor,
-    mu: Tensor,
-    alpha: Tensor,
-    mu_ref: Tensor,
-    alpha_ref: Tensor,
-    per_token: Tensor | None,
-    weight: float,
-    out: Tensor,
-) -> None:
-    """Write the inverse map under guidance to ``out``; ``per_token``, if any, broadcasts to z and is the weight."""
-    if not z.numel():
-        return
-    if per_token is None and out.dtype == torch.float64:
-        per_token = out.new_full((), weight)  # a number reaches a kernel in float32
-    weights = [] if per_token is None else [per_token.expand(z.shape)]
-    space, (out_view, *views) = views_of(out, z, mu, alpha, mu_ref, alpha_ref, *weights)
-    *views, weight_view = views if weights else (*views, None)
-    grid, options = _cut("guided_affine_map", alpha)
-    _guided_affine_kernel[grid](*views, weight_view, weight, out_view, space, len(z), **options)
 
 
 def _cut(kernel: str, alpha: Tensor) -> tuple[tuple[int], dict[str, int]]:

@@ -209,14 +209,14 @@ def _causal_attention_backward_keys_kernel(
 
 @triton.jit
 def _place(heads, blocks):
-    """Row of the batch, head and tile of this program; the tiles of a head are neighbours, and share its keys."""
+    """The row of the batch, head and tile of this program; the tiles of a head are neighbours, and share its keys."""
     index = tl.program_id(0).to(tl.int64)
     return index // blocks // heads, index // blocks % heads, (index % blocks).to(tl.int32)
 
 
 @triton.jit
 def _load_sums(Lse, Delta, queries, length, EVEN: tl.constexpr):
-    """Queries that do not exist have an infinite lse: their weights are zero."""
+    """Load both sums of queries; those that do not exist have an infinite lse, so that their weights are zero."""
     if EVEN:
         return tl.load(Lse + queries), tl.load(Delta + queries)
     else:
@@ -227,7 +227,7 @@ def _load_sums(Lse, Delta, queries, length, EVEN: tl.constexpr):
 def causal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(B, H, N, D)``, laid out as ``(B, N, H, D)``, and the log-sum-exp in base 2, ``(B, H, N)``."""
+    """Attend: output ``(B, H, N, D)``, laid out as ``(B, N, H, D)``, and the log-sum-exp in base 2, ``(B, H, N)``."""
     out, lse = empty_forward(q, k, v, temperature, scale)
     strides = (q.stride(), k.stride(), v.stride(), out.stride())
     _launch(
@@ -245,7 +245,7 @@ def causal_attention_forward(
 def causal_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, temperature: Tensor | None, scale: float
 ) -> Tensor:
-    """Gradients of q, k and v in one tensor ``(B, N, 3, H, D)``, as a fused projection lays them out."""
+    """Compute the gradients of q, k and v in one tensor ``(B, N, 3, H, D)``, as a fused projection lays them out."""
     grads = empty_backward(grad, q, k, v, out, lse, temperature, scale)
     dq, dk, dv = grads.permute(2, 0, 3, 1, 4).unbind()
     delta = torch.empty_like(lse)
@@ -272,7 +272,7 @@ def causal_attention_backward(
 
 
 def _launch(phase, kernel, owned, tensors, strides, temperature, scale):
-    """A program for every tile of what the kernel owns, in every head."""
+    """Launch a program for every tile of queries, or of keys where the kernel owns these, in every head."""
     q = tensors[0]
     batch, heads, length, head_dim = q.shape
     if not q.numel():
@@ -296,9 +296,9 @@ def _launch(phase, kernel, owned, tensors, strides, temperature, scale):
 
 
 def fallback(phase: str, itemsize: int, block_d: int, length: int) -> Config:
-    """Fits the 99 KB of shared memory that the smallest of current cards have, and spills nowhere on sm_90.
+    """The configuration where nobody has tuned: it fits 99 KB of shared memory and spills nowhere on sm_90.
 
-    But for the gradients of keys with padded heads of 96 in bfloat16, which Triton 3.6 spills 16 bytes of.
+    The one exception: of the gradients of keys with padded heads of 96 in bfloat16 Triton 3.6 spills 16 bytes.
 
     >>> fallback("forward", itemsize=2, block_d=64, length=1024)
     {'BLOCK_M': 128, 'BLOCK_N': 64, 'num_warps': 4, 'num_stages': 2}

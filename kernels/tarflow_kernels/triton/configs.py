@@ -1,4 +1,4 @@
-"""How a kernel is cut into tiles: what the tuner found on this device, else a choice that fits any card.
+"""The configurations of kernels: those that the tuner found for this device, else ones that fit any card.
 
 A configuration is the constants and launch options of one kernel, such as ``{"BLOCK_M": 128, "num_warps": 4}``. It is
 looked up by dtype, padded head dim and bucketed length, never by a raw length, so that few variants are ever compiled
@@ -18,12 +18,13 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent.parent / "configs"
 Config = dict[str, int]
+"""Constants and launch options of one kernel."""
 
 _forced: dict[str, Config] = {}
 
 
 def choose(kernel: str, key: str, fallback: Config) -> Config:
-    """The configuration of a kernel for a key, as :func:`attention_key` makes one."""
+    """Choose the configuration of a kernel for a key, such as :func:`attention_key` makes."""
     if kernel in _forced:
         return _forced[kernel]
     return tuned(kernel, device_name()).get(key, fallback)
@@ -31,7 +32,7 @@ def choose(kernel: str, key: str, fallback: Config) -> Config:
 
 @contextlib.contextmanager
 def use(kernel: str, config: Config) -> Iterator[None]:
-    """Launch a kernel with one configuration, whatever the tables say: for the tuner and the inspector."""
+    """Launch a kernel with one configuration, whatever the tables say: for the tuner and its tests."""
     _forced[kernel] = config
     try:
         yield
@@ -40,7 +41,7 @@ def use(kernel: str, config: Config) -> Iterator[None]:
 
 
 def attention_key(tensor: Tensor, length: int) -> str:
-    """Of queries ``(B, H, N, D)`` and the number of keys.
+    """The key for queries ``(B, H, N, D)`` and a number of keys.
 
     >>> attention_key(torch.empty(2, 12, 1000, 48, dtype=torch.bfloat16), 1000)
     'bfloat16,d64,n1024'
@@ -49,7 +50,7 @@ def attention_key(tensor: Tensor, length: int) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As the keys spell it: half-precision types of one size are the same to a kernel."""
+    """The name of a dtype in keys: half-precision types of one size are the same to a kernel."""
     return "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
 
 
@@ -59,20 +60,20 @@ def bucket(length: int) -> int:
 
 
 def block_of(head_dim: int) -> int:
-    """The head dim of the tiles that hold it."""
+    """The head dim of tiles that hold heads of this one."""
     return max(triton.next_power_of_2(head_dim), 16)
 
 
 @functools.cache
 def tuned(kernel: str, device: str | None) -> dict[str, Config]:
-    """All that the tuner found for a kernel on a device, by key."""
+    """The configurations that the tuner found for a kernel on a device, by key."""
     path = FOLDER / f"{kernel},{device}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 @functools.cache
 def device_name() -> str | None:
-    """The device in the names of files, such as ``nvidia-h100-80gb-hbm3``; None where there is no GPU."""
+    """The name of the device in those of files, such as ``nvidia-h100-80gb-hbm3``; None where there is no GPU."""
     for devices in (torch.cuda, torch.xpu):
         if devices.is_available():
             return re.sub(r"[^a-z0-9]+", "-", devices.get_device_name().lower()).strip("-")
@@ -80,7 +81,7 @@ def device_name() -> str | None:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as ``torch.set_float32_matmul_precision`` says.
+    """The way float32 operands are multiplied, as ``torch.set_float32_matmul_precision`` asks for.
 
     The ``"highest"`` is three products of tensor-core floats on NVIDIA's cards, which is as accurate to a few units
     in the last place, and plain float32 arithmetic elsewhere.
@@ -96,7 +97,7 @@ def on_nvidia() -> bool:
 
 
 def num_multiprocessors() -> int:
-    """Of the current device; of the interpreter, one."""
+    """The number of multiprocessors of the current device; one for the interpreter."""
     if triton.knobs.runtime.interpret:
         return 1
     return _num_multiprocessors(triton.runtime.driver.active.get_current_device())

@@ -171,7 +171,7 @@ def decode_attention(
     temperature: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Output ``(B, H, G, D)``, laid out as ``(B, G, H, D)``; keys and values are appended to the cache."""
+    """Append keys and values to the cache and attend; the output ``(B, H, G, D)`` is laid out as ``(B, G, H, D)``."""
     batch, heads, new, head_dim = q.shape
     out = q.new_empty(batch, new, heads, head_dim).transpose(1, 2)
     if not q.numel():
@@ -236,7 +236,7 @@ def decode_attention(
 
 
 def count_splits(blocks: int, capacity: int) -> int:
-    """How often to cut the cache so that there are two programs per multiprocessor, none with fewer than 128 tokens.
+    """The number of parts of the cache that makes two programs per multiprocessor, none with fewer than 128 tokens.
 
     A power of two, at most 32; 1 where the rows and heads fill the card by themselves.
     """
@@ -245,7 +245,7 @@ def count_splits(blocks: int, capacity: int) -> int:
 
 
 def fallback(itemsize: int, block_d: int) -> Config:
-    """Fits the 99 KB of shared memory that the smallest of current cards have, and spills nowhere on sm_90.
+    """The configuration where nobody has tuned: it fits 99 KB of shared memory and spills nowhere on sm_90.
 
     >>> fallback(itemsize=2, block_d=64)
     {'BLOCK_N': 64, 'num_warps': 4, 'num_stages': 2}

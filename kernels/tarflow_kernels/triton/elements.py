@@ -1,4 +1,4 @@
-"""Tensors over the elements of samples, ``(B, ...)`` in any strides, as kernels that go element by element take them.
+"""Views of tensors ``(B, ...)`` in any strides for kernels that go element by element.
 
 A sample is a run of elements, counted by one flat index, and a program owns a tile of several short samples or a part
 of a long one.
@@ -28,7 +28,7 @@ class Space(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor over a space; the start and all strides but the first are in its own grains."""
+    """A tensor over a space; its start and all strides but the first are in its own grains."""
 
     pointer: Tensor
     grain: tl.constexpr
@@ -38,7 +38,7 @@ class View(NamedTuple):
 
 @triton.jit
 def tile(space, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Samples ``(ROWS, 1)``, indices ``(1, BLOCK)``, which of them exist, and the part of how many this tile is."""
+    """The samples ``(ROWS, 1)`` and indices ``(1, BLOCK)`` of a tile, which exist, and the part of how many it is."""
     inner = inner_size(space)
     parts = tl.cdiv(inner, BLOCK)
     program = tl.program_id(0).to(tl.int64)
@@ -59,12 +59,13 @@ def inner_size(space):
 
 @triton.jit
 def load(view, space, row, index, mask, ACC: tl.constexpr):
+    """The elements of a tile in the type of sums; zeros where the mask is off."""
     return tl.load(view.pointer + offsets(view, space, row, index), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def offsets(view, space, row, index):
-    """Where elements lie, in int64 as ``row`` and ``index`` are."""
+    """The offsets of elements, in int64 as ``row`` and ``index`` are."""
     last: tl.constexpr = len(space.sizes) - 1
     grain: tl.constexpr = view.grain
     places = row * view.strides[last + 1] * grain + view.start * grain + index % space.sizes[0] * view.strides[0]
@@ -84,7 +85,7 @@ def log1p(y):
 
 
 def cut(tensor: Tensor, config: dict[str, int]) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the options of a kernel: BLOCK elements of a sample and as many samples as a tile takes."""
+    """Cut samples into tiles: the grid and options for BLOCK elements of a sample, and as many samples as fit."""
     rows, inner = len(tensor), math.prod(tensor.shape[1:])
     block = min(triton.next_power_of_2(inner), config["BLOCK"])
     rows_each = config["BLOCK"] // block
@@ -93,7 +94,7 @@ def cut(tensor: Tensor, config: dict[str, int]) -> tuple[tuple[int], dict[str, i
 
 
 def views_of(*tensors: Tensor, shift: bool = False) -> tuple[Space, list[View]]:
-    """Tensors of one shape ``(B, ...)`` as kernels take them; the memory of the first decides the order of elements."""
+    """View tensors of one shape ``(B, ...)`` as kernels take them, in the order of elements of the first in memory."""
     strides = tuple(tensor.stride() for tensor in tensors)
     # A kernel takes several elements at once only from an aligned pointer: what is before the first becomes ``start``.
     starts = tuple(tensor.storage_offset() % (16 // tensor.element_size()) for tensor in tensors)
@@ -111,7 +112,7 @@ def _aligned(tensor: Tensor, before: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _lay_out(shape, strides, starts, shift):
-    """The numbers of the :class:`Space` of tensors and of the :class:`View` of each.
+    """Compute the numbers of the :class:`Space` of tensors and of the :class:`View` of each.
 
     Dimensions merge where they lie one after the other in all tensors. Here the second tensor is the right half of one
     twice as wide, which keeps tokens and channels apart; then there is but one dimension, which is cut into grains:

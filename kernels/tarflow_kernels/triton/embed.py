@@ -1,4 +1,4 @@
-"""The tail of a decoding step in one launch: guidance, affine map, the token's place in x, and its embedding.
+"""The tail of a decoding step in one launch: guidance, affine map, the write to x, and the embedding.
 
 A program owns a sample and a block of channels. Every program of a sample computes the same token, which is cheaper
 than handing it from one launch to the next, and the first of them writes it. All rows of the sample's branches share
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class View(NamedTuple):
-    """A tensor as a kernel takes it."""
+    """A tensor and its strides, as a kernel takes them."""
 
     pointer: Tensor
     strides: tuple[int, ...]
@@ -84,7 +84,7 @@ def _parameter(view, sample, dims, mask, ACC: tl.constexpr):
 
 @triton.jit
 def _offsets(view, first, second):
-    """Of elements by their indices in the first two dimensions, in int64 as those are."""
+    """The offsets of elements by their indices in the first two dimensions, in int64 as those are."""
     return first * view.strides[0] + second * view.strides[1]
 
 
@@ -101,7 +101,7 @@ def embed_next(
     embedding: Tensor,
     context: Tensor | None,
 ) -> Tensor:
-    """The rows of all branches ``(R, C)``; the next token of every sample is written into x."""
+    """Compute the rows of all branches ``(R, C)``, and write the next token of every sample into x."""
     samples, tokens, token_dim = x.shape
     channels, branches = projection.shape[1], 1 if weights is None else 2
     out = x.new_empty(branches * samples, channels)

@@ -34,7 +34,7 @@ STAGES: tl.constexpr = tl.constexpr(4)
 
 
 def candidates(order: str, padded: int) -> list[dict[str, int]]:
-    """What a tuner may try for so many components, padded, where elements or components lie next to each other."""
+    """The candidates of the tuner for so many components, padded, that lie next to each other or by elements."""
     if order == "components":
         return [
             {"BLOCK": max(numbers // padded, 1), "BLOCK_K": padded, "num_warps": warps}
@@ -51,7 +51,7 @@ def candidates(order: str, padded: int) -> list[dict[str, int]]:
 
 
 def fallback(order: str, padded: int) -> dict[str, int]:
-    """What runs where nobody has tuned."""
+    """The configuration where nobody has tuned."""
     if order == "components":
         return {"BLOCK": 512 // padded, "BLOCK_K": padded, "num_warps": 4}
     return {"BLOCK": 256, "BLOCK_K": 1, "num_warps": 4}
@@ -208,7 +208,7 @@ def _mixture_backward_kernel(
 
 @triton.jit
 def _pointers(Logits, Means, LogScales, space, row, index):
-    """Where the first components of elements lie, ``(ROWS, BLOCK, 1)``."""
+    """Pointers to the first components of elements, ``(ROWS, BLOCK, 1)``."""
     logits = (Logits.pointer + offsets(Logits, space, row, index))[:, :, None]
     means = (Means.pointer + offsets(Means, space, row, index))[:, :, None]
     log_scales = (LogScales.pointer + offsets(LogScales, space, row, index))[:, :, None]
@@ -222,7 +222,7 @@ def _indices(first, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _components(pointers, steps, inside, first, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """Some components of elements, ``(ROWS, BLOCK, BLOCK_K)``, and which exist; what does not, weighs nothing."""
+    """Load some components of elements, ``(ROWS, BLOCK, BLOCK_K)``, and which exist; the others weigh nothing."""
     k = _indices(first, BLOCK_K)
     exists = inside[:, :, None] & (k < K)
     logit = tl.load(pointers[0] + k * steps[0], mask=exists, other=0.0).to(ACC)
@@ -286,7 +286,7 @@ def _add(top, total, logs, factors):
 
 @triton.jit
 def _shares(pointers, steps, inside, x, sums, first, K: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of some components: z, the raw log-scale, the slope, their shares P, Q and R, both sigmoids, and which exist."""
+    """For some components: z, the raw log-scale, the slope, their shares P, Q and R, both sigmoids, and which exist."""
     top_f, f, top_s, s, top_t, t = sums
     logit, mean, raw, exists = _components(pointers, steps, inside, first, K, BLOCK_K, x.dtype)
     slope = tl.exp(-_clamp(raw, FLOOR))
@@ -323,7 +323,7 @@ def _bracket(pointers, steps, inside, v, K: tl.constexpr, FLOOR: tl.constexpr, B
 def mixture_map(
     x: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor, min_log_scale: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output of either map, in the layout of x, and its log-det ``(B,)``, both float32 or the float64 of x."""
+    """Compute either map: its output, in the layout of x, and log-det ``(B,)``, both float32 or the float64 of x."""
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     if not x.numel():
         return out, out.new_zeros(len(x))
@@ -352,7 +352,7 @@ def mixture_map_backward(
     min_log_scale: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the input of the map, of ``dtype``, and of its parameters; x is the data, whichever is given."""
+    """Compute the gradients of the input of the map, of ``dtype``, and of its parameters; x is always the data."""
     theta = logits, means, log_scales
     grad_x, *grads = torch.empty_like(x, dtype=dtype), *map(torch.empty_like, theta)
     if x.numel():
@@ -368,7 +368,7 @@ def mixture_map_backward(
 
 
 def _cut(kernel: str, x: Tensor, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the options of a kernel, which depend on what lies next to each other in memory."""
+    """Choose the grid and the options of a kernel by what lies next to each other in memory."""
     components = logits.shape[-1]
     padded = triton.next_power_of_2(components)
     order = "components" if components > 1 and logits.stride(-1) == 1 else "elements"

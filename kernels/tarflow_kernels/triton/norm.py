@@ -37,12 +37,12 @@ def _residual_norm_kernel(
     weight = tl.load(Weight + channels * weight_stride, mask=exists, other=0.0).to(ACC)
     bias = tl.load(Bias + channels * bias_stride, mask=exists, other=0.0).to(ACC)
 
-    places = H + _row(sizes, h_strides, row) + channels * h_strides[0]
-    h = tl.load(places, mask=exists, other=0.0)
+    pointers = H + _row(sizes, h_strides, row) + channels * h_strides[0]
+    h = tl.load(pointers, mask=exists, other=0.0)
     if Delta is not None:
         delta = tl.load(Delta + _row(sizes, delta_strides, row) + channels * delta_strides[0], mask=exists, other=0.0)
         h = (h.to(ACC) + delta.to(ACC)).to(h.dtype)
-        tl.store(places, h, mask=exists)
+        tl.store(pointers, h, mask=exists)
 
     # Statistics are those of what was stored; deviations from the mean are squared as such, not as E[h^2] - E[h]^2.
     x = h.to(ACC)
@@ -54,7 +54,7 @@ def _residual_norm_kernel(
 
 @triton.jit
 def _row(sizes, strides, row):
-    """Where a row begins, of those counted through all dimensions but the last, which come innermost first."""
+    """The offset of a row, counted through all dimensions but the last; sizes come innermost first."""
     outermost: tl.constexpr = len(sizes) - 1
     offset = tl.cast(0, tl.int64)
     for k in tl.static_range(outermost):

@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles in and out of memory, and the running softmax.
+"""Tiles in and out of memory, and the running softmax: the parts that the attention kernels share.
 
 Strides come as tuples ``(batch, head, token, channel)``, and what they multiply is int64. Tiles have a power of two of
 channels, COLUMNS; those beyond HEAD_DIM are zeros on the way in and masked on the way out. FULL promises that all
@@ -17,7 +17,7 @@ def accumulator(pointer_type):
 
 @triton.jit
 def head_of(pointer, strides, batch, head):
-    """Where the ``(N, D)`` matrix of a head begins."""
+    """The pointer to the ``(N, D)`` matrix of a head."""
     return pointer + batch * strides[0] + head * strides[1]
 
 
@@ -38,7 +38,7 @@ def base_2(factor):
 
 @triton.jit
 def tile_pointers(head, strides, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """To ``(ROWS, COLUMNS)`` elements of a head, from token ``start`` on."""
+    """Pointers to ``(ROWS, COLUMNS)`` elements of a head, from token ``start`` on."""
     tokens = (start + tl.arange(0, ROWS)).to(tl.int64)
     channels = tl.arange(0, COLUMNS).to(tl.int64)
     return head + tokens[:, None] * strides[2] + channels[None, :] * strides[3]
@@ -46,7 +46,7 @@ def tile_pointers(head, strides, start, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 @triton.jit
 def tile_mask(start, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, FULL: tl.constexpr):
-    """What of a tile exists, or None where all of it does."""
+    """The mask of the elements of a tile that exist, or None where all do."""
     tokens = (start + tl.arange(0, ROWS) < end)[:, None]
     channels = (tl.arange(0, COLUMNS) < HEAD_DIM)[None, :]
     if FULL and COLUMNS == HEAD_DIM:
@@ -71,7 +71,7 @@ def load_tile(
     HEAD_DIM: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Zeros where there is nothing."""
+    """Load a tile, with zeros where there is nothing."""
     mask = tile_mask(start, end, ROWS, COLUMNS, HEAD_DIM, FULL)
     return tl.load(tile_pointers(head, strides, start, ROWS, COLUMNS), mask=mask, other=None if mask is None else 0.0)
 
@@ -88,7 +88,7 @@ def store_tile(
     HEAD_DIM: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """In the type of the destination."""
+    """Store a tile in the type of the destination."""
     pointers = tile_pointers(head, strides, start, ROWS, COLUMNS)
     mask = tile_mask(start, end, ROWS, COLUMNS, HEAD_DIM, FULL)
     tl.store(pointers, tile.to(head.dtype.element_ty), mask=mask)

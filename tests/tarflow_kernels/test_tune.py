@@ -1,4 +1,4 @@
-"""Configurations: what a tuner keeps is what a launcher finds, and nothing else of the file is lost."""
+"""The tuner: what it keeps is what a launcher finds, and nothing else of the file is lost."""
 
 import json
 
@@ -8,10 +8,9 @@ from tarflow_kernels import tune
 
 pytest.importorskip("triton")
 
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tarflow_kernels import inspect
+from tarflow_kernels import resources
 from tarflow_kernels.triton import configs
 
 FAST, SLOW = {"BLOCK_N": 128, "num_warps": 8}, {"BLOCK_N": 16, "num_warps": 1}
@@ -48,13 +47,13 @@ def test_what_is_tuned_is_what_launchers_look_up(problem, monkeypatch):
     asked = []
     monkeypatch.setattr(configs, "choose", lambda kernel, key, fallback: asked.append((kernel, key)) or fallback)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)
-    inspect.compile_only(inspect.TARGETS["sm_90"], lambda: problem.make("meta")())
+    resources.compile_only(resources.TARGETS["sm_90"], lambda: problem.make("meta")())
     assert (problem.kernel, problem.key) in asked
 
 
 @pytest.mark.parametrize("problem", list(tune.problems()), ids=lambda problem: f"{problem.kernel} {problem.key}")
 def test_candidates_cut_along_the_diagonal(problem):
-    """What an attention kernel owns is a multiple of what it walks by: else its two loops would overlap."""
+    """An attention kernel owns a multiple of what it walks by: otherwise its two loops would overlap."""
     for candidate in problem.candidates:
         m, n = candidate.get("BLOCK_M", 1), candidate.get("BLOCK_N", 1)
         assert problem.kernel == "decode_attention" or (n % m if problem.kernel.endswith("keys") else m % n) == 0
@@ -64,11 +63,11 @@ def test_candidates_cut_along_the_diagonal(problem):
     ("seconds", "written"), [(600, {"bfloat16,n64", "bfloat16,n4096", "float32,n64", "float32,n4096"}), (0, set())]
 )
 def test_the_command_keeps_what_it_found_while_there_was_time(seconds, written, folder, monkeypatch, capsys):
-    """All of it but the timing, on a card that is not there: candidates are compiled by processes of their own."""
+    """It runs but for the timing, on a card that is not there, and compiles candidates in processes of their own."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(driver, "_active", inspect._Driver(inspect.TARGETS["sm_90"]))
     monkeypatch.setattr(tune, "tune", lambda problem, candidates: (candidates[-1], f"{len(candidates)} candidates"))
-    tune.main(["--op", "guided_affine", "--seconds", str(seconds), "--workers", "2"])
+    with resources.pretend(resources.TARGETS["sm_90"]):
+        tune.main(["--op", "affine_map_backward", "--seconds", str(seconds), "--workers", "2"])
     found = {key for path in folder.iterdir() for key in json.loads(path.read_text())}
     assert found == written
     assert capsys.readouterr().out.count("out of time" if not written else "9 candidates") == 4
