@@ -18,7 +18,6 @@ BACKENDS = ("reference", "torch", "triton")
 implementations: dict[str, dict[str, Callable]] = {}
 """The functions that run, by op and backend; a test puts others in their place."""
 
-_implementations = implementations  # until tests/tarflow use the public name
 _library = library.Library("tarflow", "DEF")
 _serves: dict[str, Callable[..., bool]] = {}
 _opaque: set[str] = set()

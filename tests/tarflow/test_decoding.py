@@ -363,7 +363,7 @@ class Launches(TorchDispatchMode):
         self.count, self.inside = 0, False
         for op in ("residual_norm", "decode_attention", "embed_next", "mixture_logistic_inverse"):
             monkeypatch.setitem(
-                dispatch._implementations[op], "torch", self.as_one(dispatch._implementations[op]["torch"])
+                dispatch.implementations[op], "torch", self.as_one(dispatch.implementations[op]["torch"])
             )
 
     def as_one(self, op):
