@@ -11,10 +11,6 @@ from tarflow.pretrained import read_config
 GUIDANCE = Guidance(weight=2.0, schedule="linear")
 TRAINED = Path(__file__).parent / "trained" / "fashion-mnist"
 
-# (patch size, batch): the CPU rows of the README, at 28 x 28, width 128, 4 blocks of 4 layers.
-CPU_ROWS = [(4, 64), (4, 1), (2, 16), (2, 1)]
-TRAINING_ROWS = [(4, 64), (2, 16)]
-
 # The spread of alpha over that of the activations, over whose number it sums. A large token makes large activations,
 # these a large alpha, and that a larger token: with four times this, tokens run away to infinity within a block.
 _SPREAD = 0.14

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from models import GUIDANCE
 from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow_kernels import (
     KVCache,
@@ -25,7 +24,6 @@ from tarflow_kernels import (
     affine_inverse,
     causal_attention,
     decode_attention,
-    guided_affine_inverse,
     mixture_logistic,
     mixture_logistic_inverse,
     reference,
@@ -80,7 +78,6 @@ def op_rows(device: torch.device) -> list[Row]:
         *(_causal_attention(shape, tokens // shape.tokens, dtype, way) for shape in attended for way in _WAYS),
         *(_decode(shape, rows, new, dtype) for shape in attended for new in (1, 16)),
         *(_affine(shape, tensor_bytes, *case) for shape in shapes for case in _AFFINE),
-        *(_guided(shape, tensor_bytes) for shape in shapes),
         *(_mixture(coupling, 64 if on_gpu else 8, *case) for coupling in COUPLINGS for case in _MIXTURE),
     ]
 
@@ -209,28 +206,6 @@ def _affine(
         contenders=_contenders(op, shifted, way),
         draw=draw,
         expect=_exactly(shifted, way),
-    )
-
-
-def _guided(shape: Published, tensor_bytes: int) -> Row:
-    batch = _batch_of(shape, tensor_bytes)
-
-    def draw(device: torch.device) -> Inputs:
-        z = torch.randn(batch, shape.tokens, shape.token_dim, device=device)
-        weights = GUIDANCE.weights(shape.tokens).to(device, torch.float32)
-        return Inputs((z, *_parameters(z), *_parameters(z), weights), ())
-
-    values = batch * shape.tokens * shape.token_dim
-    return Row(
-        op="guided_affine_inverse",
-        model=shape.name,
-        shape={"B": batch, "N": shape.tokens, "D": shape.token_dim},
-        dtype=torch.float32,
-        bytes=6 * values * 4,
-        operations=9 * values,
-        contenders=_contenders(guided_affine_inverse, reference.guided_affine_inverse, _forward),
-        draw=draw,
-        expect=_exactly(reference.guided_affine_inverse, _forward),
     )
 
 

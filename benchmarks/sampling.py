@@ -68,8 +68,8 @@ def _cpu_rows() -> list[Row]:
     """In float32. Of the random model, whose passes say nothing, what a user would run."""
     random = _random("28x28 patch 4, random", fashion_mnist(4))
     return [
-        *(_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
-        *(_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),
+        *(sampling_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
+        *(sampling_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),
     ]
 
 
@@ -82,7 +82,7 @@ def _gpu_rows() -> list[Row]:
         _random("ImageNet128 4-1024-2-8", imagenet128(2), short),
         _random("AFHQ256 8-768-2-8", afhq256(2), short),
     ]
-    row = partial(_row, dtype=torch.bfloat16)
+    row = partial(sampling_row, dtype=torch.bfloat16)
     # The passes of random weights say nothing, and there can be a thousand of them.
     large = partial(row, contenders=("auto", "sequential"), rounds=1)
     return [
@@ -199,7 +199,7 @@ def _nearly(inputs: Inputs) -> Outputs:
     return (inputs.model.flow.inverse(inputs.z[rows], inputs.labels[rows], inputs.guidance, "sequential"),)
 
 
-def _row(
+def sampling_row(
     subject: Subject,
     batch: int,
     guidance: Guidance | None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import records
 from records import Record
 
+_GUIDED, _TRAINED, _LARGE = "guided sampling", "Fashion-MNIST 2-128-4-2, trained", "ImageNet64 2-768-8-8"
 _SDPA = ("SDPA flash", "SDPA cuDNN", "SDPA efficient")
 Value = Callable[[Iterable[Record]], float | None]
 
@@ -91,21 +92,6 @@ def _widening(rows: Iterable[Record]) -> float | None:
     return max((sixteen[model] / one[model] for model in one.keys() & sixteen.keys()), default=None)
 
 
-_GUIDED, _TRAINED, _LARGE = "guided sampling", "Fashion-MNIST 2-128-4-2, trained", "ImageNet64 2-768-8-8"
-
-
-def _ratio(base: str, batch: int) -> Value:
-    """How many times as long as ``auto`` another contender takes for guided samples of the trained model."""
-
-    def value(rows: Iterable[Record]) -> float | None:
-        for row in _select(rows, _GUIDED, {"B": batch}, _TRAINED):
-            if taken := _time(row, base):
-                return taken / _time(row, "auto")
-        return None
-
-    return value
-
-
 def _passes(rows: Iterable[Record]) -> float | None:
     """Percent of the sequential steps that whole-sequence Jacobi decoding takes, at its usual tolerance."""
     trained = [row for row in rows if row["model"] == _TRAINED]
@@ -179,7 +165,7 @@ TARGETS = (
             f"CPU, trained model, {batch} guided, auto against {base}",
             bound,
             _TIMES,
-            _ratio(base, batch),
+            _speedup(_GUIDED, (base,), _TRAINED, B=batch),
             devices=("CPU",),
         )
         for base, batch, bound in (
