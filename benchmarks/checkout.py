@@ -72,7 +72,7 @@ def published(model: TarFlow) -> nn.Module:
     return theirs.requires_grad_()
 
 
-def sample(theirs: nn.Module, z: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
+def sample(theirs: nn.Module, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
     """Turn latents into images with a published model."""
     with torch.no_grad():
         return theirs.reverse(z, labels, **guidance_arguments(guidance))
