@@ -40,7 +40,7 @@ _MARKERS = "osD^v<>Ph*Xpd"
 
 @rc_context(_STYLE)
 def roofline(rows: list[Record], path: Path) -> None:
-    """Operations per byte against operations per second: ours, the best other contender, and the measured ceilings."""
+    """Plot operations per second over operations per byte: ours, the best other contender, the measured ceilings."""
     rows = _one_per_op(rows)
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -62,7 +62,7 @@ def roofline(rows: list[Record], path: Path) -> None:
 
 @rc_context(_STYLE)
 def limits(rows: list[Record], path: Path) -> None:
-    """Bars of the percentage of the larger of the two limits."""
+    """Draw bars of the percentage of the larger of the two limits."""
     rows = _one_per_op(rows)[::-1]
     figure = Figure(figsize=(6.8, 0.7 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -83,7 +83,7 @@ def limits(rows: list[Record], path: Path) -> None:
 
 @rc_context(_STYLE)
 def sampling(rows: list[Record], path: Path) -> None:
-    """Images per second over the batch, a panel for each model that was measured with several."""
+    """Plot images per second over the batch, a panel for each model that was measured with several."""
     models = over_batch(rows)
     columns = min(len(models), 3)
     figure = Figure(figsize=(6.8, 0.7 + 2.9 * -(-len(models) // columns)), layout="constrained")
@@ -160,7 +160,7 @@ def _draw_line(
 
 
 def _keys(rows: list[Record]) -> list[Line2D]:
-    """What colours and strokes stand for, as far as they occur."""
+    """The legend of the colours and strokes that occur."""
     names = [name for name in _COLORS if any(name in records.timed(row) for row in rows)]
     contenders = [Line2D([], [], color=_COLORS[name], marker="o", markersize=3, label=name) for name in names]
     strokes = [

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def page(results: dict[str, Record]) -> str:
-    """The targets, and a chapter for each device."""
+    """Write the page: the targets, and a chapter for each device."""
     parts = [INTRODUCTION, "## Targets", targets(results.values())]
     for result in results.values():
         parts += _chapter(result)
@@ -71,7 +71,7 @@ def page(results: dict[str, Record]) -> str:
 
 
 def targets(results: Iterable[Record]) -> str:
-    """What is meant to be reached, on an H100 in bfloat16 or on a CPU, and what each device reaches."""
+    """Write the targets, on an H100 in bfloat16 or on a CPU, and what each device reaches."""
     devices = {_machine(result["rows"].values())["device"]: result for result in results}
     if not any(map(_is_gpu, devices.values())):
         devices["H100"] = None
@@ -82,7 +82,7 @@ def targets(results: Iterable[Record]) -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in markdown."""
+    """Write a table in markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 

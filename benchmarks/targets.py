@@ -1,4 +1,4 @@
-"""What is meant to be reached, mostly on an H100 in bfloat16, and whether it is."""
+"""Numbers that are meant to be reached, mostly on an H100 in bfloat16, and whether they are."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class Target:
 
     @property
     def required(self) -> str:
-        """The bound as text."""
+        """Write the bound."""
         return f"{'≤' if self.at_most else '≥'} {self.show.format(self.bound)}"
 
     def verdict(self, rows: Iterable[Record]) -> str | None:
-        """The value and whether it is enough; None where it was not measured."""
+        """Write the value and whether it is enough; None where it was not measured."""
         value = self.value(rows)
         if value is None:
             return None
@@ -101,7 +101,7 @@ def _passes(rows: Iterable[Record]) -> float | None:
 
 
 def _latency(rows: Iterable[Record]) -> float | None:
-    """Of 32 guided images of the large model, in seconds."""
+    """The time of 32 guided images of the large model, in seconds."""
     return min((_time(row, "auto") for row in _select(rows, _GUIDED, {"B": 32}, _LARGE)), default=None)
 
 
@@ -122,7 +122,7 @@ def _over_floor(rows: Iterable[Record]) -> float | None:
 
 
 def _flow_targets(model: str, rivals: tuple[str, ...], bounds: dict[int, float]) -> list[Target]:
-    """That another library's flow is inverted so many times as fast as by the best of the rivals, by batch."""
+    """Ask that another library's flow is inverted so many times as fast as by the best of the rivals, by batch."""
     return [
         Target(
             f"CPU, {model} inverse, batch {batch}, against {' and '.join(rivals)}",
