@@ -19,10 +19,9 @@ import records
 from profiles import summary
 from records import Record, three_digits
 from tarflow.files import replacing
-from targets import TARGETS, Target
+from targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
-MISSING, NOT_APPLICABLE = "not measured", "–"
 INTRODUCTION = """# Benchmarks
 
 `python benchmarks/report.py` writes this page from `benchmarks/results/*.json`. The contenders of a row took turns; the
@@ -63,22 +62,11 @@ def main() -> None:
 
 
 def page(results: dict[str, Record]) -> str:
-    """Write the page: the targets, and a chapter for each device."""
-    parts = [INTRODUCTION, "## Targets", targets(results.values())]
-    for result in results.values():
-        parts += _chapter(result)
+    """Write the page: a chapter for each device, and the targets of a GPU where none was measured."""
+    parts = [INTRODUCTION, *(part for result in results.values() for part in _chapter(result))]
+    if not any(_is_gpu(_machine(result["rows"].values())) for result in results.values()):
+        parts += ["## Targets of an H100 in bfloat16", _targets("GPU", [])]
     return "\n\n".join(parts) + "\n"
-
-
-def targets(results: Iterable[Record]) -> str:
-    """Write the targets, on an H100 in bfloat16 or on a CPU, and what each device reaches."""
-    devices = {_machine(result["rows"].values())["device"]: result for result in results}
-    if not any(map(_is_gpu, devices.values())):
-        devices["H100"] = None
-    lines = [
-        [target.name, target.required, *(_verdict(target, found) for found in devices.values())] for target in TARGETS
-    ]
-    return table(("target (GPU: bfloat16)", "required", *devices), lines)
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -89,6 +77,8 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def _chapter(result: Record) -> Iterator[str]:
     rows = list(result["rows"].values())
     yield f"## {_machine(rows)['device']}"
+    yield "### Targets"
+    yield _targets("GPU" if _is_gpu(_machine(rows)) else "CPU", rows)
     known = [op for ops in SECTIONS.values() for op in ops]
     sections = {"Ops": {row["op"] for row in rows}.difference(known)} | SECTIONS
     for title, ops in sections.items():
@@ -105,13 +95,16 @@ def _chapter(result: Record) -> Iterator[str]:
         yield from _profile(name, profile)
 
 
+def _targets(kind: str, rows: list[Record]) -> str:
+    lines = [(target.name, target.required, target.verdict(rows)) for target in TARGETS[kind]]
+    return table(("target", "required", "measured"), lines)
+
+
 def _lines(row: Record) -> Iterator[list[str]]:
     """A line for each contender that was timed."""
     sizes = " ".join(f"{key}={value}" for key, value in row["shape"].items())
     what = f"{row['op']}, {row['model']}, {sizes}, {row['dtype']}{'; ' + row['note'] if row['note'] else ''}"
     timed, own = records.timed(row), records.ours(row)
-    if not timed:
-        yield [what, *[MISSING] * (len(HEAD) - 1)]
     for name, result in timed.items():
         yield [
             what,
@@ -120,7 +113,7 @@ def _lines(row: Record) -> Iterator[list[str]]:
             f"{_milliseconds(result['p20'])[:-3]} to {_milliseconds(result['p80'])}",
             _rate(row, result),
             f"{result['percent_of_limit']:.0f} % ({row['bound']})",
-            f"{result['p50'] / timed[own]['p50']:.2f}" if own else MISSING,
+            f"{result['p50'] / timed[own]['p50']:.2f}" if own else "–",
         ]
         what = ""
 
@@ -128,7 +121,7 @@ def _lines(row: Record) -> Iterator[list[str]]:
 def _profile(name: str, profile: Record) -> Iterator[str]:
     """The most expensive kernels of a step."""
     if "unavailable" in profile:
-        yield f"{name}: {MISSING} ({profile['unavailable']})"
+        yield f"{name}: not profiled ({profile['unavailable']})"
         return
     yield f"A {name}, {summary(profile)}:"
     lines = (
@@ -155,19 +148,7 @@ def _rate(row: Record, result: Record) -> str:
     return f"{three_digits(result['teraflops'])} TFLOP/s"
 
 
-def _verdict(target: Target, result: Record | None) -> str:
-    """The value of a target on a device; on one of another kind than it is meant for, a dash."""
-    kind = "GPU" if result is None or _is_gpu(result) else "CPU"
-    if kind not in target.devices:
-        return NOT_APPLICABLE
-    return (result and target.verdict(result["rows"].values())) or MISSING
-
-
-def _is_gpu(result: Record) -> bool:
-    return _on_gpu(_machine(result["rows"].values()))
-
-
-def _on_gpu(machine: Record) -> bool:
+def _is_gpu(machine: Record) -> bool:
     return "threads" not in machine["driver"]
 
 
@@ -182,7 +163,7 @@ def _where(rows: list[Record]) -> str:
     machine = _machine(rows)
     commits = list(dict.fromkeys(row["machine"]["commit"] for row in rows))
     text = (
-        f"{machine['device']}, {'driver ' * _on_gpu(machine)}{machine['driver']}, torch {machine['torch']}, "
+        f"{machine['device']}, {'driver ' * _is_gpu(machine)}{machine['driver']}, torch {machine['torch']}, "
         f"triton {machine['triton']}, commit {', '.join(commits)}"
     )
     measured = [row for row in rows if "ceilings" in row]
