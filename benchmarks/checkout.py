@@ -6,8 +6,6 @@ Only the contenders called "published" need a checkout, and ``tools/record_publi
 import functools
 import importlib.util
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -15,20 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tarflow import Guidance, TarFlow
+from tarflow.published import to_published
 
 # The environment tells the folder of the checkout to this process and to those that it starts.
 VARIABLE = "TARFLOW_PUBLISHED"
 HELP = "folder of a checkout of apple/ml-tarflow, to measure against"
 
 _GUIDED = {"both": "ab", "alpha": "a", "mu": "b"}
-_RENAMED = (
-    (r"^flow\.prior_variance$", "var"),
-    (r"^flow\.blocks\.(\d+)\.transformer\.", r"blocks.\1."),
-    (r"layers\.(\d+)\.attention_norm\.", r"attn_blocks.\1.attention.norm."),
-    (r"layers\.(\d+)\.(qkv|proj)\.", r"attn_blocks.\1.attention.\2."),
-    (r"layers\.(\d+)\.mlp_norm\.", r"attn_blocks.\1.mlp.norm."),
-    (r"layers\.(\d+)\.mlp\.", r"attn_blocks.\1.mlp.main."),
-)
 
 
 def use(folder: Path | None) -> None:
@@ -99,22 +90,3 @@ def gradients(theirs: nn.Module, model: TarFlow) -> list[Tensor]:
         (gradient,) = to_published({name: weights[published_name].grad}).values()
         collected.append(gradient.reshape_as(parameter))
     return collected
-
-
-def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our weights; theirs have positions in raster order, and class embeddings with a dimension of tokens."""
-    return {_rename(name): _convert(_rename(name), tensor) for name, tensor in state.items()}
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _convert(name: str, tensor: Tensor) -> Tensor:
-    if name.endswith("class_embed"):
-        return tensor[:, None]
-    if name.endswith("pos_embed") and int(name.split(".")[1]) % 2:
-        return tensor.flip(0)
-    return tensor

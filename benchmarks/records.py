@@ -210,7 +210,7 @@ def update(path: Path, records: Iterable[Record] = (), **others: Any) -> None:
         if "not_measured" not in record or "contenders" not in known["rows"].get(record["name"], {}):
             known["rows"][record["name"]] = record
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(json.dumps(known | others, indent=1) + "\n")
 
 

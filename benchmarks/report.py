@@ -18,7 +18,7 @@ import plots
 import records
 from profiles import summary
 from records import Record, three_digits
-from tarflow.files import replacing
+from tarflow.files import atomic_write
 from targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def main() -> None:
     if not results:
         parser.error(f"--results: no *.json in {arguments.results}")
     arguments.docs.mkdir(parents=True, exist_ok=True)
-    with replacing(arguments.docs / "benchmarks.md") as beside:
+    with atomic_write(arguments.docs / "benchmarks.md") as beside:
         beside.write_text(page(results))
     for device, result in results.items():
         measured = [row for row in result["rows"].values() if records.ours(row) and row["op"] not in OTHER_FLOWS]

@@ -124,24 +124,24 @@ class Decoding:
     def __init__(self, decoder: Decoder, inputs: Inputs):
         self.decoder = decoder
         self.inputs = inputs
-        self.decoded: list[BlockStatistics] = []
+        self.statistics: list[BlockStatistics] = []
 
     def __call__(self) -> Outputs:
         """Decode, and return the samples that are compared."""
-        self.decoded.clear()
-        inputs, report = self.inputs, self.decoded.append
+        self.statistics.clear()
+        inputs, progress = self.inputs, self.statistics.append
         with inputs.autocast():
-            tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, report)
+            tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, progress)
         return (tokens[inputs.checked()],)
 
     def facts(self) -> dict[str, Any]:
         """Count its passes and the steps of the sequential decoder, in all and by block, as they were generated."""
         return {
-            "passes": sum(block.passes for block in self.decoded),
-            "steps": sum(block.steps for block in self.decoded),
+            "passes": sum(block.passes for block in self.statistics),
+            "steps": sum(block.steps for block in self.statistics),
             "by_block": [
                 f"{block.passes}/{block.steps}" + (f" by {block.decoder}" if block.decoder != self.decoder else "")
-                for block in self.decoded
+                for block in self.statistics
             ],
         }
 

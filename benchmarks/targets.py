@@ -120,7 +120,7 @@ def _over_floor(rows: Iterable[Record]) -> float | None:
 def _faster(
     name: str, bound: float, op: str, rivals: tuple[str, ...], model: str | None = None, **shape: int
 ) -> Target:
-    return Target(f"{name}, against {' and '.join(rivals)}", bound, _TIMES, _speedup(op, rivals, model, **shape))
+    return Target(f"{name}, against {', '.join(rivals)}", bound, _TIMES, _speedup(op, rivals, model, **shape))
 
 
 def _inverses(model: str, rivals: tuple[str, ...], bounds: dict[int, float]) -> list[Target]:

@@ -14,7 +14,7 @@ import sampling
 import training
 from row import Contender, Row
 from tarflow import TarFlowConfig
-from tarflow.patches import patchify
+from tarflow.model import patchify
 
 CPU = torch.device("cpu")
 
