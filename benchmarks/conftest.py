@@ -5,7 +5,7 @@ out, and the summary says so.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,22 +61,17 @@ def pytest_terminal_summary(terminalreporter, config):
     found = [measurement.record for measurement in config.stash[MEASURED].values()]
     if not found:
         return
-    passes = list(_passes(found))
-    if passes:
-        terminalreporter.section("passes / steps of each block, as they are generated")
-    for line in passes:
-        terminalreporter.line(line)
-    terminalreporter.section("not measured")
-    for line in [*(f"{what}: {why}" for what, why in rows.left_out(DEVICE).items()), *records.reasons(found)]:
-        terminalreporter.line(line)
+    passes = [
+        f"{record['name']}: {contender}: {result['passes']}/{result['steps']} = {'; '.join(result['by_block'])}"
+        for record in found
+        for contender, result in records.timed(record).items()
+        if "passes" in result
+    ]
+    missing = [f"{what}: {why}" for what, why in rows.left_out(DEVICE).items()] + records.reasons(found)
+    sections = {"passes / steps of each block, as they are generated": passes, "not measured": missing}
+    for title, lines in sections.items():
+        if lines:
+            terminalreporter.section(title)
+            terminalreporter.line("\n".join(lines))
     if config.getoption("benchmark_only", False):
         terminalreporter.line(f"the rest is in {records.path_of(DEVICE)}")
-
-
-def _passes(found: list[records.Record]) -> Iterator[str]:
-    """A line for each row and contender that counted them."""
-    for record in found:
-        for contender, result in record.get("contenders", {}).items():
-            if "passes" in result:
-                blocks = "; ".join(result["by_block"])
-                yield f"{record['name']}: {contender}: {result['passes']}/{result['steps']} = {blocks}"

@@ -1,6 +1,5 @@
 """Plots of a device, fit for a paper: its roofline, how near each op comes to its limit, and sampling over batches."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -134,14 +133,15 @@ def _draw_bar(axes: Axes, height: float, row: Record, contender: str, color: str
 
 
 def _draw_batches(axes: Axes, rows: list[Record]) -> None:
-    """A line for each contender and for the floor; guided solid, not guided dashed."""
+    """Draw a line for each contender and for the floor; guided solid, not guided dashed."""
     batches = sorted({row["shape"]["B"] for row in rows})
     for op, style in _STROKES.items():
         of_op = [row for row in rows if row["op"] == op]
         for name, color in _COLORS.items():
-            timed = [row for row in of_op if name in records.timed(row)]
-            _draw_line(axes, timed, lambda row, name=name: row["contenders"][name]["p50"], style, color, marker="o")
-        _draw_line(axes, of_op, lambda row: records.floors(row)["copy"], style, "black", marker="")
+            rates = _rates(of_op, name)
+            axes.plot(rates.keys(), rates.values(), "o", linestyle=style, color=color, linewidth=1, markersize=3)
+        floor = {row["shape"]["B"]: row["shape"]["B"] / records.floors(row)["copy"] for row in of_op}
+        axes.plot(floor.keys(), floor.values(), linestyle=style, color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="batch", xlim=(batches[0] / 1.4, batches[-1] * 1.4))
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -151,12 +151,10 @@ def _draw_batches(axes: Axes, rows: list[Record]) -> None:
     axes.grid(axis="y", color="0.9", linewidth=0.5)
 
 
-def _draw_line(
-    axes: Axes, rows: list[Record], seconds: Callable[[Record], float], style: str | tuple, color: str, marker: str
-) -> None:
-    batches = [row["shape"]["B"] for row in rows]
-    rates = [batch / seconds(row) for batch, row in zip(batches, rows, strict=True)]
-    axes.plot(batches, rates, linestyle=style, color=color, linewidth=1, marker=marker, markersize=3)
+def _rates(rows: list[Record], name: str) -> dict[int, float]:
+    """Images per second of a contender by batch."""
+    timed = [row for row in rows if name in records.timed(row)]
+    return {row["shape"]["B"]: row["contenders"][name]["images_per_second"] for row in timed}
 
 
 def _keys(rows: list[Record]) -> list[Line2D]:
