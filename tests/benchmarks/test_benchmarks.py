@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkout
 import device as devices
 import models
 import records
@@ -15,6 +16,7 @@ import training
 from row import Contender, Row
 from tarflow import TarFlowConfig
 from tarflow.model import patchify
+from tarflow.published import to_published
 
 CPU = torch.device("cpu")
 
@@ -124,3 +126,12 @@ def test_a_model_of_many_layers_is_trained_without_a_dense_mask_and_a_block_of_i
     assert set(block.contenders) == {*whole.contenders, "eager", "published", "compiled eager"}
     assert {whole.plain, block.plain} == {"torch", "eager"}
     assert block.operations < whole.operations / 7
+
+
+def test_gradients_of_the_published_model_are_compared_in_our_order_and_shapes():
+    model = models.build(wide(64, num_blocks=2, image_size=8), CPU)
+    ours = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    theirs = {name: SimpleNamespace(grad=gradient) for name, gradient in to_published(ours).items()}
+    collected = checkout.gradients(SimpleNamespace(named_parameters=theirs.items), model)
+    assert all(map(torch.equal, collected, ours.values()))
+    assert len(collected) == len(ours)
