@@ -64,21 +64,15 @@ def published(model: TarFlow) -> nn.Module:
 
 
 def sample(theirs: nn.Module, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
-    """Turn latents into images with a published model."""
-    with torch.no_grad():
-        return theirs.reverse(z, labels, **guidance_arguments(guidance))
-
-
-def guidance_arguments(guidance: Guidance | None) -> dict[str, float | str | bool]:
-    """Translate guidance for the published code, whose reference branch never has a label."""
-    if guidance is None:
-        return {}
-    return {
+    """Turn latents into images with a published model, whose reference branch never has a label."""
+    options = guidance and {
         "guidance": guidance.weight,
         "guide_what": _GUIDED[guidance.parameters],
         "attn_temp": guidance.temperature,
         "annealed_guidance": guidance.schedule == "linear",
     }
+    with torch.no_grad():
+        return theirs.reverse(z, labels, **(options or {}))
 
 
 def gradients(theirs: nn.Module, model: TarFlow) -> list[Tensor]:
