@@ -1,6 +1,6 @@
 """Numbers that are meant to be reached, mostly on an H100 in bfloat16, and whether they are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import records
@@ -8,7 +8,7 @@ from records import Record
 
 _GUIDED, _TRAINED, _LARGE = "guided sampling", "Fashion-MNIST 2-128-4-2, trained", "ImageNet64 2-768-8-8"
 _SDPA = ("SDPA flash", "SDPA cuDNN", "SDPA efficient")
-Value = Callable[[Iterable[Record]], float | None]
+Value = Callable[[list[Record]], float | None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Target:
         """Write the bound."""
         return f"{'≤' if self.at_most else '≥'} {self.show.format(self.bound)}"
 
-    def verdict(self, rows: Iterable[Record]) -> str:
+    def verdict(self, rows: list[Record]) -> str:
         """Write the value and whether it is enough."""
         value = self.value(rows)
         if value is None:
@@ -38,7 +38,7 @@ class Target:
 def _speedup(op: str, rivals: tuple[str, ...], model: str | None = None, **shape: int) -> Value:
     """How many times as long the best of the rivals takes."""
 
-    def value(rows: Iterable[Record]) -> float | None:
+    def value(rows: list[Record]) -> float | None:
         ratios = []
         for row in _select(rows, op, shape, model):
             times = [taken for rival in rivals if (taken := _time(row, rival))]
@@ -52,8 +52,8 @@ def _speedup(op: str, rivals: tuple[str, ...], model: str | None = None, **shape
 def _training_speedup(op: str, rivals: tuple[str, ...]) -> Value:
     """How many times as long the best of the rivals takes for forward and backward together."""
 
-    def value(rows: Iterable[Record]) -> float | None:
-        rows, ratios = list(rows), []
+    def value(rows: list[Record]) -> float | None:
+        ratios = []
         for forward in _select(rows, op, {}):
             for backward in _select(rows, f"{op} backward", forward["shape"], forward["model"]):
                 taken = [(_time(forward, name), _time(backward, name)) for name in (*rivals, records.ours(forward))]
@@ -68,16 +68,15 @@ def _training_speedup(op: str, rivals: tuple[str, ...]) -> Value:
 def _share(op: str, **shape: int) -> Value:
     """Percent of the limit."""
 
-    def value(rows: Iterable[Record]) -> float | None:
+    def value(rows: list[Record]) -> float | None:
         shares = [row["contenders"][records.ours(row)]["percent_of_limit"] for row in _select(rows, op, shape)]
         return min(shares, default=None)
 
     return value
 
 
-def _widening(rows: Iterable[Record]) -> float | None:
+def _widening(rows: list[Record]) -> float | None:
     """The time of 16 new tokens over that of one."""
-    rows = list(rows)
     one, sixteen = (
         {
             row["model"]: _time(row, records.ours(row))
@@ -88,33 +87,28 @@ def _widening(rows: Iterable[Record]) -> float | None:
     return max((sixteen[model] / one[model] for model in one.keys() & sixteen.keys()), default=None)
 
 
-def _passes(rows: Iterable[Record]) -> float | None:
+def _passes(rows: list[Record]) -> float | None:
     """Percent of the sequential steps that whole-sequence Jacobi decoding takes, at its usual tolerance."""
-    trained = [row for row in rows if row["model"] == _TRAINED]
-    results = [row.get("contenders", {}).get("jacobi", {}) for row in trained]
-    counted = [result for result in results if "passes" in result]
-    return max((100 * result["passes"] / result["steps"] for result in counted), default=None)
+    results = [records.timed(row).get("jacobi") for row in rows if row["model"] == _TRAINED]
+    return max((100 * result["passes"] / result["steps"] for result in results if result), default=None)
 
 
-def _latency(rows: Iterable[Record]) -> float | None:
+def _latency(rows: list[Record]) -> float | None:
     """The time of 32 guided images of the large model, in seconds."""
     return min((_time(row, "auto") for row in _select(rows, _GUIDED, {"B": 32}, _LARGE)), default=None)
 
 
-def _large_against_published(rows: Iterable[Record]) -> float | None:
+def _large_against_published(rows: list[Record]) -> float | None:
     """Eight times what the published code takes for one of the eight blocks, over what ``auto`` takes for all."""
-    rows = list(rows)
     blocks = [_time(row, "published") for row in _select(rows, _GUIDED, {"B": 32}, "ImageNet64 2-768-1-8")]
     latency = _latency(rows)
     return 8 * blocks[0] / latency if latency and blocks and blocks[0] else None
 
 
-def _over_floor(rows: Iterable[Record]) -> float | None:
+def _over_floor(rows: list[Record]) -> float | None:
     """The time of sequential decoding over that of reading weights and cache once per step."""
-    rows = _select(rows, _GUIDED, {"B": 32}, _LARGE)
-    return max(
-        (taken / records.floors(row)["copy"] for row in rows if (taken := _time(row, "sequential"))), default=None
-    )
+    timed = [row for row in _select(rows, _GUIDED, {"B": 32}, _LARGE) if _time(row, "sequential")]
+    return max((_time(row, "sequential") / records.floors(row)["copy"] for row in timed), default=None)
 
 
 def _faster(
@@ -174,7 +168,7 @@ TARGETS = {
 }
 
 
-def _select(rows: Iterable[Record], op: str, shape: dict[str, int], model: str | None = None) -> list[Record]:
+def _select(rows: list[Record], op: str, shape: dict[str, int], model: str | None = None) -> list[Record]:
     return [
         row
         for row in rows
