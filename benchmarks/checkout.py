@@ -1,12 +1,11 @@
 """The paper's code (apple/ml-tarflow), from a checkout of it, with the weights of a model of ours.
 
-Nothing of the checkout is needed for anything else.
+Only the contenders called "published" need a checkout, and ``tools/record_published.py``.
 """
 
 import functools
 import importlib.util
 import os
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -14,19 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tarflow import Guidance, TarFlow
+from tarflow.published import to_published
 
-# Where the checkout is, for this process and those that it starts.
+# The environment tells the folder of the checkout to this process and to those that it starts.
 VARIABLE = "TARFLOW_PUBLISHED"
 HELP = "folder of a checkout of apple/ml-tarflow, to measure against"
 
-_RENAMED = (
-    (r"^flow\.prior_variance$", "var"),
-    (r"^flow\.blocks\.(\d+)\.transformer\.", r"blocks.\1."),
-    (r"layers\.(\d+)\.attention_norm\.", r"attn_blocks.\1.attention.norm."),
-    (r"layers\.(\d+)\.(qkv|proj)\.", r"attn_blocks.\1.attention.\2."),
-    (r"layers\.(\d+)\.mlp_norm\.", r"attn_blocks.\1.mlp.norm."),
-    (r"layers\.(\d+)\.mlp\.", r"attn_blocks.\1.mlp.main."),
-)
+_GUIDED = {"both": "ab", "alpha": "a", "mu": "b"}
 
 
 def use(folder: Path | None) -> None:
@@ -35,8 +28,19 @@ def use(folder: Path | None) -> None:
         os.environ[VARIABLE] = str(folder.resolve())
 
 
+@functools.cache
+def load_code(folder: Path) -> ModuleType:
+    """Import the module of the published model."""
+    spec = importlib.util.spec_from_file_location("transformer_flow", folder / "transformer_flow.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def published(model: TarFlow) -> nn.Module:
-    """The published model of the same weights, on the same device; they require gradients, which autocast's cache asks.
+    """Build the published model with the weights of ours, on the same device.
+
+    Its weights require gradients: autocast keeps what it cast only of such weights.
 
     Raises:
         NotImplementedError: nobody said where the checkout is.
@@ -45,7 +49,7 @@ def published(model: TarFlow) -> nn.Module:
         raise NotImplementedError("no checkout given; see --published")
     config, device = model.config, model.flow.prior_variance.device
     with device:
-        theirs = _transformer_flow(Path(os.environ[VARIABLE])).Model(
+        theirs = load_code(Path(os.environ[VARIABLE])).Model(
             config.in_channels,
             config.image_size,
             config.patch_size,
@@ -55,36 +59,28 @@ def published(model: TarFlow) -> nn.Module:
             nvp=not config.volume_preserving,
             num_classes=config.num_classes,
         )
-    weights = {_rename(name): tensor for name, tensor in model.state_dict().items()}
-    theirs.load_state_dict(theirs.state_dict() | {name: _convert(name, tensor) for name, tensor in weights.items()})
+    theirs.load_state_dict(theirs.state_dict() | to_published(model.state_dict()))
     return theirs.requires_grad_()
 
 
-def sample(theirs: nn.Module, z: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
-    """Latents to images, under guidance with the linear schedule, by a published model."""
-    weight = guidance.weight if guidance else 0.0
+def sample(theirs: nn.Module, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
+    """Turn latents into images with a published model, whose reference branch never has a label."""
+    options = guidance and {
+        "guidance": guidance.weight,
+        "guide_what": _GUIDED[guidance.parameters],
+        "attn_temp": guidance.temperature,
+        "annealed_guidance": guidance.schedule == "linear",
+    }
     with torch.no_grad():
-        return theirs.reverse(z, labels, guidance=weight, annealed_guidance=True)
+        return theirs.reverse(z, labels, **(options or {}))
 
 
-@functools.cache
-def _transformer_flow(folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("transformer_flow", folder / "transformer_flow.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _convert(name: str, tensor: Tensor) -> Tensor:
-    """Theirs has positions in raster order, and class embeddings with a dimension of tokens."""
-    if name.endswith("class_embed"):
-        return tensor[:, None]
-    if name.endswith("pos_embed") and int(name.split(".")[1]) % 2:
-        return tensor.flip(0)
-    return tensor
+def gradients(theirs: nn.Module, model: TarFlow) -> list[Tensor]:
+    """Collect the gradients of a published model in the order and the shapes of our parameters."""
+    weights, collected = dict(theirs.named_parameters()), []
+    for name, parameter in model.named_parameters():
+        (published_name,) = to_published({name: parameter})
+        # Positions that are reversed once more are in our order again.
+        (gradient,) = to_published({name: weights[published_name].grad}).values()
+        collected.append(gradient.reshape_as(parameter))
+    return collected

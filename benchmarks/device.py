@@ -22,6 +22,14 @@ _OVERTIME = 10
 _FLUSHED_BYTES = 2**30
 
 
+def pick() -> torch.device:
+    """Pick the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Timed:
     """Something to time, and the context that it runs in, which is entered before the clock starts."""
@@ -30,31 +38,80 @@ class Timed:
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def pick() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def interleave(
+    contenders: dict[str, Timed], device: torch.device, seconds: float, flush: bool, rounds: int = 3
+) -> dict[str, list[float]]:
+    """Time each contender in turn until ``seconds`` have passed, in so many rounds at least; times are in seconds.
+
+    On a GPU by events, where ``flush`` starts each with a cold L2; on a CPU by the clock, caches as they are.
+    """
+    if device.type == "cuda":
+        scratch = torch.zeros(_FLUSHED_BYTES // 4, device=device) if flush else None
+        measure = functools.partial(seconds_by_events, scratch=scratch)
+    else:
+        measure = seconds_by_clock
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    began = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        allowed = seconds if done >= LEAST_ROUNDS else _OVERTIME * seconds
+        if done >= rounds and time.perf_counter() - began > allowed:
+            break
+        for name, contender in contenders.items():
+            with contender.context():
+                times[name].append(measure(contender.run))
+    return times
+
+
+def seconds_by_events(run: Callable, scratch: torch.Tensor | None) -> float:
+    """Time a run on a GPU, after ``scratch`` took its place in the L2."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if scratch is not None:
+        # Not written: what is timed would have to write it back.
+        scratch.sum()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds_by_clock(run: Callable) -> float:
+    """Time a run on the host."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """Return p20, p50 and p80.
+
+    >>> percentiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    {'p20': 2.0, 'p50': 3.5, 'p80': 5.0}
+    """
+    return {f"p{percent}": float(np.percentile(times, percent)) for percent in (20, 50, 80)}
+
+
+def captured(contender: Timed) -> Timed:
+    """Capture the work in a CUDA graph, so that launches cost the host nothing."""
+    aside = _capture_stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with contender.context(), torch.cuda.stream(aside):
+        for _ in range(3):
+            contender.run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with contender.context(), torch.cuda.graph(graph, stream=aside):
+        contender.run()
+    return replace(contender, run=graph.replay)
 
 
 @functools.cache
-def describe(device: torch.device) -> dict[str, Any]:
-    """What a measurement has to say of where it was made."""
-    return {
-        "device": _name(device),
-        "driver": _driver() if device.type == "cuda" else f"{torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
-        "commit": os.environ.get("TARFLOW_COMMIT") or _commit(),
-    }
+def _capture_stream() -> torch.cuda.Stream:
+    """The one stream that captures: libraries keep a workspace for every stream they see."""
+    return torch.cuda.Stream()
 
 
-def slug(device: torch.device) -> str:
-    """The device in the names of files.
-
-    >>> slug(torch.device("cpu")) == slug(torch.device("cpu")).lower()
-    True
-    """
-    return re.sub(r"[^a-z0-9]+", "-", _name(device).lower()).strip("-")
+# Limits ---------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -73,77 +130,34 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / _median(lambda: left @ right, device)
 
 
-def interleave(
-    contenders: dict[str, Timed], device: torch.device, seconds: float, flush: bool, rounds: int = 3
-) -> dict[str, list]:
-    """The times of each contender in seconds, taken in turn until ``seconds`` have passed, in so many rounds at least.
-
-    On a GPU by events, where ``flush`` starts each with a cold L2; on a CPU by the clock, caches as they are.
-    """
-    on_gpu = device.type == "cuda"
-    scratch = torch.zeros(_FLUSHED_BYTES // 4, device=device) if on_gpu and flush else None
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    began = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        allowed = seconds if done >= LEAST_ROUNDS else _OVERTIME * seconds
-        if done >= rounds and time.perf_counter() - began > allowed:
-            break
-        for name, contender in contenders.items():
-            with contender.context():
-                times[name].append(_by_events(contender.run, scratch) if on_gpu else _by_clock(contender.run))
-    return times
-
-
-def percentiles(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80.
-
-    >>> percentiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    {'p20': 2.0, 'p50': 3.5, 'p80': 5.0}
-    """
-    return {f"p{percent}": float(np.percentile(times, percent)) for percent in (20, 50, 80)}
-
-
-def captured(contender: Timed) -> Timed:
-    """The same work as one replay of a CUDA graph, so that launches cost the host nothing."""
-    aside = _aside()
-    aside.wait_stream(torch.cuda.current_stream())
-    with contender.context(), torch.cuda.stream(aside):
-        for _ in range(3):
-            contender.run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with contender.context(), torch.cuda.graph(graph, stream=aside):
-        contender.run()
-    return replace(contender, run=graph.replay)
-
-
-@functools.cache
-def _aside() -> torch.cuda.Stream:
-    """Where graphs are captured: libraries keep a workspace for every stream they see."""
-    return torch.cuda.Stream()
-
-
-def _by_events(run: Callable, scratch: torch.Tensor | None) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if scratch is not None:
-        # Not written: what is timed would have to write it back.
-        scratch.sum()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _by_clock(run: Callable) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def _median(run: Callable, device: torch.device) -> float:
     run()
     return percentiles(interleave({"": Timed(run)}, device, seconds=0.5, flush=False)[""])["p50"]
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def describe(device: torch.device) -> dict[str, Any]:
+    """Say where a measurement was made."""
+    return {
+        "device": _name(device),
+        "driver": _driver() if device.type == "cuda" else f"{torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "commit": os.environ.get("TARFLOW_COMMIT") or _commit(),
+    }
+
+
+def slug(device: torch.device) -> str:
+    """Name the device as a file.
+
+    >>> slug(torch.device("cpu")) == slug(torch.device("cpu")).lower()
+    True
+    """
+    return re.sub(r"[^a-z0-9]+", "-", _name(device).lower()).strip("-")
 
 
 def _name(device: torch.device) -> str:
@@ -177,7 +191,7 @@ def _triton_version() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, or ``unknown``."""
+    """Return what a command prints, or ``unknown``."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""The flow in eager PyTorch, as one would first write it: what the fast paths are measured against.
+"""The flow in eager PyTorch, as one would first write it; the fast paths are measured against it.
 
 Decoding makes one pass per branch of guidance and token, through the layers of the model as they are, and grows its
 caches by concatenation. Training attends through a dense mask.
@@ -17,14 +17,14 @@ Cache = list[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def inverse(flow: TokenFlow, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
-    """Latents to tokens, ``(B, N, D)`` both."""
+    """Turn latents into tokens, ``(B, N, D)`` both."""
     for block in reversed(flow.blocks):
         z = _permute(block, _inverse_block(block, _permute(block, z), labels, guidance))
     return z
 
 
 def forward(block: Block, tokens: Tensor, labels: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens to latents, and the log-det, attending where the dense ``mask`` ``(N, N)`` is True."""
+    """Turn tokens into latents and a log-det, attending where the dense ``mask`` ``(N, N)`` is True."""
     transformer = block.transformer
     tokens = _permute(block, tokens)
     h = _embed(block, tokens, labels) + transformer.pos_embed

@@ -13,6 +13,7 @@ history names its commit in TARFLOW_COMMIT.
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import signal
@@ -37,8 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each stage may take of the time that is left when it starts.
 SHARES = {"check": 0.25, "tune": 0.25, "measure": 0.9, "profile": 1.0}
 _BEGUN = "-- "
+# Those that only a card can run come first, in case time runs out.
 TESTS = tuple(
-    f"tests/tarflow_kernels/test_{name}.py" for name in ("kernels", "mixture", "ops", "scales", "triton", "gpu")
+    f"tests/tarflow_kernels/test_{name}.py" for name in ("gpu", "triton", "ops", "mixture", "dispatch", "scales")
 )
 
 
@@ -46,18 +48,17 @@ def main() -> int:
     """Run the stages, each within its share of the time."""
     arguments = _arguments()
     checkout.use(arguments.published)
-    if not arguments.compiled:
-        os.environ[records.NOT_COMPILED] = "1"
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; a CPU is measured with --device cpu", file=sys.stderr)
         return 1
     path = records.path_of(device, arguments.out)
     if arguments.rows:
-        _measure_here(device, path, arguments.rows)
+        _measure_here(device, path, arguments.rows, arguments.compiled)
         return 0
     deadline = time.monotonic() + arguments.seconds
-    stages = {"check": _check, "tune": _tune, "measure": _measure, "profile": _profile}
+    measure = functools.partial(_measure, compiled=arguments.compiled)
+    stages = {"check": _check, "tune": _tune, "measure": measure, "profile": _profile}
     for name, stage in stages.items():
         if name in arguments.skip:
             continue
@@ -86,50 +87,49 @@ def _arguments() -> argparse.Namespace:
 
 
 def _check(device: torch.device, path: Path, seconds: float) -> None:
-    """The tests of the kernels, in processes of their own: side by side, where pytest-xdist is at hand."""
+    """Run the tests of the kernels, side by side where pytest-xdist is at hand."""
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    records.update(path, [], check=_kept(_run([sys.executable, "-m", "pytest", "-q", *workers, *TESTS], seconds)))
+    records.update(path, check=_kept(_run([sys.executable, "-m", "pytest", "-q", *workers, *TESTS], seconds)))
 
 
 def _tune(device: torch.device, path: Path, seconds: float) -> None:
     """Look for better configurations than those that are kept, for as long as there is time."""
     # What the tuner has not finished by then it is not allowed to finish: it gets a little less than there is.
     command = [sys.executable, "-m", "tarflow_kernels.tune", "--seconds", str(int(0.85 * seconds))]
-    records.update(path, [], tune=_kept(_run(command, seconds)))
+    records.update(path, tune=_kept(_run(command, seconds)))
 
 
-def _measure(device: torch.device, path: Path, seconds: float) -> None:
-    """All rows, in processes that are replaced when a kernel brings one down."""
+def _measure(device: torch.device, path: Path, seconds: float, compiled: bool) -> None:
+    """Measure all rows, in processes that are replaced when a kernel brings one down."""
     deadline = time.monotonic() + seconds
-    pending = [row.name for row in all_rows(device)]
-    lost = {}
-    compiled = [] if os.environ.get(records.NOT_COMPILED) else ["--compiled"]
+    script = [sys.executable, __file__, "--device", device.type, "--out", str(path.parent), *["--compiled"] * compiled]
+    pending, lost = [row.name for row in all_rows(device)], {}
     while pending and (left := deadline - time.monotonic()) > 0:
-        script = [sys.executable, __file__, "--device", device.type, "--out", str(path.parent)]
-        outcome = _run([*script, *compiled, "--rows", *pending], left)
+        outcome = _run([*script, "--rows", *pending], left)
         if outcome["exit"] == 0:
             pending = []
-        elif outcome["exit"] is not None:
+        elif outcome["exit"] is None:
+            break
+        else:
             begun = [line.removeprefix(_BEGUN) for line in outcome["output"].splitlines() if line.startswith(_BEGUN)]
             last = begun[-1] if begun else pending[0]
             lost[last] = f"its process ended with exit code {outcome['exit']}: {outcome['output'][-200:]}"
             pending = pending[pending.index(last) + 1 :]
-        else:
-            break
     # Those that are recorded keep their measurements.
     lost |= dict.fromkeys(pending, "out of time")
-    left_out = [row for row in all_rows(device) if row.name in lost]
-    records.update(path, [records.not_measured(row, device, lost[row.name]) for row in left_out])
+    records.update(
+        path, [records.left_out(row, device, lost[row.name]).record for row in all_rows(device) if row.name in lost]
+    )
 
 
-def _measure_here(device: torch.device, path: Path, names: list[str]) -> None:
-    """Rows in this process; it ends with an error when the device can no longer be used."""
+def _measure_here(device: torch.device, path: Path, names: list[str], compiled: bool) -> None:
+    """Measure rows in this process; it ends with an error when the device can no longer be used."""
     for row in all_rows(device):
         if not any(name in row.name for name in names):
             continue
         print(f"{_BEGUN}{row.name}", flush=True)
         began = time.monotonic()
-        record = records.attempt(row, device).record
+        record = records.attempt(row, device, compiled).record
         records.update(path, [record])
         print(f"{_summary(record)}  [{time.monotonic() - began:.0f} s]", flush=True)
         if device.type == "cuda":
@@ -138,24 +138,24 @@ def _measure_here(device: torch.device, path: Path, names: list[str]) -> None:
 
 
 def _profile(device: torch.device, path: Path, seconds: float) -> None:
-    """Where a training step and a decoding step spend their time."""
+    """Find where a training step and a decoding step spend their time."""
     tables = {}
     for name, profile in profiles.PROFILES.items():
         try:
             tables[name] = profile(device)
-        except Exception as error:  # a profile that fails is no reason to lose the other
+            print(f"{name}: {profiles.summary(tables[name])}", flush=True)
+        except Exception as error:  # a profile that fails is no reason to lose the others
             tables[name] = {"unavailable": f"{type(error).__name__}: {error}"[:300]}
-        print(profiles.show(name, tables[name]), flush=True)
-    records.update(path, [], profiles=tables, profiles_machine=devices.describe(device))
+            print(f"{name}: {tables[name]['unavailable']}", flush=True)
+    records.update(path, profiles=tables, profiles_machine=devices.describe(device))
 
 
 def _run(command: list[str], seconds: float) -> dict:
     """Run a command, showing what it prints as it comes; its exit code is None where time was up."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "kernels"), str(ROOT)))}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "kernels"), str(ROOT)))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -179,16 +179,13 @@ def _kept(outcome: dict) -> dict:
 
 
 def _summary(record: records.Record) -> str:
-    """A row in a line: the medians in milliseconds."""
+    """Write a row in a line: the medians in milliseconds."""
     if "not_measured" in record:
         return record["not_measured"]
-    times = (
+    return ", ".join(
         f"{name} {records.three_digits(1e3 * result['p50'])} ms ({result['percent_of_limit']:.0f} %)"
-        if "p50" in result
-        else f"{name} -"
-        for name, result in record["contenders"].items()
+        for name, result in records.timed(record).items()
     )
-    return ", ".join(times)
 
 
 if __name__ == "__main__":

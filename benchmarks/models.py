@@ -11,32 +11,28 @@ from tarflow.pretrained import read_config
 GUIDANCE = Guidance(weight=2.0, schedule="linear")
 TRAINED = Path(__file__).parent / "trained" / "fashion-mnist"
 
-# (patch size, batch): the CPU rows of the README, at 28 x 28, width 128, 4 blocks of 4 layers.
-CPU_ROWS = [(4, 64), (4, 1), (2, 16), (2, 1)]
-TRAINING_ROWS = [(4, 64), (2, 16)]
-
 # The spread of alpha over that of the activations, over whose number it sums. A large token makes large activations,
 # these a large alpha, and that a larger token: with four times this, tokens run away to infinity within a block.
 _SPREAD = 0.14
 
 
 def fashion_mnist(patch_size: int) -> TarFlowConfig:
-    """A class-conditional model of 28 x 28 images."""
+    """Configure a class-conditional model of 28 x 28 images."""
     return TarFlowConfig(patch_size=patch_size, num_classes=10)
 
 
 def imagenet64(num_blocks: int = 8) -> TarFlowConfig:
-    """The published class-conditional 2-768-8-8 model of 64 x 64 images, or its first blocks."""
+    """Configure the published class-conditional 2-768-8-8 model of 64 x 64 images, or its first blocks."""
     return _published(image_size=64, patch_size=2, channels=768, num_blocks=num_blocks, num_classes=1000)
 
 
 def imagenet128(num_blocks: int = 8) -> TarFlowConfig:
-    """The published class-conditional 4-1024-8-8 model of 128 x 128 images, or its first blocks."""
+    """Configure the published class-conditional 4-1024-8-8 model of 128 x 128 images, or its first blocks."""
     return _published(image_size=128, patch_size=4, channels=1024, num_blocks=num_blocks, num_classes=1000)
 
 
 def afhq256(num_blocks: int = 8) -> TarFlowConfig:
-    """The published class-conditional 8-768-8-8 model of 256 x 256 images, or its first blocks."""
+    """Configure the published class-conditional 8-768-8-8 model of 256 x 256 images, or its first blocks."""
     return _published(image_size=256, patch_size=8, channels=768, num_blocks=num_blocks, num_classes=3)
 
 
@@ -45,7 +41,7 @@ def _published(**sizes: int) -> TarFlowConfig:
 
 
 def build(config: TarFlowConfig, device: torch.device) -> TarFlow:
-    """A model with random weights, the same every time."""
+    """Build a model with random weights, the same every time."""
     torch.manual_seed(0)
     with device:
         model = TarFlow(config)
@@ -55,34 +51,34 @@ def build(config: TarFlowConfig, device: torch.device) -> TarFlow:
 
 
 def trained(device: torch.device) -> TarFlow:
-    """What ``python train.py`` makes: how many passes a parallel decoder takes is a property of trained weights."""
+    """Load what ``python train.py`` made: how many passes a parallel decoder takes depends on trained weights."""
     return TarFlow.from_pretrained(TRAINED).float().to(device)
 
 
 def trained_config() -> TarFlowConfig:
-    """The shape of the trained model."""
+    """Read the configuration of the trained model."""
     return TarFlowConfig(**read_config(TRAINED)["model"])
 
 
 def latents_and_labels(model: TarFlow, batch: int) -> tuple[Tensor, Tensor]:
-    """Latents from the prior, and all classes in turn."""
+    """Draw latents from the prior; the labels are all classes in turn."""
     device = model.flow.prior_variance.device
     generator = torch.Generator(device).manual_seed(1)
     return model.flow.sample_prior(batch, generator), torch.arange(batch, device=device) % model.config.num_classes
 
 
 def operations(config: TarFlowConfig) -> tuple[float, float]:
-    """Of one image in one direction: by the weights of the layers, and by causal attention."""
+    """Count the operations of one image in one direction: by the weights of the layers, and by causal attention."""
     layers, tokens = config.num_blocks * config.layers_per_block, config.num_tokens
     return 24 * layers * tokens * config.channels**2, 4 * layers * config.channels * tokens * (tokens + 1) / 2
 
 
 def step_bytes(config: TarFlowConfig, rows: int, known: float, itemsize: int) -> float:
-    """What a step of sequential decoding reads at least, in one block with so many tokens known: weights and cache."""
+    """Count what a step of sequential decoding reads in one block with ``known`` tokens: weights and cache."""
     layers, channels = config.layers_per_block, config.channels
     return itemsize * (12 * layers * channels**2 + 2 * layers * rows * known * channels)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The precision of the transformers."""
+    """Let the transformers run in a precision."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -6,9 +6,10 @@ shapes; a CPU float32, small batches and the shapes that take seconds.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from models import GUIDANCE
 from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow_kernels import (
     KVCache,
@@ -25,7 +25,6 @@ from tarflow_kernels import (
     affine_inverse,
     causal_attention,
     decode_attention,
-    guided_affine_inverse,
     mixture_logistic,
     mixture_logistic_inverse,
     reference,
@@ -35,7 +34,7 @@ from tarflow_kernels import (
 
 @dataclass(frozen=True)
 class Published:
-    """What the ops see of a published model: N tokens of D values, heads of 64."""
+    """The part of a published model that ops see: N tokens of D values, heads of 64."""
 
     name: str
     tokens: int
@@ -54,7 +53,7 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class Coupling:
-    """What a mixture sees of a coupling of Flow++ (arXiv 1902.00275): the half that it transforms, and K components."""
+    """The part of a Flow++ coupling (arXiv 1902.00275) that a mixture sees: the half it transforms, K components."""
 
     name: str
     channels: int
@@ -70,7 +69,7 @@ COUPLINGS = (
 
 
 def op_rows(device: torch.device) -> list[Row]:
-    """The ops alone."""
+    """List the rows of the ops alone."""
     on_gpu = device.type == "cuda"
     shapes = PUBLISHED if on_gpu else PUBLISHED[:2]
     attended = [shape for shape in shapes if shape.name != "AFHQ256 patch 8"]  # attends as ImageNet64 patch 2 does
@@ -79,9 +78,8 @@ def op_rows(device: torch.device) -> list[Row]:
     return [
         *(_causal_attention(shape, tokens // shape.tokens, dtype, way) for shape in attended for way in _WAYS),
         *(_decode(shape, rows, new, dtype) for shape in attended for new in (1, 16)),
-        *(_affine(shape, tensor_bytes, *case) for shape in shapes for case in _AFFINE),
-        *(_guided(shape, tensor_bytes) for shape in shapes),
-        *(_mixture(coupling, 64 if on_gpu else 8, *case) for coupling in COUPLINGS for case in _MIXTURE),
+        *(_affine(shape, tensor_bytes, case) for shape in shapes for case in AFFINE),
+        *(_mixture(coupling, 64 if on_gpu else 8, case) for coupling in COUPLINGS for case in MIXTURE),
     ]
 
 
@@ -93,7 +91,7 @@ class Inputs:
     gradients: tuple[Tensor, ...]
 
     def double(self) -> "Inputs":
-        """The same numbers in float64."""
+        """Return the same numbers in float64."""
         return Inputs(tuple(t.double() for t in self.tensors), tuple(g.double() for g in self.gradients))
 
 
@@ -118,6 +116,15 @@ def _contenders(op: Callable, formula: Callable, way: Callable) -> dict[str, Con
         **{name: Contender(partial(way, op), partial(use_backend, name)) for name in (*BACKENDS, "reference")},
         "compiled reference": Contender(lambda inputs: way(torch.compile(formula, dynamic=False), inputs)),
     }
+
+
+def _impossible(reason: str) -> Contender:
+    """A contender that says why it cannot run."""
+
+    def prepare(inputs: Any) -> Run:
+        raise NotImplementedError(reason)
+
+    return Contender(prepare)
 
 
 def _exactly(formula: Callable, way: Callable) -> Callable[[Inputs], Outputs]:
@@ -161,100 +168,73 @@ def _causal_attention(shape: Published, batch: int, dtype: torch.dtype, directio
     )
 
 
-def _forward_shifted(x: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    return affine_forward(x, mu, alpha, shift=True)
+@dataclass(frozen=True)
+class Case:
+    """An element-wise op in one direction, and the costs of a value.
+
+    Attributes:
+        way: of the direction, forward or backward.
+        numbers: how many numbers it moves for each value, beside those of mixtures.
+        operations: for each value, of a mixture for each component of a value.
+        parameters: how many numbers it moves for each component of a mixture.
+    """
+
+    name: str
+    way: Callable
+    op: Callable
+    formula: Callable
+    numbers: int
+    operations: int
+    parameters: int = 0
 
 
-def _inverse_shifted(z: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    return affine_inverse(z, mu, alpha, shift=True)
-
-
-# Op, direction, its formula, and per value the tensors touched (with a saved z, its backward needs no x and no mu) and
-# the operations.
-_AFFINE = (
-    (_forward_shifted, "affine_forward", "forward", reference.affine_forward, 4, 4),
-    (_forward_shifted, "affine_forward backward", "backward", reference.affine_forward, 6, 5),
-    (_inverse_shifted, "affine_inverse", "forward", reference.affine_inverse, 4, 4),
+_affine_forward, _affine_inverse = partial(affine_forward, shift=True), partial(affine_inverse, shift=True)
+_formula_forward = partial(reference.affine_forward, shift=True)
+_formula_inverse = partial(reference.affine_inverse, shift=True)
+AFFINE = (
+    Case("affine_forward", _forward, _affine_forward, _formula_forward, 4, 4),
+    # It saves z, and needs neither x nor mu.
+    Case("affine_forward backward", _backward, _affine_forward, _formula_forward, 6, 5),
+    Case("affine_inverse", _forward, _affine_inverse, _formula_inverse, 4, 4),
 )
 
 
-def _affine(
-    shape: Published,
-    tensor_bytes: int,
-    op: Callable,
-    name: str,
-    direction: str,
-    formula: Callable,
-    tensors: int,
-    operations: int,
-) -> Row:
-    way, batch = _WAYS[direction], _batch_of(shape, tensor_bytes)
-
-    def shifted(x: Tensor, mu: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        return formula(x, mu, alpha, shift=True)
+def _affine(shape: Published, tensor_bytes: int, case: Case) -> Row:
+    # A multiple of 32 samples, at which a float32 tensor has about that many bytes.
+    batch = -(-tensor_bytes // (32 * 4 * shape.tokens * shape.token_dim)) * 32
+    sizes = batch, shape.tokens, shape.token_dim
 
     def draw(device: torch.device) -> Inputs:
-        x = torch.randn(batch, shape.tokens, shape.token_dim, device=device)
-        mu, alpha = _parameters(x)
+        """Parameters as a model's last projection gives them: the halves of one tensor."""
+        x = torch.randn(sizes, device=device)
+        alpha, mu = (0.3 * torch.randn(*sizes[:2], 2 * shape.token_dim, device=device)).chunk(2, dim=-1)
         return Inputs((x, mu, alpha), (torch.randn_like(x), torch.randn(batch, device=device)))
 
-    values = batch * shape.tokens * shape.token_dim
+    values = math.prod(sizes)
     return Row(
-        op=name,
+        op=case.name,
         model=shape.name,
-        shape={"B": batch, "N": shape.tokens, "D": shape.token_dim},
+        shape=dict(zip("BND", sizes, strict=True)),
         dtype=torch.float32,
-        bytes=tensors * values * 4,
-        operations=operations * values,
-        contenders=_contenders(op, shifted, way),
+        bytes=4 * values * case.numbers,
+        operations=values * case.operations,
+        contenders=_contenders(case.op, case.formula, case.way),
         draw=draw,
-        expect=_exactly(shifted, way),
+        expect=_exactly(case.formula, case.way),
     )
 
 
-def _guided(shape: Published, tensor_bytes: int) -> Row:
-    batch = _batch_of(shape, tensor_bytes)
-
-    def draw(device: torch.device) -> Inputs:
-        z = torch.randn(batch, shape.tokens, shape.token_dim, device=device)
-        weights = GUIDANCE.weights(shape.tokens).to(device, torch.float32)
-        return Inputs((z, *_parameters(z), *_parameters(z), weights), ())
-
-    values = batch * shape.tokens * shape.token_dim
-    return Row(
-        op="guided_affine_inverse",
-        model=shape.name,
-        shape={"B": batch, "N": shape.tokens, "D": shape.token_dim},
-        dtype=torch.float32,
-        bytes=6 * values * 4,
-        operations=9 * values,
-        contenders=_contenders(guided_affine_inverse, reference.guided_affine_inverse, _forward),
-        draw=draw,
-        expect=_exactly(reference.guided_affine_inverse, _forward),
-    )
-
-
-# Op, direction, its formula, numbers touched for each component and each value, and operations for each component: an
-# inverse is counted as five evaluations.
-_MIXTURE = (
-    (mixture_logistic, "mixture_logistic", "forward", reference.mixture_logistic, 3, 2, 25),
-    (mixture_logistic, "mixture_logistic backward", "backward", reference.mixture_logistic, 6, 3, 60),
-    (mixture_logistic_inverse, "mixture_logistic_inverse", "forward", reference.mixture_logistic_inverse, 3, 2, 125),
+_mixture_formula, _inverse_formula = reference.mixture_logistic, reference.mixture_logistic_inverse
+MIXTURE = (
+    Case("mixture_logistic", _forward, mixture_logistic, _mixture_formula, 2, 25, parameters=3),
+    Case("mixture_logistic backward", _backward, mixture_logistic, _mixture_formula, 3, 60, parameters=6),
+    # It is counted as five evaluations.
+    Case("mixture_logistic_inverse", _forward, mixture_logistic_inverse, _inverse_formula, 2, 125, parameters=3),
 )
 
 
-def _mixture(
-    coupling: Coupling,
-    batch: int,
-    op: Callable,
-    name: str,
-    direction: str,
-    formula: Callable,
-    per_component: int,
-    per_value: int,
-    operations: int,
-) -> Row:
-    way, components = _WAYS[direction], coupling.components
+def _mixture(coupling: Coupling, batch: int, case: Case) -> Row:
+    components = coupling.components
     sizes = batch, coupling.channels, coupling.height, coupling.width
 
     def draw(device: torch.device) -> Inputs:
@@ -264,38 +244,25 @@ def _mixture(
         x = torch.randn(sizes, device=device)
         return Inputs((x, *theta), (torch.randn_like(x), torch.randn(batch, device=device)))
 
-    def compiled(inputs: Inputs) -> Run:
-        raise NotImplementedError("the reference takes 64 steps, which a compiler would write out")
-
-    contenders = _contenders(op, formula, way)
-    # Compilers on a CPU have less exact logarithms.
-    contenders["compiled reference"] = replace(contenders["compiled reference"], allowance=1e-5)
-    if op is mixture_logistic_inverse:
-        contenders["compiled reference"] = Contender(compiled)
+    contenders = _contenders(case.op, case.formula, case.way)
+    if case.op is mixture_logistic_inverse:
+        contenders["compiled reference"] = _impossible("the reference takes 64 steps, which a compiler would write out")
+    else:
+        # Compilers on a CPU have less exact logarithms.
+        contenders["compiled reference"] = replace(contenders["compiled reference"], allowance=1e-5)
     values = math.prod(sizes)
     return Row(
-        op=name,
+        op=case.name,
         model=coupling.name,
         shape=dict(zip("BCHW", sizes, strict=True)) | {"K": components},
         dtype=torch.float32,
-        bytes=4 * values * (per_component * components + per_value),
-        operations=operations * values * components,
+        bytes=4 * values * (case.parameters * components + case.numbers),
+        operations=case.operations * values * components,
         contenders=contenders,
         draw=draw,
-        expect=_exactly(formula, way),
+        expect=_exactly(case.formula, case.way),
         note="parameters are views of the output of a convolution, channels first",
     )
-
-
-def _batch_of(shape: Published, tensor_bytes: int) -> int:
-    """The batch, a multiple of 32, at which a float32 tensor has that many bytes."""
-    return -(-tensor_bytes // (32 * 4 * shape.tokens * shape.token_dim)) * 32
-
-
-def _parameters(x: Tensor) -> Iterable[Tensor]:
-    """mu and alpha as a model's last projection gives them: the halves of one tensor."""
-    alpha, mu = (0.3 * torch.randn(*x.shape[:-1], 2 * x.shape[-1], device=x.device)).chunk(2, dim=-1)
-    return mu, alpha
 
 
 LAYERS = 8
@@ -312,7 +279,7 @@ class DecodeInputs:
     positions: Tensor
 
     def double(self) -> "DecodeInputs":
-        """The same numbers in float64."""
+        """Return the same numbers in float64."""
         cache = KVCache(self.cache.keys.double(), self.cache.values.double())
         return DecodeInputs(self.q.double(), self.k.double(), self.v.double(), cache, self.positions)
 
@@ -323,7 +290,7 @@ def _layer_by_layer(function: Callable, inputs: DecodeInputs) -> Run:
 
 
 def _sdpa_against_cache(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, positions: Tensor) -> Tensor:
-    """As one would write it with the positions known to the host: the caches are full."""
+    """Attend as one would write it where the host knows the positions: the caches are full."""
     new, capacity = q.shape[2], cache_k.shape[2]
     cache_k[:, :, capacity - new :] = k
     cache_v[:, :, capacity - new :] = v
@@ -345,9 +312,6 @@ def _decode(shape: Published, rows: int, new: int, dtype: torch.dtype) -> Row:
             raise NotImplementedError("the torch implementation reads the positions on a CPU")
         return _layer_by_layer(torch.compile(decode_attention, dynamic=False), inputs)
 
-    def compiled_reference(inputs: DecodeInputs) -> Run:
-        raise NotImplementedError("the reference loops over rows whose positions it reads")
-
     ours = partial(_layer_by_layer, decode_attention)
     seen = new * (shape.tokens - new) + new * (new + 1) / 2  # by the new tokens of a head
     per_head = 2 * shape.tokens + 2 * new + 2 * new  # keys and values; the new ones written; q and out
@@ -361,7 +325,7 @@ def _decode(shape: Published, rows: int, new: int, dtype: torch.dtype) -> Row:
         contenders={
             **{name: Contender(ours, partial(use_backend, name)) for name in BACKENDS},
             "reference": Contender(ours, partial(use_backend, "reference"), graph=False),
-            "compiled reference": Contender(compiled_reference),
+            "compiled reference": _impossible("the reference loops over rows whose positions it reads"),
             "compiled torch": Contender(compiled, partial(use_backend, "torch")),
         }
         | _sdpa_contenders(_sdpa_against_cache, _layer_by_layer),

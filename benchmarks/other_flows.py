@@ -22,19 +22,19 @@ from row import Contender, Outputs, Row
 from tarflow_kernels import fixed_point_inverse
 
 FEATURES, HIDDEN, TRANSFORMS = 64, 256, 3
-# Of a flow and what goes into it.
+# It takes a flow and what goes into it.
 Call = Callable[[Any, Tensor], Outputs]
 
 
 def other_flow_rows(device: torch.device) -> list[Row]:
-    """Of a device."""
+    """List the rows of a device."""
     on_gpu = device.type == "cuda"
     batches = (64, 1024, 4096, 65536) if on_gpu else (1, 64, 1024, 4096)
     return [
-        *(_inverse(subject, batch, on_gpu) for subject in (_ZUKO_MAF, _NFLOWS_MAF) for batch in batches),
-        *(_inverse(subject, 1024, on_gpu) for subject in (_NORMFLOWS_MAF, _PYRO_MAF, _ZUKO_NSF)),
+        *(_row("inverse", subject, batch, on_gpu) for subject in (_ZUKO_MAF, _NFLOWS_MAF) for batch in batches),
+        *(_row("inverse", subject, 1024, on_gpu) for subject in (_NORMFLOWS_MAF, _PYRO_MAF, _ZUKO_NSF)),
         *(
-            _density(subject, batch, on_gpu)
+            _row("density", subject, batch, on_gpu)
             for subject in (_ZUKO_MAF, _ZUKO_REALNVP, _NFLOWS_MAF)
             for batch in ((4096, 65536) if on_gpu else (4096,))
         ),
@@ -47,7 +47,7 @@ class Subject:
 
     Attributes:
         owner, name: whose flow, and which; the adapter is named after the library.
-        make: a new one.
+        make: build a new one.
         inverse: ``(flow, z) -> (x,)``, as the library does it.
         updates: of each transform, in the order of the inverse: ``(x, y) -> x``, of which its inverse is the fixed
             point.
@@ -66,18 +66,18 @@ class Subject:
     compiles: bool = False
 
     def fixed_point(self, flow: Any, z: Tensor) -> Outputs:
-        """The inverse with the library's own networks and maps, in as many passes as it takes until nothing changes."""
+        """Invert with the library's own networks and maps, in as many passes as it takes until nothing changes."""
         for update in self.updates(flow):
             z, _ = fixed_point_inverse(lambda x, update=update, y=z: update(x, y), torch.zeros_like(z), FEATURES)
         return (z,)
 
     def accelerated(self, flow: nn.Module) -> nn.Module:
-        """An equivalent of a flow, by our adapter."""
+        """Return an equivalent of a flow, by our adapter."""
         return importlib.import_module(f"tarflow_kernels.adapters.{self.owner.lower()}").accelerate(flow)
 
 
 def _made(hidden: int, parameters: int) -> int:
-    """The weights that the masks of a MADE leave: its unit j sees the first 1 + j mod (D - 1) features.
+    """Count the weights that the masks of a MADE leave: its unit j sees the first 1 + j mod (D - 1) features.
 
     Args:
         hidden: products of hidden by hidden units.
@@ -210,13 +210,13 @@ class Inputs:
     values: Tensor
 
     def double(self) -> "Inputs":
-        """The same numbers in float64."""
+        """Return the same numbers in float64."""
         return Inputs(copy.deepcopy(self.flow).double(), self.values.double())
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without gradients and, on a CPU, in one thread."""
+    """Run without gradients and, on a CPU, in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -226,49 +226,26 @@ def _alone() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _contender(call: Call, change: Callable[[nn.Module], nn.Module] = lambda flow: flow) -> Contender:
-    def prepare(inputs: Inputs) -> Callable[[], Outputs]:
-        return partial(call, change(inputs.flow), inputs.values)
+def _row(op: str, subject: Subject, batch: int, on_gpu: bool) -> Row:
+    """An inverse, the slow direction, or a density: a pass of which only the affine maps and log-dets are ours."""
+    call, exactly = subject.forward, subject.forward
+    if op == "inverse":
+        call, exactly = subject.inverse, subject.fixed_point
+    ways = {subject.owner: lambda flow: partial(call, flow)}
+    if op == "inverse":
+        ways["fixed point"] = lambda flow: partial(subject.fixed_point, flow)
+    ways["accelerated"] = lambda flow: partial(call, subject.accelerated(flow))
+    if on_gpu and (op == "density" or subject.compiles):
+        ways[f"compiled {subject.owner}"] = lambda flow: torch.compile(partial(call, flow), dynamic=False)
 
-    return Contender(prepare, _alone, graph=False)
+    def contender(way: Callable[[nn.Module], Callable[[Tensor], Outputs]]) -> Contender:
+        return Contender(lambda inputs: partial(way(inputs.flow), inputs.values), _alone, graph=False)
 
-
-def _compiled(call: Call) -> Contender:
-    def prepare(inputs: Inputs) -> Callable[[], Outputs]:
-        return partial(torch.compile(partial(call, inputs.flow), dynamic=False), inputs.values)
-
-    return Contender(prepare, _alone, graph=False)
-
-
-def _inverse(subject: Subject, batch: int, on_gpu: bool) -> Row:
-    """The slow direction."""
-    contenders = {
-        subject.owner: _contender(subject.inverse),
-        "fixed point": _contender(subject.fixed_point),
-        "accelerated": _contender(subject.inverse, subject.accelerated),
-    }
-    if on_gpu and subject.compiles:
-        contenders[f"compiled {subject.owner}"] = _compiled(subject.inverse)
-    return _row("inverse", subject, batch, on_gpu, contenders, subject.fixed_point)
-
-
-def _density(subject: Subject, batch: int, on_gpu: bool) -> Row:
-    """One pass, in which nothing is ours but the affine maps and their log-dets."""
-    contenders = {
-        subject.owner: _contender(subject.forward),
-        "accelerated": _contender(subject.forward, subject.accelerated),
-    }
-    if on_gpu:
-        contenders[f"compiled {subject.owner}"] = _compiled(subject.forward)
-    return _row("density", subject, batch, on_gpu, contenders, subject.forward)
-
-
-def _row(op: str, subject: Subject, batch: int, on_gpu: bool, contenders: dict[str, Contender], exactly: Call) -> Row:
     def draw(device: torch.device) -> Inputs:
         return Inputs(subject.make().to(device), torch.randn(batch, FEATURES, device=device))
 
     def expect(inputs: Inputs) -> Outputs:
-        """By the library's networks and maps in float64."""
+        """Use the library's networks and maps in float64."""
         exact = inputs.double()
         with torch.no_grad():
             return exactly(exact.flow, exact.values)
@@ -280,7 +257,7 @@ def _row(op: str, subject: Subject, batch: int, on_gpu: bool, contenders: dict[s
         dtype=torch.float32,
         bytes=4 * (subject.weights + 2 * batch * FEATURES),
         operations=2 * batch * subject.weights,
-        contenders=contenders,
+        contenders={name: contender(way) for name, way in ways.items()},
         draw=draw,
         expect=expect,
         plain=subject.owner,

@@ -1,10 +1,7 @@
 """Plots of a device, fit for a paper: its roofline, how near each op comes to its limit, and sampling over batches."""
 
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +12,7 @@ import records
 from records import Record
 from tarflow.files import atomic_write
 
+SAMPLING = ("guided sampling", "sampling without guidance")
 DPI = 200
 _BLUE, _ORANGE, _GRAY = "#0072b2", "#d55e00", "#777777"
 _STYLE = {
@@ -26,7 +24,7 @@ _STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
-# Of the contenders of sampling.
+# The contenders of sampling.
 _COLORS = {
     "auto": _BLUE,
     "jacobi": "#009e73",
@@ -35,77 +33,69 @@ _COLORS = {
     "eager": _GRAY,
     "published": _ORANGE,
 }
-_STROKES = {"guided sampling": "-", "sampling without guidance": (0, (4, 2))}
-# Two labels of a roofline are at least so far apart, in decades of the axes.
-_COLUMN, _LINE = 0.8, 0.2
+_STROKES = dict(zip(SAMPLING, ("-", (0, (4, 2))), strict=True))
+_MARKERS = "osD^v<>Ph*Xpd"
 
 
+@rc_context(_STYLE)
 def roofline(rows: list[Record], path: Path) -> None:
-    """Operations per byte against operations per second: ours, the best other contender, and the measured ceilings."""
+    """Plot operations per second over operations per byte: ours, the best other contender, the measured ceilings."""
     rows = _one_per_op(rows)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 4.0), layout="constrained")
-        axes = figure.subplots()
-        copy, matrix = _ceilings(rows)
-        _draw_ceilings(axes, rows, copy, matrix)
-        points = []
-        for row in rows:
-            intensity, own = row["operations"] / row["bytes"], records.ours(row)
-            rate, rival = row["contenders"][own]["teraflops"], records.best_other(row, own)
-            if rival:
-                other = row["contenders"][rival]["teraflops"]
-                axes.plot([intensity] * 2, [rate, other], color=_GRAY, linewidth=0.6, zorder=2)
-                axes.plot(intensity, other, "o", color="white", markeredgecolor=_ORANGE, markersize=4.5, zorder=3)
-            axes.plot(intensity, rate, "o", color=_BLUE, markersize=4.5, zorder=4)
-            points.append((np.log10(intensity), np.log10(rate), _label(row)))
-        _label_points(axes, points, copy, matrix)
-        axes.plot([], [], "o", color=_BLUE, markersize=4.5, label="ours")
-        axes.plot([], [], "o", color="white", markeredgecolor=_ORANGE, markersize=4.5, label="best other")
-        axes.legend(frameon=False, loc="upper left")
-        axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-        axes.set_title(_title(rows), fontsize=8)
-        _write(figure, path)
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    axes = figure.subplots()
+    _draw_ceilings(axes, rows)
+    for row, marker in zip(rows, _MARKERS, strict=False):
+        intensity, own, rival = row["operations"] / row["bytes"], records.ours(row), records.best_other(row)
+        rate = row["contenders"][own]["teraflops"]
+        if rival:
+            other = row["contenders"][rival]["teraflops"]
+            axes.plot([intensity] * 2, [rate, other], color=_GRAY, linewidth=0.6, zorder=2)
+            axes.plot(intensity, other, marker, color="white", markeredgecolor=_ORANGE, markersize=4.5, zorder=3)
+        axes.plot(intensity, rate, marker, color=_BLUE, markersize=4.5, zorder=4, label=_label(row))
+    axes.plot([], [], "o", color="white", markeredgecolor=_ORANGE, markersize=4.5, label="best other (open)")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
+    axes.set_title(_title(rows), fontsize=8)
+    figure.legend(frameon=False, loc="outside right center")
+    _write(figure, path)
 
 
+@rc_context(_STYLE)
 def limits(rows: list[Record], path: Path) -> None:
-    """Bars of the percentage of the larger of the two limits."""
+    """Draw bars of the percentage of the larger of the two limits."""
     rows = _one_per_op(rows)[::-1]
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 0.7 + 0.36 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        for place, row in enumerate(rows):
-            own = records.ours(row)
-            _draw_bar(axes, place + 0.19, row, own, _BLUE)
-            rival = records.best_other(row, own)
-            if rival:
-                _draw_bar(axes, place - 0.19, row, rival, _ORANGE)
-        figure.legend(axes.patches[:2], ["ours", "best other"], frameon=False, ncols=2, loc="outside lower center")
-        axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.axvline(100, color=_GRAY, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
-        longest = max(bar.get_width() for bar in axes.patches)
-        axes.set(xlim=(0, 1.25 * max(100, longest)), ylim=(-0.5, len(rows) - 0.5))
-        axes.set(xlabel="percent of the measured copy or matrix rate, whichever limits")
-        axes.set_title(_title(rows), fontsize=8)
-        _write(figure, path)
+    figure = Figure(figsize=(6.8, 0.7 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        _draw_bar(axes, place + 0.19, row, records.ours(row), _BLUE)
+        if rival := records.best_other(row):
+            _draw_bar(axes, place - 0.19, row, rival, _ORANGE)
+    figure.legend(axes.patches[:2], ["ours", "best other"], frameon=False, ncols=2, loc="outside lower center")
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(100, color=_GRAY, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
+    longest = max(bar.get_width() for bar in axes.patches)
+    axes.set(xlim=(0, 1.25 * max(100, longest)), ylim=(-0.5, len(rows) - 0.5))
+    axes.set(xlabel="percent of the measured copy or matrix rate, whichever limits")
+    axes.set_title(_title(rows), fontsize=8)
+    _write(figure, path)
 
 
+@rc_context(_STYLE)
 def sampling(rows: list[Record], path: Path) -> None:
-    """Images per second over the batch, a panel for each model that was measured with several."""
+    """Plot images per second over the batch, a panel for each model that was measured with several."""
     models = over_batch(rows)
     columns = min(len(models), 3)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 0.7 + 2.9 * -(-len(models) // columns)), layout="constrained")
-        panels = figure.subplots(-(-len(models) // columns), columns, squeeze=False).flat
-        for axes, (model, measured) in zip(panels, models.items(), strict=False):
-            _draw_batches(axes, measured)
-            axes.set_title(model, fontsize=8)
-        for axes in panels[len(models) :]:
-            axes.set_visible(False)
-        figure.supylabel("images/s", fontsize=8)
-        figure.suptitle(_title([row for measured in models.values() for row in measured]), fontsize=8)
-        figure.legend(handles=_keys(rows), frameon=False, ncols=4, loc="outside lower center")
-        _write(figure, path)
+    figure = Figure(figsize=(6.8, 0.7 + 2.9 * -(-len(models) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(models) // columns), columns, squeeze=False).flat
+    for axes, (model, measured) in zip(panels, models.items(), strict=False):
+        _draw_batches(axes, measured)
+        axes.set_title(model, fontsize=8)
+    for axes in panels[len(models) :]:
+        axes.set_visible(False)
+    figure.supylabel("images/s", fontsize=8)
+    figure.suptitle(_title([row for measured in models.values() for row in measured]), fontsize=8)
+    figure.legend(handles=_keys(rows), frameon=False, ncols=4, loc="outside lower center")
+    _write(figure, path)
 
 
 def over_batch(rows: list[Record]) -> dict[str, list[Record]]:
@@ -116,103 +106,16 @@ def over_batch(rows: list[Record]) -> dict[str, list[Record]]:
     return {name: measured for name, measured in models.items() if len({row["shape"]["B"] for row in measured}) > 1}
 
 
-def _draw_batches(axes: Axes, rows: list[Record]) -> None:
-    """A line for each contender and for the floor; guided solid, not guided dashed."""
-    batches = sorted({row["shape"]["B"] for row in rows})
-    for op, style in _STROKES.items():
-        of_op = [row for row in rows if row["op"] == op]
-        for name, color in _COLORS.items():
-            timed = [row for row in of_op if "p50" in row["contenders"].get(name, {})]
-            _draw_line(axes, timed, lambda row, name=name: row["contenders"][name]["p50"], style, color, marker="o")
-        _draw_line(axes, of_op, lambda row: records.floors(row)["copy"], style, "black", marker="")
-    axes.set(xscale="log", yscale="log", xlabel="batch", xlim=(batches[0] / 1.4, batches[-1] * 1.4))
-    axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color="0.9", linewidth=0.5)
-
-
-def _draw_line(
-    axes: Axes, rows: list[Record], seconds: Callable[[Record], float], style: str | tuple, color: str, marker: str
-) -> None:
-    batches = [row["shape"]["B"] for row in rows]
-    rates = [batch / seconds(row) for batch, row in zip(batches, rows, strict=True)]
-    axes.plot(batches, rates, linestyle=style, color=color, linewidth=1, marker=marker, markersize=3)
-
-
-def _keys(rows: list[Record]) -> list[Line2D]:
-    """What colours and strokes stand for, as far as they occur."""
-    names = [name for name in _COLORS if any("p50" in row["contenders"].get(name, {}) for row in rows)]
-    contenders = [Line2D([], [], color=_COLORS[name], marker="o", markersize=3, label=name) for name in names]
-    strokes = [
-        Line2D([], [], color=_GRAY, linewidth=1, linestyle=style, label=label)
-        for (op, style), label in zip(_STROKES.items(), ("guided", "not guided"), strict=True)
-        if any(row["op"] == op for row in rows)
-    ]
-    return [*contenders, Line2D([], [], color="black", linewidth=1, label="floor of sequential decoding"), *strokes]
-
-
-def _one_per_op(rows: list[Record]) -> list[Record]:
-    """The first row of each op, as the table of rows orders them; decoding once for each number of new tokens."""
-    return list({_label(row): row for row in reversed(rows)}.values())[::-1]
-
-
-def _ceilings(rows: list[Record]) -> tuple[float, float]:
-    """The latest copy rate and the fastest matrix rate, in terabytes and TFLOP/s."""
-    latest = max(rows, key=lambda row: row["measured"])["ceilings"]["copy_bytes_per_second"]
-    return latest / 1e12, max(row["ceilings"]["matrix_operations_per_second"] for row in rows) / 1e12
-
-
-def _draw_ceilings(axes: Axes, rows: list[Record], copy: float, matrix: float) -> None:
-    """The copy rate as a slope up to the matrix rate."""
+def _draw_ceilings(axes: Axes, rows: list[Record]) -> None:
+    """The latest copy rate as a slope up to the fastest matrix rate, in terabytes and TFLOP/s."""
+    copy = max(rows, key=lambda row: row["measured"])["ceilings"]["copy_bytes_per_second"] / 1e12
+    matrix = max(row["ceilings"]["matrix_operations_per_second"] for row in rows) / 1e12
     intensities = [row["operations"] / row["bytes"] for row in rows]
-    ridge, left, right = matrix / copy, min(intensities) / 3, max(*intensities, matrix / copy) * 20
+    ridge, left, right = matrix / copy, min(intensities) / 3, max(*intensities, matrix / copy) * 3
     axes.plot([left, ridge, right], [copy * left, matrix, matrix], color="black", linewidth=1)
     axes.text(right, matrix * 1.08, f"matrices {matrix:.3g} TFLOP/s", ha="right", va="bottom", fontsize=7.5)
     slope = {"xy": (ridge / 6, matrix / 6), "xytext": (-6, 4), "textcoords": "offset points"}
     axes.annotate(f"copy {1e3 * copy:.4g} GB/s", **slope, ha="right", fontsize=7.5)
-
-
-def _label_points(axes: Axes, points: list[tuple[float, float, str]], copy: float, matrix: float) -> None:
-    """Names to the right of each group of neighbouring points, below the ceiling, with a line to their point.
-
-    What multiplies is one group, since the ceiling leaves no room between its points.
-    """
-    points = sorted(points)
-    ridge = np.log10(matrix / copy)
-    apart = (i for i in range(1, len(points)) if points[i][0] - points[i - 1][0] > _COLUMN and points[i - 1][0] < ridge)
-    for start, end in pairwise([0, *apart, len(points)]):
-        column = sorted(points[start:end], key=lambda point: point[1])
-        x = max(point[0] for point in column) + 0.18
-        heights = _spread([point[1] for point in column])
-        lower = max(0.0, heights[-1] + _LINE / 2 - min(np.log10(matrix), np.log10(copy) + x))
-        for (log_x, log_y, name), height in zip(column, heights, strict=True):
-            axes.plot([10**log_x, 10**x], [10**log_y, 10 ** (height - lower)], color="0.75", linewidth=0.5, zorder=1)
-            axes.text(10 ** (x + 0.03), 10 ** (height - lower), name, va="center", fontsize=7.5)
-
-
-def _spread(heights: list[float]) -> list[float]:
-    """Ascending heights moved apart to a line's distance, staying about where they are.
-
-    >>> [round(height, 2) for height in _spread([1.0, 1.0, 3.0])]
-    [0.9, 1.1, 3.0]
-    """
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _bottom(groups[-1]) - _top(groups[-2]) < _LINE:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [_bottom(group) + _LINE * i for group in groups for i in range(len(group))]
-
-
-def _bottom(group: list[float]) -> float:
-    return sum(group) / len(group) - _LINE * (len(group) - 1) / 2
-
-
-def _top(group: list[float]) -> float:
-    return _bottom(group) + _LINE * (len(group) - 1)
 
 
 def _draw_bar(axes: Axes, height: float, row: Record, contender: str, color: str) -> None:
@@ -229,12 +132,52 @@ def _draw_bar(axes: Axes, height: float, row: Record, contender: str, color: str
     )
 
 
+def _draw_batches(axes: Axes, rows: list[Record]) -> None:
+    """Draw a line for each contender and for the floor; guided solid, not guided dashed."""
+    batches = sorted({row["shape"]["B"] for row in rows})
+    for op, style in _STROKES.items():
+        of_op = [row for row in rows if row["op"] == op]
+        for name, color in _COLORS.items():
+            rates = _rates(of_op, name)
+            axes.plot(rates.keys(), rates.values(), "o", linestyle=style, color=color, linewidth=1, markersize=3)
+        floor = {row["shape"]["B"]: row["shape"]["B"] / records.floors(row)["copy"] for row in of_op}
+        axes.plot(floor.keys(), floor.values(), linestyle=style, color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="batch", xlim=(batches[0] / 1.4, batches[-1] * 1.4))
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color="0.9", linewidth=0.5)
+
+
+def _rates(rows: list[Record], name: str) -> dict[int, float]:
+    """Images per second of a contender by batch."""
+    timed = [row for row in rows if name in records.timed(row)]
+    return {row["shape"]["B"]: row["contenders"][name]["images_per_second"] for row in timed}
+
+
+def _keys(rows: list[Record]) -> list[Line2D]:
+    """The legend of the colours and strokes that occur."""
+    names = [name for name in _COLORS if any(name in records.timed(row) for row in rows)]
+    contenders = [Line2D([], [], color=_COLORS[name], marker="o", markersize=3, label=name) for name in names]
+    strokes = [
+        Line2D([], [], color=_GRAY, linewidth=1, linestyle=style, label=label)
+        for (op, style), label in zip(_STROKES.items(), ("guided", "not guided"), strict=True)
+        if any(row["op"] == op for row in rows)
+    ]
+    return [*contenders, Line2D([], [], color="black", linewidth=1, label="floor of sequential decoding"), *strokes]
+
+
+def _one_per_op(rows: list[Record]) -> list[Record]:
+    """The first row of each op, as the table of rows orders them; decoding once for each number of new tokens."""
+    return list({_label(row): row for row in reversed(rows)}.values())[::-1]
+
+
 def _label(row: Record) -> str:
-    """An op as one reads it: ``decode attention, 16 new``."""
-    new = row["shape"].get("G")
-    return row["op"].replace("_", " ").replace("affine forward backward", "affine backward") + (
-        f", {new} new" if new else ""
-    )
+    """Name an op as one reads it: ``decode attention, 16 new``."""
+    op = row["op"].replace("_", " ").replace("affine forward backward", "affine backward")
+    return f"{op}, {row['shape']['G']} new" if "G" in row["shape"] else op
 
 
 def _title(rows: list[Record]) -> str:

@@ -1,4 +1,4 @@
-"""Where a training step, a decoding step and a Jacobi pass of a whole model spend their time, kernel by kernel."""
+"""Profile a training step, a decoding step and a Jacobi pass of a whole model, kernel by kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ _ONE_PASS = Decoder("jacobi", tolerance=1e30)
 
 
 def training_step(device: torch.device) -> dict[str, Any]:
-    """A step of training, as the training row does it, on the backend of the device."""
+    """Profile a step of training, as the training row does it, on the backend of the device."""
     row = training_rows(device)[0]
     prepare = row.contenders["triton" if device.type == "cuda" else "torch"].prepare
     run = prepare(row.draw(device))
@@ -28,7 +28,7 @@ def training_step(device: torch.device) -> dict[str, Any]:
 
 
 def decoding_step(device: torch.device) -> dict[str, Any]:
-    """A step of the sequential decoder in one block for 32 guided images (64 rows): the mean over all of its steps.
+    """Profile the mean step of the sequential decoder in one block for 32 guided images (64 rows).
 
     ``bytes`` are what it has to read: weights and cache, each once.
     """
@@ -40,7 +40,7 @@ def decoding_step(device: torch.device) -> dict[str, Any]:
 
 
 def jacobi_pass(device: torch.device) -> dict[str, Any]:
-    """A pass of the Jacobi decoder over whole sequences in one block, for 32 guided images, and setting it up."""
+    """Profile a pass of the Jacobi decoder over whole sequences in one block, for 32 guided images, with its setup."""
     return _decoding(_ONE_PASS, device, 1)
 
 
@@ -51,19 +51,8 @@ PROFILES: dict[str, Callable[[torch.device], dict[str, Any]]] = {
 }
 
 
-def show(name: str, table: dict[str, Any]) -> str:
-    """A table as text."""
-    if "unavailable" in table:
-        return f"{name}: not profiled: {table['unavailable']}"
-    lines = (
-        f"\n{kernel['share']:8.1%} {1e3 * kernel['seconds']:9.3f} ms {kernel['calls']:7.1f} x  {kernel['name']}"
-        for kernel in table["kernels"]
-    )
-    return f"{name}: {summary(table)}{''.join(lines)}"
-
-
 def summary(table: dict[str, Any]) -> str:
-    """Time, launches and bytes of a profile.
+    """Write time, launches and bytes of a profile in a line.
 
     >>> summary({"seconds": 0.0005, "launches": 61.2, "bytes": 2e8})
     '0.500 ms in 61 launches, 200.0 MB to be read'
@@ -73,7 +62,7 @@ def summary(table: dict[str, Any]) -> str:
 
 
 def _decoding(decoder: Decoder, device: torch.device, parts: int) -> dict[str, Any]:
-    """What is the same in all parts of inverting a block, of which there are so many."""
+    """Profile one of the ``parts`` steps or passes in which a decoder inverts a block."""
     on_gpu = device.type == "cuda"
     model = build(imagenet64(num_blocks=1) if on_gpu else fashion_mnist(2), device)
     block, (z, labels) = model.flow.blocks[0], latents_and_labels(model, IMAGES)
@@ -87,7 +76,7 @@ def _decoding(decoder: Decoder, device: torch.device, parts: int) -> dict[str, A
 
 
 def _profiled(run: Callable[[], Any], device: torch.device, runs: int, parts: int = 1) -> dict[str, Any]:
-    """The most expensive kernels (on a CPU: operators, with those that they call) of a part of a run."""
+    """Measure the most expensive kernels (on a CPU: operators, without those that they call) of a part of a run."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         for _ in range(runs):

@@ -1,4 +1,4 @@
-"""A row measured is a record; records of a device are kept in one JSON file, by row.
+"""Measure a row, which gives a record; keep the records of a device in one JSON file, by row.
 
 A record says where it was measured, what the row costs, the ceilings of the device, and for each contender its error,
 its times and how near it came to the larger of the two floors: bytes over the measured copy rate, operations over the
@@ -8,10 +8,9 @@ measured matrix rate. What was not measured is there too, with the reason.
 import datetime
 import json
 import math
-import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from tarflow.files import atomic_write
 
 FOLDER = Path(__file__).parent / "results"
 SECONDS = 1.0
-# Set where contenders that are compiled first are to be left out, in this process and those that it starts.
-NOT_COMPILED = "TARFLOW_NOT_COMPILED"
+LATE = "out of time; see --seconds"
 # Below this an error is rounding, and twice another's means nothing.
 _ROUNDING = 1e-6
 
@@ -41,14 +39,22 @@ class Measurement:
     times: dict[str, list[float]] = field(default_factory=dict)
 
 
-def measure(row: Row, device: torch.device, seconds: float = SECONDS) -> Measurement:
-    """Check all contenders of a row, then time those that are right, in turn."""
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measure(row: Row, device: torch.device, seconds: float = SECONDS, compiled: bool = True) -> Measurement:
+    """Check all contenders of a row, then time those that are right, in turn.
+
+    Args:
+        seconds: how long the timing takes, about.
+        compiled: whether to measure contenders that are compiled first, for a minute or two each.
+    """
     torch.manual_seed(0)
     inputs = row.draw(device)
     expected = row.expect(inputs)
     contenders, runs = {}, {}
     for name, contender in row.contenders.items():
-        if name.startswith("compiled") and os.environ.get(NOT_COMPILED):
+        if name.startswith("compiled") and not compiled:
             contenders[name] = {"unavailable": "left out, since compiling takes a minute or two; see --compiled"}
             continue
         contenders[name], run = _prepare(contender, inputs, expected)
@@ -61,77 +67,35 @@ def measure(row: Row, device: torch.device, seconds: float = SECONDS) -> Measure
     times = devices.interleave(runs, device, seconds, row.flush, row.rounds)
     times = {name: [taken / row.launches for taken in times[name]] for name in times}
     record = _header(row, device) | {"contenders": contenders}
-    _add_times(record, times, row)
+    for name, taken in times.items():
+        contenders[name] |= _performance(taken, record, row)
     torch._dynamo.reset()
     return Measurement(record, times)
 
 
-def attempt(row: Row, device: torch.device) -> Measurement:
-    """The measurement of a row, or the reason why there is none: for want of memory, say."""
+def attempt(row: Row, device: torch.device, compiled: bool = True) -> Measurement:
+    """Measure a row, or say why it cannot be: for want of memory, perhaps."""
     try:
-        return measure(row, device)
+        return measure(row, device, compiled=compiled)
     except Exception as failure:  # the other rows go on
-        return Measurement(not_measured(row, device, f"{type(failure).__name__}: {_reason(failure, [])}"))
+        return left_out(row, device, f"{type(failure).__name__}: {_reason(failure)}")
 
 
-def not_measured(row: Row, device: torch.device, reason: str) -> Record:
-    """The record of a row that was left out."""
-    return {**_identity(row), "machine": devices.describe(device), "not_measured": reason}
+def left_out(row: Row, device: torch.device, reason: str) -> Measurement:
+    """Say why a row was not measured."""
+    return Measurement({**_identity(row), "machine": devices.describe(device), "not_measured": reason})
 
 
-def path_of(device: torch.device, folder: Path = FOLDER) -> Path:
-    """The file of a device."""
-    return folder / f"{devices.slug(device)}.json"
+def relative_error(outputs: Outputs, expected: Outputs) -> float:
+    """Return the largest of ``|out - expected| / |expected|`` over the outputs, in Euclidean norm."""
+    return max(_relative_error(*pair) for pair in zip(outputs, expected, strict=True))
 
 
-def load(path: Path) -> Record:
-    """What is known of a device: ``rows`` by name, and what else ``gpu.py`` found."""
-    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
-
-
-def update(path: Path, records: list[Record], **others: Any) -> None:
-    """Add records in place of those of the same rows; a row that is left out now keeps what it had."""
-    known = load(path)
-    for record in records:
-        if "not_measured" not in record or "contenders" not in known["rows"].get(record["name"], {}):
-            known["rows"][record["name"]] = record
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(known | others, indent=1) + "\n")
-
-
-def three_digits(value: float) -> str:
-    """A positive number as one reads it, never with a power of ten.
-
-    >>> three_digits(1234.5), three_digits(12.345), three_digits(0.0012345)
-    ('1234', '12.3', '0.00123')
-    """
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
-
-
-def floors(record: Record) -> dict[str, float]:
-    """The least time of a row in seconds: what copying its bytes takes, and what multiplying its operations takes."""
-    ceilings = record["ceilings"]
-    return {
-        "copy": record["bytes"] / ceilings["copy_bytes_per_second"],
-        "matrix": record["operations"] / ceilings["matrix_operations_per_second"],
-    }
-
-
-def ours(record: Record) -> str | None:
-    """The contender that a user of the device gets, where it was timed."""
-    timed = [name for name, result in record.get("contenders", {}).items() if "p50" in result]
-    return next((name for name in USUAL if name in timed), None)
-
-
-def best_other(record: Record, name: str) -> str | None:
-    """The fastest of the other contenders; one of ours is compared with none of ours."""
-    medians = {
-        other: result["p50"]
-        for other, result in record["contenders"].items()
-        if "p50" in result and other != name and not (name in OURS and other in OURS)
-    }
-    return min(medians, key=medians.get) if medians else None
+def _relative_error(output: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> float:
+    if isinstance(output, Tensor):
+        output, expected = [output], [expected]
+    difference = sum((a.to(b.dtype) - b).square().sum() for a, b in zip(output, expected, strict=True))
+    return (difference / sum(b.square().sum() for b in expected)).sqrt().item()
 
 
 def _identity(row: Row) -> Record:
@@ -163,7 +127,7 @@ def _header(row: Row, device: torch.device) -> Record:
 
 
 def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Record, Callable[[], Outputs] | None]:
-    """Its error and what to time, or why it cannot be had."""
+    """Return its error and what to time, or why it cannot run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -171,20 +135,8 @@ def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Reco
                 run = contender.prepare(inputs)
                 error = relative_error(run(), expected)
         except Exception as failure:  # whatever a compiler or a driver may throw, the other contenders go on
-            return {"unavailable": _reason(failure, [str(warning.message) for warning in caught])}, None
+            return {"unavailable": _reason(failure, caught)}, None
     return {"error": error} | contender.facts(run), run
-
-
-def relative_error(outputs: Outputs, expected: Outputs) -> float:
-    """The largest of ``|out - expected| / |expected|`` over the outputs, in Euclidean norm."""
-    return max(_relative_error(*pair) for pair in zip(outputs, expected, strict=True))
-
-
-def _relative_error(output: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> float:
-    if isinstance(output, Tensor):
-        output, expected = [output], [expected]
-    difference = sum((a.to(b.dtype) - b).square().sum() for a, b in zip(output, expected, strict=True))
-    return (difference / sum(b.square().sum() for b in expected)).sqrt().item()
 
 
 def _inaccurate(contenders: dict[str, Record], row: Row) -> list[str]:
@@ -202,7 +154,7 @@ def _inaccurate(contenders: dict[str, Record], row: Row) -> list[str]:
 
 
 def _captured(runs: dict[str, devices.Timed], row: Row, contenders: dict[str, Record]) -> dict[str, devices.Timed]:
-    """Each contender as a CUDA graph where it can be one; who cannot says so."""
+    """Capture each contender in a CUDA graph where it can be; who cannot says so."""
     graphs = {}
     for name, run in runs.items():
         if not row.contenders[name].graph:
@@ -212,29 +164,100 @@ def _captured(runs: dict[str, devices.Timed], row: Row, contenders: dict[str, Re
         try:
             graphs[name] = devices.captured(run)
         except Exception as failure:  # the others go on
-            contenders[name]["unavailable"] = f"in a CUDA graph: {_reason(failure, [])}"
+            contenders[name]["unavailable"] = f"in a CUDA graph: {_reason(failure)}"
     return graphs
 
 
-def _add_times(record: Record, times: dict[str, list[float]], row: Row) -> None:
-    for name, taken in times.items():
-        entry = record["contenders"][name]
-        entry |= {**devices.percentiles(taken), "rounds": len(taken)}
-        entry["percent_of_limit"] = 100 * record["floor_seconds"] / entry["p50"]
-        entry["gigabytes_per_second"] = record["bytes"] / entry["p50"] / 1e9
-        entry["teraflops"] = record["operations"] / entry["p50"] / 1e12
-        if row.images:
-            entry["images_per_second"] = row.images / entry["p50"]
-    for name in times:
-        rival = best_other(record, name)
-        if rival:
-            entries = record["contenders"]
-            entries[name]["ratio_to_best_other"] = entries[rival]["p50"] / entries[name]["p50"]
+def _performance(times: list[float], record: Record, row: Row) -> Record:
+    """Times and rates of a contender."""
+    percentiles = devices.percentiles(times)
+    median = percentiles["p50"]
+    rates = {
+        "percent_of_limit": 100 * record["floor_seconds"] / median,
+        "gigabytes_per_second": row.bytes / median / 1e9,
+        "teraflops": row.operations / median / 1e12,
+    }
+    images = {"images_per_second": row.images / median} if row.images else {}
+    return {**percentiles, "rounds": len(times), **rates, **images}
 
 
-def _reason(failure: Exception, warned: list[str]) -> str:
+def _reason(failure: Exception, warned: Iterable[warnings.WarningMessage] = ()) -> str:
     """The first sentence of an error, and what PyTorch warned of when a kernel does not fit."""
     lines = [line for line in (str(failure) or repr(failure)).splitlines() if line.strip()]
     # For each backend it warns that it is not used; of those that were never asked for, because they are disabled.
-    hints = [text.partition(" (Triggered")[0] for text in warned if not re.search("not used because|disabled", text)]
+    texts = [str(warning.message).partition(" (Triggered")[0] for warning in warned]
+    hints = [text for text in texts if not re.search("not used because|disabled", text)]
     return "; ".join([lines[0].partition(". ")[0], *hints[-1:]])[:300]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def path_of(device: torch.device, folder: Path = FOLDER) -> Path:
+    """Name the file of a device."""
+    return folder / f"{devices.slug(device)}.json"
+
+
+def load(path: Path) -> Record:
+    """Read what is known of a device: ``rows`` by name, and what else ``gpu.py`` found."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
+
+
+def update(path: Path, records: Iterable[Record] = (), **others: Any) -> None:
+    """Add records in place of those of the same rows; a row that is left out now keeps what it had."""
+    known = load(path)
+    for record in records:
+        if "not_measured" not in record or "contenders" not in known["rows"].get(record["name"], {}):
+            known["rows"][record["name"]] = record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(known | others, indent=1) + "\n")
+
+
+# What records say -----------------------------------------------------------------------------------------------------
+
+
+def three_digits(value: float) -> str:
+    """Write a positive number as one reads it, never with a power of ten.
+
+    >>> three_digits(1234.5), three_digits(12.345), three_digits(0.0012345)
+    ('1234', '12.3', '0.00123')
+    """
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def floors(record: Record) -> dict[str, float]:
+    """The least time of a row in seconds: what copying its bytes takes, and what multiplying its operations takes."""
+    ceilings = record["ceilings"]
+    return {
+        "copy": record["bytes"] / ceilings["copy_bytes_per_second"],
+        "matrix": record["operations"] / ceilings["matrix_operations_per_second"],
+    }
+
+
+def timed(record: Record) -> dict[str, Record]:
+    """The contenders that were timed."""
+    return {name: result for name, result in record.get("contenders", {}).items() if "p50" in result}
+
+
+def ours(record: Record) -> str | None:
+    """The contender that a user of the device gets, where it was timed."""
+    return next((name for name in USUAL if name in timed(record)), None)
+
+
+def best_other(record: Record) -> str | None:
+    """The fastest of the contenders that are not ours."""
+    medians = {name: result["p50"] for name, result in timed(record).items() if name not in OURS}
+    return min(medians, key=medians.get, default=None)
+
+
+def reasons(records: Iterable[Record]) -> list[str]:
+    """Why rows or contenders have no times, a line each."""
+    lines = {}  # a set that keeps the order
+    for record in records:
+        if "not_measured" in record:
+            lines[f"{record['name']}: {record['not_measured']}"] = None
+        for name, result in record.get("contenders", {}).items():
+            if reason := result.get("unavailable") or result.get("inaccurate"):
+                lines[f"{name}: {reason}"] = None
+    return list(lines)

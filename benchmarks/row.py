@@ -1,4 +1,4 @@
-"""What is measured: a row, which is an op at a shape, and its contenders, which are the ways to do it."""
+"""A row, which is an op at a shape, and its contenders, which are the ways to do it."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import Tensor
 
 BACKENDS = ("triton", "torch")
 DECODERS = ("auto", "jacobi", "jacobi, window 64", "sequential")
-# What a user of the device gets: the first of these that runs there.
+# A user of the device gets the first of these that runs there.
 USUAL = (*BACKENDS, "auto", "accelerated")
 OURS = (*BACKENDS, *DECODERS, "compiled torch", "compiled", "accelerated")
 
-# What a contender returns: tensors, or lists of tensors that are compared as one.
+# A contender returns tensors, or lists of tensors that are compared as one.
 Outputs = tuple[Tensor | list[Tensor], ...]
 Run = Callable[[], Outputs]
 
@@ -25,10 +25,10 @@ class Contender:
     """One way to do the work of a row: ``prepare(inputs)``, untimed, returns what is timed.
 
     Attributes:
-        context: what it runs in.
+        context: the context manager that it runs in.
         graph: whether a CUDA graph can hold it, that is, whether it never waits for the device.
-        allowance: the relative error that is its due, beside that of rounding.
-        facts: what else to record of what ``prepare`` returned, once it ran.
+        allowance: the relative error that it may have beside that of rounding.
+        facts: more to record, from what ``prepare`` returned, once that ran.
     """
 
     prepare: Callable[[Any], Run]
@@ -43,17 +43,17 @@ class Row:
     """One op at one shape.
 
     Attributes:
-        op, model, shape, dtype: what is measured; together they name the row.
-        bytes, operations: of one run.
-        contenders: by name.
+        op, model, shape, dtype: together they name the row.
+        bytes, operations: the least that one run has to move and to compute.
+        contenders: the ways to do it, by name.
         draw: the random inputs that all contenders share, on a device.
-        expect: the outputs in ``exact``, a higher precision.
-        plain: the contender whose error is that of plain torch in low precision.
+        expect: computes the outputs in ``exact``, a higher precision.
+        plain: the contender whose error is that of plain torch in low precision; others are judged by it.
         launches: how many calls of the op a run makes; times and costs are reported per call.
-        flush, graph: on a GPU, start from a cold L2; replay a CUDA graph.
+        flush, graph: whether a GPU starts from a cold L2, and whether it replays a CUDA graph.
         rounds: how often a contender is timed at least, however long it takes.
-        images: how many a run makes, for a whole model.
-        note: what a reader has to know.
+        images: how many images a run of a whole model makes.
+        note: a remark for the reader of the results.
     """
 
     op: str
@@ -76,6 +76,6 @@ class Row:
 
     @cached_property
     def name(self) -> str:
-        """Such as ``causal_attention, ImageNet64 patch 4, B=128 H=12 N=256 D=64, bfloat16``."""
+        """Name the row, such as ``causal_attention, ImageNet64 patch 4, B=128 H=12 N=256 D=64, bfloat16``."""
         sizes = " ".join(f"{key}={value}" for key, value in self.shape.items())
         return f"{self.op}, {self.model}, {sizes}, {str(self.dtype).removeprefix('torch.')}"

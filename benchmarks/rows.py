@@ -1,4 +1,4 @@
-"""All that is measured on a device, in one table of rows, and what is not."""
+"""The table of rows: all that is measured on a device; and what is left out."""
 
 import torch
 
@@ -10,7 +10,7 @@ from training import training_rows
 
 
 def all_rows(device: torch.device) -> list[Row]:
-    """Every row of a device; what a reader asks for first comes first, in case time runs out."""
+    """List the rows of a device; what a reader asks for first comes first, in case time runs out."""
     ops, (first, second, *sampling) = op_rows(device), sampling_rows(device)
     foremost = [row for row in ops if row.model.startswith("ImageNet64")]
     others = [row for row in ops if row not in foremost]
@@ -18,7 +18,7 @@ def all_rows(device: torch.device) -> list[Row]:
 
 
 def left_out(device: torch.device) -> dict[str, str]:
-    """What a device does not measure, and why."""
+    """Say what a device does not measure, and why."""
     same = {"attention and decoding of AFHQ256 patch 8": "the shapes are those of ImageNet64 patch 2"}
     if device.type == "cuda":
         return same | {

@@ -37,13 +37,13 @@ from tarflow.decoding.calibration import calibrate
 from tarflow.model import patchify
 
 OTHERS = ("eager", "published")
-# Of a batch, about so many samples are checked.
+# About so many samples of a batch are checked.
 CHECKED = 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that draws samples, and what a reader has to know of it."""
+    """A model that draws samples, and a remark for the reader of the results."""
 
     name: str
     config: TarFlowConfig
@@ -60,21 +60,21 @@ def _trained() -> Subject:
 
 
 def sampling_rows(device: torch.device) -> list[Row]:
-    """Of a device; what a reader asks for first comes first, and what takes longest last."""
+    """List the rows of a device; what a reader asks for first comes first, and what takes longest last."""
     return _gpu_rows() if device.type == "cuda" else _cpu_rows()
 
 
 def _cpu_rows() -> list[Row]:
-    """In float32. Of the random model, whose passes say nothing, what a user would run."""
+    """Sample in float32; from random weights, whose passes say nothing, as a user would."""
     random = _random("28x28 patch 4, random", fashion_mnist(4))
     return [
-        *(_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
-        *(_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),
+        *(sampling_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
+        *(sampling_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),
     ]
 
 
 def _gpu_rows() -> list[Row]:
-    """In bfloat16. Eager and published code take minutes for a large model, and are timed on a block of it."""
+    """Sample in bfloat16; eager and published code take minutes for a large model, and are timed on a block of it."""
     whole = _random("ImageNet64 2-768-8-8", imagenet64(), "random weights; eager and published code: see 2-768-1-8")
     block = _random("ImageNet64 2-768-1-8", imagenet64(1), "one of the model's eight blocks, of random weights")
     short = "two of the model's eight blocks, of random weights"
@@ -82,7 +82,7 @@ def _gpu_rows() -> list[Row]:
         _random("ImageNet128 4-1024-2-8", imagenet128(2), short),
         _random("AFHQ256 8-768-2-8", afhq256(2), short),
     ]
-    row = partial(_row, dtype=torch.bfloat16)
+    row = partial(sampling_row, dtype=torch.bfloat16)
     # The passes of random weights say nothing, and there can be a thousand of them.
     large = partial(row, contenders=("auto", "sequential"), rounds=1)
     return [
@@ -101,7 +101,7 @@ def _gpu_rows() -> list[Row]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model, what it is to decode, and how; the precision is that of the transformers."""
+    """A model, the latents that it decodes, and how; the precision is that of the transformers."""
 
     model: TarFlow
     z: Tensor
@@ -110,44 +110,44 @@ class Inputs:
     dtype: torch.dtype
 
     def autocast(self) -> torch.autocast:
-        """The precision, put in force."""
+        """Let the transformers run in the precision."""
         return autocast(self.z.device, self.dtype)
 
     def checked(self) -> slice:
-        """The samples that are compared, from all over the batch."""
+        """Choose the samples that are compared, from all over the batch."""
         return slice(None, None, max(1, len(self.z) // CHECKED))
 
 
 class Decoding:
-    """A decoder of ours at work, and what it reported of each block when it last ran."""
+    """A decoder of ours at work, and the statistics of each block when it last ran."""
 
     def __init__(self, decoder: Decoder, inputs: Inputs):
         self.decoder = decoder
         self.inputs = inputs
-        self.decoded: list[BlockStatistics] = []
+        self.statistics: list[BlockStatistics] = []
 
     def __call__(self) -> Outputs:
-        """Decode."""
-        self.decoded.clear()
-        inputs, report = self.inputs, self.decoded.append
+        """Decode, and return the samples that are compared."""
+        self.statistics.clear()
+        inputs, progress = self.inputs, self.statistics.append
         with inputs.autocast():
-            tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, report)
+            tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, progress)
         return (tokens[inputs.checked()],)
 
     def facts(self) -> dict[str, Any]:
-        """The passes it took and the steps of the sequential decoder, in all and, as they were generated, by block."""
+        """Count its passes and the steps of the sequential decoder, in all and by block, as they were generated."""
         return {
-            "passes": sum(block.passes for block in self.decoded),
-            "steps": sum(block.steps for block in self.decoded),
+            "passes": sum(block.passes for block in self.statistics),
+            "steps": sum(block.steps for block in self.statistics),
             "by_block": [
                 f"{block.passes}/{block.steps}" + (f" by {block.decoder}" if block.decoder != self.decoder else "")
-                for block in self.decoded
+                for block in self.statistics
             ],
         }
 
 
 def _calibrated(inputs: Inputs) -> Decoding:
-    """``auto``, as it decides where this very batch was calibrated; what is hopeless at batch 1 is not tried on it."""
+    """Calibrate ``auto`` for this very batch; what is hopeless at batch 1 is not tried on it."""
     flow = inputs.model.flow
     with inputs.autocast():
         flow.calibration = calibrate(flow, inputs.guidance, batches={1, len(inputs.z)})
@@ -188,18 +188,18 @@ _CONTENDERS = {
 
 
 def _exactly(inputs: Inputs) -> Outputs:
-    """By eager code in float64."""
+    """Decode by eager code in float64."""
     rows, flow = inputs.checked(), copy.deepcopy(inputs.model).double().flow
     return (eager.inverse(flow, inputs.z[rows].double(), inputs.labels[rows], inputs.guidance),)
 
 
 def _nearly(inputs: Inputs) -> Outputs:
-    """By the sequential decoder in float32, where eager code takes too long."""
+    """Decode sequentially in float32, where eager code takes too long."""
     rows = inputs.checked()
     return (inputs.model.flow.inverse(inputs.z[rows], inputs.labels[rows], inputs.guidance, "sequential"),)
 
 
-def _row(
+def sampling_row(
     subject: Subject,
     batch: int,
     guidance: Guidance | None,

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import checkout
 import eager
-from models import TRAINING_ROWS, autocast, build, fashion_mnist, imagenet64, operations
+from models import autocast, build, fashion_mnist, imagenet64, operations
 from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow import TarFlow, TarFlowConfig
 from tarflow.model import patchify
@@ -17,7 +18,7 @@ from tarflow_kernels import use_backend
 
 
 def training_rows(device: torch.device) -> list[Row]:
-    """Of a device."""
+    """The rows of a device."""
     if device.type == "cuda":
         batch = 32 if torch.cuda.get_device_properties(device).total_memory > 100e9 else 16
         settings = batch, torch.bfloat16, "float32"
@@ -28,65 +29,95 @@ def training_rows(device: torch.device) -> list[Row]:
         ]
     return [
         _training(f"28x28 patch {patch_size}", fashion_mnist(patch_size), batch, torch.float32, "float64")
-        for patch_size, batch in TRAINING_ROWS
+        for patch_size, batch in ((4, 64), (2, 16))
     ]
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """A model, its optimizer and a batch; the learning rate is 0, so that contenders share their weights."""
+    """A model, its optimizer and a batch, as images and as tokens; the dense mask that hides later tokens."""
 
     model: TarFlow
     optimizer: torch.optim.Optimizer
-    tokens: Tensor
+    images: Tensor
     labels: Tensor
     mask: Tensor
     dtype: torch.dtype
 
+    @property
+    def tokens(self) -> Tensor:
+        """The patches of the images."""
+        return patchify(self.images, self.model.config.patch_size)
 
-def _ours(block: torch.nn.Module, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+
+def _ours(block: nn.Module, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return block(tokens, labels)
 
 
-def _loss(flow: torch.nn.Module, tokens: Tensor, labels: Tensor, forward: Callable) -> Tensor:
-    """Negative log-likelihood in nats per dimension, up to a constant."""
+def _loss(model: TarFlow, tokens: Tensor, labels: Tensor, forward: Callable) -> Tensor:
+    """Negative log-likelihood in nats per dimension, up to a constant, through ``forward`` of each block."""
     logdet, values = 0, tokens[0].numel()
-    for block in flow.blocks:
+    for block in model.flow.blocks:
         tokens, block_logdet = forward(block, tokens, labels)
         logdet = logdet + block_logdet
     return 0.5 * tokens.square().mean() - logdet.mean() / values
 
 
-def _step(forward: Callable, inputs: TrainingInputs) -> Run:
-    parameters = list(inputs.model.parameters())
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer whose learning rate is 0, so that all steps of all contenders start from the same weights."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-4, fused=True)
 
+
+def _step(
+    loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    gradients: Callable[[], list[Tensor]],
+    inputs: TrainingInputs,
+) -> Run:
     def run() -> Outputs:
-        inputs.optimizer.zero_grad(set_to_none=True)
-        with autocast(inputs.tokens.device, inputs.dtype):
-            loss = _loss(inputs.model.flow, inputs.tokens, inputs.labels, forward)
-        loss.backward()
-        inputs.optimizer.step()
-        return loss.detach(), [parameter.grad for parameter in parameters]
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(inputs.images.device, inputs.dtype):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value.detach(), gradients()
 
     return run
 
 
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def _blockwise(inputs: TrainingInputs, forward: Callable = _ours) -> Run:
+    loss = partial(_loss, inputs.model, inputs.tokens, inputs.labels, forward)
+    return _step(loss, inputs.optimizer, partial(_gradients, inputs.model), inputs)
+
+
 def _dense_mask(inputs: TrainingInputs, forward: Callable = eager.forward) -> Run:
-    return _step(partial(forward, mask=inputs.mask), inputs)
+    return _blockwise(inputs, partial(forward, mask=inputs.mask))
+
+
+def _published(inputs: TrainingInputs) -> Run:
+    model = checkout.published(inputs.model)
+
+    def loss() -> Tensor:
+        latents, _, logdets = model(inputs.images, inputs.labels)
+        return model.get_loss(latents, logdets)
+
+    return _step(loss, _optimizer(model), partial(checkout.gradients, model, inputs.model), inputs)
 
 
 def _exact_step(inputs: TrainingInputs, dtype: torch.dtype) -> Outputs:
     """Loss and gradients from a copy of the model, summed over parts of the batch of about a thousand tokens."""
-    model = copy.deepcopy(inputs.model).to(dtype)
-    size = max(1, 1024 // inputs.tokens.shape[1])
-    parts = list(zip(inputs.tokens.to(dtype).split(size), inputs.labels.split(size), strict=True))
+    model, tokens = copy.deepcopy(inputs.model).to(dtype), inputs.tokens.to(dtype)
+    size = max(1, 1024 // tokens.shape[1])
     total = 0.0
-    for tokens, labels in parts:
-        share = len(tokens) / len(inputs.tokens)
-        loss = share * _loss(model.flow, tokens, labels, partial(eager.forward, mask=inputs.mask))
+    for part, labels in zip(tokens.split(size), inputs.labels.split(size), strict=True):
+        loss = len(part) / len(tokens) * _loss(model, part, labels, partial(eager.forward, mask=inputs.mask))
         loss.backward()
         total = total + loss.detach()
-    return total, [parameter.grad for parameter in model.parameters()]
+    return total, _gradients(model)
 
 
 def _training(
@@ -98,27 +129,27 @@ def _training(
     dense: bool = True,
     note: str = "",
 ) -> Row:
-    """A row; ``dense`` is whether to measure attention through a dense mask too."""
+    """A row; ``dense`` is whether to measure attention through a dense mask, eager and published, too."""
 
     def draw(device: torch.device) -> TrainingInputs:
         model = build(config, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-4, fused=True)
         images = torch.rand(batch, config.in_channels, config.image_size, config.image_size, device=device) * 2 - 1
         mask = torch.ones(config.num_tokens, config.num_tokens, dtype=torch.bool, device=device).tril()
         labels = torch.arange(batch, device=device) % config.num_classes
-        return TrainingInputs(model, optimizer, patchify(images, config.patch_size), labels, mask, dtype)
+        return TrainingInputs(model, _optimizer(model), images, labels, mask, dtype)
 
-    contenders = {backend: Contender(partial(_step, _ours), partial(use_backend, backend)) for backend in BACKENDS}
-    if dense:
-        contenders["eager"] = Contender(_dense_mask)
+    def compiled(prepare: Callable, forward: Callable) -> Contender:
+        return Contender(lambda inputs: prepare(inputs, torch.compile(forward, dynamic=False)))
+
+    contenders = {backend: Contender(_blockwise, partial(use_backend, backend)) for backend in BACKENDS}
     notes = ["loss, gradients, AdamW", note]
+    if dense:
+        contenders |= {"eager": Contender(_dense_mask), "published": Contender(_published)}
     if dtype == torch.bfloat16:
-        contenders["compiled"] = Contender(lambda inputs: _step(torch.compile(_ours, dynamic=False), inputs))
+        contenders["compiled"] = compiled(_blockwise, _ours)
         notes.append("compiled block by block")
-    if dtype == torch.bfloat16 and dense:
-        contenders["compiled eager"] = Contender(
-            lambda inputs: _dense_mask(inputs, torch.compile(eager.forward, dynamic=False))
-        )
+        if dense:
+            contenders["compiled eager"] = compiled(_dense_mask, eager.forward)
     weights, attention = operations(config)
     layer_weights = config.num_blocks * config.layers_per_block * 12 * config.channels**2
     return Row(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkout
 import device as devices
 import models
 import records
@@ -15,6 +16,7 @@ import training
 from row import Contender, Row
 from tarflow import TarFlowConfig
 from tarflow.model import patchify
+from tarflow.published import to_published
 
 CPU = torch.device("cpu")
 
@@ -62,7 +64,7 @@ class Casts(TorchDispatchMode):
 def test_eager_code_casts_a_weight_once_and_not_for_every_token():
     config = wide(64, image_size=8)
     subject = sampling.Subject("small", config, partial(models.build, config))
-    row = sampling._row(subject, 2, models.GUIDANCE, dtype=torch.bfloat16)
+    row = sampling.sampling_row(subject, 2, models.GUIDANCE, dtype=torch.bfloat16)
     run = row.contenders["eager"].prepare(row.draw(CPU))
     with Casts(3 * 64 * 64) as casts:
         run()
@@ -73,7 +75,7 @@ def test_what_empties_the_cache_of_a_gpu_leaves_nothing_to_be_written_back(monke
     clock = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: clock)
     scratch = torch.zeros(8)
-    devices._by_events(lambda: None, scratch)
+    devices.seconds_by_events(lambda: None, scratch)
     assert scratch._version == 0
 
 
@@ -102,27 +104,34 @@ def fail(inputs):
 def test_a_row_whose_plain_contender_does_not_fit_still_tells_right_from_wrong(row_of):
     row = row_of(torch=1e-3, triton=1.5e-3, wrong=1.0, plain=0.0)
     row.contenders["plain"] = Contender(fail)
-    found = records.measure(row, CPU, seconds=0.01).record["contenders"]
-    assert "too much" in found["plain"]["unavailable"]
-    assert [name for name in found if "p50" in found[name]] == ["torch", "triton"]
-    assert "inaccurate" in found["wrong"]
+    record = records.measure(row, CPU, seconds=0.01).record
+    assert "too much" in record["contenders"]["plain"]["unavailable"]
+    assert list(records.timed(record)) == ["torch", "triton"]
+    assert "inaccurate" in record["contenders"]["wrong"]
 
 
-def test_contenders_that_are_compiled_are_left_out_unless_asked_for(monkeypatch, row_of):
+def test_contenders_that_are_compiled_are_left_out_unless_asked_for(row_of):
     row = row_of(plain=0.0, **{"compiled plain": 0.0})
-    for variable, expected in (("1", ["plain"]), ("", ["plain", "compiled plain"])):
-        monkeypatch.setenv(records.NOT_COMPILED, variable)
-        found = records.measure(row, CPU, seconds=0.01).record["contenders"]
-        assert [name for name in found if "p50" in found[name]] == expected
-    monkeypatch.setenv(records.NOT_COMPILED, "1")
-    found = records.measure(row, CPU, seconds=0.01).record["contenders"]
-    assert "see --compiled" in found["compiled plain"]["unavailable"]
+    everything = records.measure(row, CPU, seconds=0.01, compiled=True).record
+    assert list(records.timed(everything)) == ["plain", "compiled plain"]
+    record = records.measure(row, CPU, seconds=0.01, compiled=False).record
+    assert list(records.timed(record)) == ["plain"]
+    assert "see --compiled" in record["contenders"]["compiled plain"]["unavailable"]
 
 
 def test_a_model_of_many_layers_is_trained_without_a_dense_mask_and_a_block_of_it_with_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     whole, block = training.training_rows(torch.device("cuda"))
     assert set(whole.contenders) == {"triton", "torch", "compiled"}
-    assert set(block.contenders) == {*whole.contenders, "eager", "compiled eager"}
+    assert set(block.contenders) == {*whole.contenders, "eager", "published", "compiled eager"}
     assert {whole.plain, block.plain} == {"torch", "eager"}
     assert block.operations < whole.operations / 7
+
+
+def test_gradients_of_the_published_model_are_compared_in_our_order_and_shapes():
+    model = models.build(wide(64, num_blocks=2, image_size=8), CPU)
+    ours = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    theirs = {name: SimpleNamespace(grad=gradient) for name, gradient in to_published(ours).items()}
+    collected = checkout.gradients(SimpleNamespace(named_parameters=theirs.items), model)
+    assert all(map(torch.equal, collected, ours.values()))
+    assert len(collected) == len(ours)
