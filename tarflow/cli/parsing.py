@@ -17,6 +17,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from ..compatibility import current_flags
+
 __all__ = ["Flat", "UsageError", "flags_of", "parse"]
 
 Settings = TypeVar("Settings")
@@ -56,7 +58,8 @@ def parse(
         UsageError: an argument is no flag or value of the command.
         ValueError: the settings are not valid.
     """
-    command, flags = f"tarflow {kind.__name__.lower()}", [*flags_of(kind, default, hides)]
+    name, flags = kind.__name__.lower(), [*flags_of(kind, default, hides)]
+    command, arguments = f"tarflow {name}", current_flags(name, arguments)
     _check_flags(command, arguments, flags, elsewhere or {})
     printed = io.StringIO()
     try:

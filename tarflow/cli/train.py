@@ -8,7 +8,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-from ..compatibility import current_flags
 from ..flowpp.model import FlowPPConfig
 from ..image_flow import ImageFlow
 from ..model import TarFlow, TarFlowConfig
@@ -62,7 +61,6 @@ def run(arguments: Sequence[str]) -> None:
 
 def read_flags(arguments: Sequence[str]) -> tuple[Train, dict[str, str]]:
     """The settings that the flags of ``tarflow train`` tell, and the flags that were given."""
-    arguments = current_flags("train", arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--model", "--preset", "--resume"):
         first.add_argument(name, nargs="?")  # a wrong value, or none, is left to the parser of all flags

@@ -133,6 +133,8 @@ class TrainingConfig:
     def __post_init__(self):
         if isinstance(self.guidance, dict):  # as JSON has it
             object.__setattr__(self, "guidance", Guidance(**self.guidance))
+        if not isinstance(self.guidance, Guidance):
+            raise TypeError(f"guidance: expected a tarflow.Guidance; got {self.guidance!r}")
         _check_declared(self)
         if self.importance_samples > MAX_IMPORTANCE_SAMPLES:
             raise ValueError(
