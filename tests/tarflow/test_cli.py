@@ -1,9 +1,11 @@
 """Every command, from a first run to its samples and scores; and one line on stderr for whatever a user gets wrong."""
 
+import importlib
 import json
 import re
+import subprocess
 import sys
-from dataclasses import MISSING, fields
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +15,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
+from tarflow.cli.evaluate import Evaluate
+from tarflow.cli.parsing import flags_of, parse
+from tarflow.cli.train import read_flags
 from tarflow.decoding import calibration
 from tarflow.gallery import spread
-from tarflow.training.config import PRESETS, TrainConfig
+from tarflow.training.folder import new_folder
+from tarflow.training.presets import PRESETS
 from tarflow.training.trainer import build
 
 TINY = "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1"
@@ -57,7 +63,7 @@ def likelihood(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flowpp(tmp_path_factory):
     """A Flow++, which ends with its score."""
-    small = "--model=flowpp --filters=8 --blocks-per-coupling=1 --score-draws=2"
+    small = "--model=flowpp --filters=8 --blocks-per-coupling=1 --importance-samples=2"
     return train(tmp_path_factory.mktemp("cli") / "flowpp", "--stack=squeeze channel2", steps=3, shape=small)
 
 
@@ -85,7 +91,7 @@ def test_a_flowpp_is_trained_sampled_and_scored(flowpp, tmp_path, capsys):
     assert re.search(r"8 images in [0-9.]+ s, ", capsys.readouterr().out)
     assert main("sample", flowpp, "--num=3", f"--out={tmp_path / 's.npz'}", "--device=cpu") == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 28, 28, 1)
-    assert main("evaluate", flowpp, "--num-images=20", "--draws=3", "--device=cpu") == 0
+    assert main("evaluate", flowpp, "--num-images=20", "--importance-samples=3", "--device=cpu") == 0
     one_sample, weighted = json.loads((flowpp / "evaluation.json").read_text())["scores"].items()
     assert one_sample[0] == "bits/dim of 8-bit images, variational dequantization, one sample (the mean over 3)"
     assert weighted[0] == "bits/dim of 8-bit images, variational dequantization, 3 importance-weighted draws"
@@ -93,7 +99,9 @@ def test_a_flowpp_is_trained_sampled_and_scored(flowpp, tmp_path, capsys):
 
 
 def test_a_run_for_likelihoods_ends_with_its_score(tmp_path, capsys):
-    train(tmp_path / "run", "--noise=variational", "--guidance=0", "--score-draws=2", "--coupling=mixture", steps=2)
+    train(
+        tmp_path / "run", "--noise=variational", "--guidance=0", "--importance-samples=2", "--coupling=mixture", steps=2
+    )
     number = r"[0-9.]+ ± [0-9.]+"
     expected = rf"score   {number} bits/dim of 1,000 test images by one sample, {number} by 2 importance-weighted ones"
     assert re.search(expected, capsys.readouterr().out)
@@ -267,12 +275,12 @@ def test_data_without_labels_trains_and_scores_a_model_without_classes(photos, t
         f"--data-dir={photos}",
         "--patch-size=8",
         "--noise=uniform",
-        "--score-draws=2",
+        "--importance-samples=2",
     )
     run = train(tmp_path / "run", *flags, "--no-conditional", "--guidance=0", steps=1)
     source = f"ImageNet 32x32 as released in 2016 (arXiv 1601.06759), 64 test images from {photos}"
     assert f" by 2 importance-weighted ones; {source}\n" in capsys.readouterr().out
-    assert main("evaluate", run, "--num-images=4", "--draws=1", "--device=cpu") == 0
+    assert main("evaluate", run, "--num-images=4", "--importance-samples=1", "--device=cpu") == 0
     assert capsys.readouterr().out.startswith(f"{source}; 4 of them")
     assert json.loads((run / "evaluation.json").read_text())["data"] == source
 
@@ -283,7 +291,9 @@ def test_evaluate_resizes_as_told(photos, tmp_path, capsys):
     means = []
     for resize in ("lanczos", "bilinear"):
         capsys.readouterr()
-        assert main("evaluate", run, "--num-images=4", "--draws=1", f"--resize={resize}", "--device=cpu") == 0
+        assert (
+            main("evaluate", run, "--num-images=4", "--importance-samples=1", f"--resize={resize}", "--device=cpu") == 0
+        )
         assert f"resized to 14 ({resize}) and centre-cropped; " in capsys.readouterr().out
         scores = json.loads((run / "evaluation.json").read_text())["scores"]
         means.append([row["mean"] for row in scores.values()])
@@ -352,8 +362,8 @@ def test_samples_without_a_label_are_captioned_so(run, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, tmp_path, monkeypatch, capsys, command):
     # Not by its mode, which the superuser of a container does not mind.
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    monkeypatch.setattr("tarflow.cli._load", None)
-    monkeypatch.setattr("tarflow.cli.train", None)
+    monkeypatch.setattr("tarflow.pretrained.load_pretrained", None)
+    monkeypatch.setattr("tarflow.cli.train.train", None)
     command = command.format(run=run, new=tmp_path)
     assert main(*command.split()) == 1
     assert re.search(
@@ -418,7 +428,7 @@ def test_a_model_without_classes_is_guided_by_temperature(unconditional, tmp_pat
 def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, scores):
     run = request.getfixturevalue(kind)
     capsys.readouterr()
-    assert main("evaluate", run, "--num-images=50", "--draws=2", "--device=cpu") == 0
+    assert main("evaluate", run, "--num-images=50", "--importance-samples=2", "--device=cpu") == 0
     written = json.loads((run / "evaluation.json").read_text())
     test = datasets.load("fashion-mnist", "test")
     expected = evaluation.evaluate(TarFlow.from_pretrained(run), *test.fetch(spread(len(test), 50)), sigma, draws=2)
@@ -444,7 +454,7 @@ def whole(tmp_path, monkeypatch):
 
 def test_a_model_is_not_scored_on_images_that_it_may_have_been_trained_on(whole, tmp_path, monkeypatch, capsys):
     out = train(tmp_path / "run", steps=2)
-    score = ("evaluate", out, "--num-images=20", "--draws=1", "--device=cpu")
+    score = ("evaluate", out, "--num-images=20", "--importance-samples=1", "--device=cpu")
     assert main(*score) == 0
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
     capsys.readouterr()
@@ -467,7 +477,7 @@ def test_a_model_is_not_scored_on_images_that_it_may_have_been_trained_on(whole,
 
 
 def test_two_runs_without_a_folder_get_one_each(tmp_path):
-    folders = [cli._new_folder(tmp_path / "runs", "fashion-mnist") for _ in range(3)]
+    folders = [new_folder(tmp_path / "runs", "fashion-mnist") for _ in range(3)]
     assert [folder.name for folder in folders] == ["fashion-mnist", "fashion-mnist-2", "fashion-mnist-3"]
     assert all(folder.is_dir() for folder in folders)
 
@@ -526,30 +536,92 @@ def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
 )
 def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classes, millions):
     config = PRESETS[preset]
-    assert config.image_size in (None, image_size)
+    assert config.data.image_size in (None, image_size)
     dataset = SimpleNamespace(image_size=image_size, in_channels=3, num_classes=num_classes)
     with torch.device("meta"):
         model = build(config, dataset)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("command", "settings"),
-    [
-        ("train", [cli.Train, TrainConfig]),
-        ("sample", [cli.Sample]),
-        ("calibrate", [cli.Calibrate]),
-        ("evaluate", [cli.Evaluate]),
-        ("convert", [cli.Convert]),
-    ],
-)
-def test_help_lists_every_flag(capsys, command, settings):
+def help_of(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
-        main(command, "--help")
+        main(*arguments, "--help")
     assert exit.value.code == 0
-    flags = [f"--{field.name}" for part in settings for field in fields(part) if field.default is not MISSING]
-    text = capsys.readouterr().out
-    assert [flag for flag in flags if not re.search(rf"{flag.replace('_', '-')}(?![\w-])", text)] == []
+    return capsys.readouterr().out
+
+
+def flags_in(text):
+    return set(re.findall(r"(?<![\w`])--[a-z][a-z0-9.-]*[a-z0-9]", text)) - {"--help"}
+
+
+@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "convert"])
+def test_help_lists_every_flag(capsys, command):
+    settings = getattr(importlib.import_module(f"tarflow.cli.{command}"), command.capitalize())
+    flags = {flag for flag in flags_of(settings) if flag not in ("--run", "--checkpoint") or command != "convert"}
+    assert flags - {"--run", "--checkpoint"} - ({"--out"} if command == "convert" else set()) <= flags_in(
+        help_of(capsys, command)
+    )
+
+
+OF_ONE_MODEL = {
+    "tarflow": "--patch-size --channels --num-blocks --layers-per-block --head-dim --expansion --volume-preserving "
+    "--sigma --label-drop --conditional --guidance.weight --guidance.temperature",
+    "flowpp": "--stack --filters --blocks-per-coupling --attention --pointwise --elu-output --weight-norm --dropout",
+}
+OF_EVERY_MODEL = (
+    "--model --preset --out --resume --dataset --image-size --coupling --num-mixtures --noise --batch-size "
+    "--dequantizer.filters --importance-samples --learning-rate --device"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [
+        ([], "tarflow"),
+        (["--model=flowpp"], "flowpp"),
+        (["--preset=cifar10-flowpp"], "flowpp"),
+        (["--preset=afhq256-cond"], "tarflow"),
+    ],
+    ids=str,
+)
+def test_help_for_training_lists_the_flags_of_the_chosen_model_alone(capsys, flags, model):
+    listed = flags_in(help_of(capsys, "train", *flags))
+    others = {flag for name, flags in OF_ONE_MODEL.items() if name != model for flag in flags.split()}
+    assert {*OF_EVERY_MODEL.split(), *OF_ONE_MODEL[model].split()} <= listed
+    assert not listed & {*others, "--in-channels", "--num-classes"}
+
+
+SAMPLING = """
+import sys
+from tarflow.cli import main
+assert main(sys.argv[1:]) == 0
+print(*(name for name in ("tensorboard", "torch.utils.tensorboard", "tarflow.training.trainer") if name in sys.modules))
+"""
+
+
+def test_sampling_imports_neither_tensorboard_nor_the_trainer(run, tmp_path):
+    arguments = ["sample", run, "--num=2", f"--out={tmp_path / 's.png'}", "--device=cpu"]
+    sampled = subprocess.run([sys.executable, "-c", SAMPLING, *arguments], capture_output=True, text=True)
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.splitlines()[-1] == ""
+
+
+def test_the_trainer_imports_no_matplotlib():
+    command = "import sys, tarflow.training.trainer; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("read", "old", "new"),
+    [
+        (read_flags, ["--score-draws=0"], ["--importance-samples=0"]),
+        (read_flags, ["--guidance", "1.5"], ["--guidance.weight", "1.5"]),
+        (partial(parse, Evaluate), ["run", "--draws=1"], ["run", "--importance-samples=1"]),
+    ],
+    ids=["score-draws", "guidance", "draws"],
+)
+def test_flags_of_the_last_release_mean_what_they_meant(read, old, new):
+    assert read(old)[0] == read(new)[0]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
@@ -645,7 +717,7 @@ train --weight-decay=nan            weight_decay: expected .* got nan
 train --sigma=inf                   sigma: expected a number from 0 to 10, .* got inf
 train --sigma=nan                   sigma: expected .* got nan
 train --sigma=1e300                 sigma: expected .* got 1e\+300
-train --model=flowpp --dropout=-1   dropout: expected a number >= 0 and below 1; got -1\.0
+train --model=flowpp --dropout=-1   dropout: expected a number in \[0, 1\); got -1\.0
 train --model=flowpp --dropout=1.5  dropout: expected .* got 1\.5
 train --model=flowpp --dropout=nan  dropout: expected .* got nan
 train --model=flowpp --dropout=inf  dropout: expected .* got inf
@@ -660,26 +732,20 @@ train --channels=1{eighteen}        channels: expected .* got 1{eighteen}
 train --num-blocks=1{thirty}        num_blocks: expected .* got 1{thirty}
 train --batch-size=1{eighteen}      memory: expected training at batch size 1{eighteen} to take at most
 train --batch-size=1{thirty}        batch_size: expected .* got 1{thirty}
-train --score-draws=1{eighteen}     score_draws: expected an integer from 0 to 100000; got 1{eighteen}
+train --importance-samples=1{eighteen}  importance_samples: expected an integer from 0 to 100000; got 1{eighteen}
+train --score-draws=-1              importance_samples: expected an integer from 0 to 2\^63 - 1; got -1
 train --image-size=0                image_size: expected 1 to 7071, got 0
 train --device=meta                 device: expected auto or a device that PyTorch has here, cpu.*; got 'meta'
 train --device=hpu                  device: expected .* got 'hpu'
 train --device=cpu:7                device: expected .* got 'cpu:7'
-train --filters=-1                  filters: expected with --model flowpp alone, .*; got --filters=-1
-train --filters 32                  filters: expected with --model flowpp alone, .*; got --filters
-train --stack=squeeze               stack: expected with --model flowpp alone
-train --no-pointwise                pointwise: expected with --model flowpp alone, .*; got --no-pointwise
-train --dropout=0.5                 dropout: expected with --model flowpp alone
-train --num-mixtures=65             num_mixtures: expected with --coupling mixture alone
+train --num-mixtures=65             num_mixtures: expected an integer in \[1, 64\]; got 65
+train --num-mixtures=5              num_mixtures: expected with --coupling mixture alone
 train --noise=uniform --sigma=0.1   sigma: expected with --noise gaussian alone
 train --dequantizer.filters=16      dequantizer: expected with --noise variational alone
 train --no-conditional --label-drop=0.2  label_drop: expected with --conditional alone
-train --model=flowpp --channels=64  channels: expected with --model tarflow alone
-train --model=flowpp --sigma=0.1    sigma: expected with --model tarflow alone
-train --model=flowpp --guidance=2   .*guidance.*: expected with --model tarflow alone
-train --model=flowpp --conditional  conditional: expected False for flowpp
 train --model=flowpp --noise=gaussian  noise: expected uniform or variational for flowpp
-train --resume={run} --filters=8    filters: expected with --model flowpp alone
+train --model=tarflow --preset=cifar10-flowpp  model: expected flowpp, the model of --preset cifar10-flowpp; got tarflow
+train --resume={run} --model=flowpp  model: expected tarflow, the model of --resume .*/run; got flowpp
 train --resume={run} --preset=imagenet64  preset: expected none besides --resume, .* got imagenet64
 train --resume={run} --max-steps=7  max_steps: expected at least 8, which .*/run is at; got 7
 train --out={run}/config.json       out: expected a folder; got .*/run/config\.json
@@ -725,18 +791,18 @@ sample {run} --out=s.png --trajectory=./s.png  trajectory: expected another file
 sample {run} --decoder=jacobi --window=0  window: expected at least 1; got 0
 sample {run} --window=4             window: expected none with the auto decoder, only with jacobi
 sample {run} --decoder=sequential --tolerance=0.1  tolerance: expected none for the sequential decoder; got 0\.1
-sample {flowpp} --guidance=2        guidance: expected none for a Flow\+\+, which has no use for it; got 2\.0
-sample {flowpp} --labels 1          labels: expected none for a Flow\+\+
-sample {flowpp} --sigma=0           sigma: expected none for a Flow\+\+
-sample {flowpp} --tolerance=0.1     tolerance: expected none for a Flow\+\+
-sample {flowpp} --decoder=jacobi    decoder: expected none for a Flow\+\+
+sample {flowpp} --guidance=2        guidance: expected none for a FlowPP, which has no use for it; got 2\.0
+sample {flowpp} --labels 1          labels: expected none for an unconditional model; got 1
+sample {flowpp} --sigma=0           sigma: expected none for a FlowPP
+sample {flowpp} --tolerance=0.1     tolerance: expected none for a FlowPP
+sample {flowpp} --decoder=jacobi    decoder: expected none for a FlowPP
 calibrate {run} --batches           batches: expected positive numbers; got \(\)
 calibrate {run} --batches 1{eighteen}  memory: expected batches of 1{eighteen} to take at most
 calibrate {run} --guidance=nan      guidance: expected a number from 0 to 100; got nan
 calibrate {run} --tolerance=nan     tolerance: expected a finite number >= 0; got nan
 evaluate {run} --num-images=0       num_images: expected at least 1; got 0
-evaluate {run} --draws=0            draws: expected at least 1; got 0
-evaluate {run} --draws=1{eighteen}  draws: expected at most 100000; got 1{eighteen}
+evaluate {run} --draws=0            importance_samples: expected at least 1; got 0
+evaluate {run} --importance-samples=1{eighteen}  importance_samples: expected at most 100000; got 1{eighteen}
 evaluate {run} --batch-size=-1      batch_size: expected at least 1; got -1
 evaluate {run} --seed=-1            seed: expected an integer from 0 to 2\^63 - 1; got -1
 evaluate {run} --image-size=0       image_size: expected 1 to 7071, got 0
@@ -748,6 +814,16 @@ convert {run}/none.pth {run}/config.json  out: expected a folder; got .*/run/con
 """
 # What is no argument of the command at all, which has an exit status of its own.
 USAGE_LINES = r"""
+train --filters=-1                  --filters: expected with --model flowpp alone, .*; got --filters=-1
+train --filters 32                  --filters: expected with --model flowpp alone, .*; got --filters
+train --stack=squeeze               --stack: expected with --model flowpp alone
+train --no-pointwise                --no-pointwise: expected with --model flowpp alone, .*; got --no-pointwise
+train --dropout=0.5                 --dropout: expected with --model flowpp alone
+train --model=flowpp --channels=64  --channels: expected with --model tarflow alone
+train --model=flowpp --sigma=0.1    --sigma: expected with --model tarflow alone
+train --model=flowpp --guidance=2   --guidance\.weight: expected with --model tarflow alone
+train --resume={run} --filters=8    --filters: expected with --model flowpp alone
+train --model=flowpp --conditional  --conditional: expected with --model tarflow alone
 train --channels=abc                --channels: expected INT; got 'abc'
 train --channels=1e3                --channels: expected INT; got '1e3'
 train --learning-rate=fast          --learning-rate: expected FLOAT; got 'fast'
@@ -793,7 +869,7 @@ sample {run} --help --nonsense      --nonsense: expected a flag of tarflow sampl
 sample {run} --filters=3            --filters: expected a flag of tarflow sample.*; got '--filters=3'
 calibrate                           arguments: expected run; got fewer
 evaluate {run} --dataset ''         --dataset: expected a value; got ''
-evaluate {run} --draws=many         --draws: expected INT; got 'many'
+evaluate {run} --draws=many         --importance-samples: expected INT; got 'many'
 convert {run}/none.pth              arguments: expected checkpoint and out; got fewer
 convert {run}/none.pth ''           arguments: expected a value; got ''
 convert {run}/none.pth new --sigma=a  --sigma: expected FLOAT; got 'a'

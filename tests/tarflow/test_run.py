@@ -24,7 +24,7 @@ from PIL import Image
 from tensorboard.summary.writer import record_writer
 from torch.testing import assert_close
 
-from tarflow import FlowPPConfig, Guidance, TarFlow, TarFlowConfig, cli, datasets
+from tarflow import FlowPPConfig, Guidance, TarFlow, TarFlowConfig, datasets
 from tarflow.cli import main
 from tarflow.cli.train import read_flags
 from tarflow.decoding import calibration
