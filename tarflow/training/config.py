@@ -198,9 +198,10 @@ class TrainConfig:
         Raises:
             ValueError, TypeError, KeyError: settings that a run does not have, or that are not what they should be.
         """
-        train, flows = current_settings(config["train"]), {flow.__name__: flow for flow in MODELS.values()}
-        model = config_from_dict(flows[config["flow"]].config_class, config["model"])
-        return cls(DataConfig(**train["data"]), model, TrainingConfig(**train["training"]))
+        train = current_settings(config["train"])
+        data, training = DataConfig(**train["data"]), TrainingConfig(**train["training"])
+        flow = {flow.__name__: flow for flow in MODELS.values()}[config.get("flow", "TarFlow")]
+        return cls(data, config_from_dict(flow.config_class, config["model"]), training)
 
     def config_dict(self) -> dict[str, Any]:
         """The ``train`` of ``config.json``, which has the model elsewhere."""
