@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-# What a mutation promises of its command: "same" results or a refusal; "any" sound results; "refuse" is a refusal.
+# A mutation promises something of its command: "same" results or a refusal; "any" sound results; "refuse" is a refusal.
 Mutation = Callable[[random.Random, Path], tuple[str, str]]
 ODD = (
     None, True, -1, 0, 1.5, 10**6, 21_000, 10**18, 10**30, -(2**63), 1e300, math.nan, math.inf, -math.inf,
@@ -311,7 +311,7 @@ class Target:
 
 SAMPLE = (("sample", "run", "--out=drawn.npz", "--num=4", "--device=cpu"), ("drawn.npz",))
 RESUME = (("train", "--resume=run", "--max-steps=10"), ("run/model.safetensors",))
-EVALUATE = (("evaluate", "run", "--num-images=8", "--draws=1", "--device=cpu"), ("run/evaluation.json",))
+EVALUATE = (("evaluate", "run", "--num-images=8", "--importance-samples=1", "--device=cpu"), ("run/evaluation.json",))
 CONVERT = (("convert", "published.pth", "converted"), ("converted/model.safetensors",))
 WEIGHTS = (*ANY, odd_tensors, odd_tensors, odd_header, odd_header)
 PICKLED = (*ANY, *[odd_tensors] * 5, odd_archive, odd_archive)
