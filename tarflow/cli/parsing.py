@@ -80,6 +80,8 @@ def flags_of(
     """The flags of settings of that kind."""
     for field, hint, value in _visible(kind, default, hides):
         name, inner = field.name.replace("_", "-"), get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if hint == tyro.conf.Positional[inner]:
+            continue
         if is_dataclass(inner):
             yield from flags_of(inner, value, hides, prefix if inner is not hint else f"{prefix}{name}.")
         else:

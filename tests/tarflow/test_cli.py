@@ -557,10 +557,7 @@ def flags_in(text):
 @pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "convert"])
 def test_help_lists_every_flag(capsys, command):
     settings = getattr(importlib.import_module(f"tarflow.cli.{command}"), command.capitalize())
-    flags = {flag for flag in flags_of(settings) if flag not in ("--run", "--checkpoint") or command != "convert"}
-    assert flags - {"--run", "--checkpoint"} - ({"--out"} if command == "convert" else set()) <= flags_in(
-        help_of(capsys, command)
-    )
+    assert {*flags_of(settings)} <= flags_in(help_of(capsys, command))
 
 
 OF_ONE_MODEL = {
@@ -664,225 +661,184 @@ def broken(run, tmp_path):
     return tmp_path
 
 
-ERRORS = {
-    "no such run": ("sample {broken}/none", r"source: expected a folder with config\.json .* no .*/none/config\.json"),
-    "no such run to resume": ("train --resume={broken}/none", r"resume: .*/none/config\.json does not exist"),
-    "no such checkpoint": ("convert {broken}/none.pth {broken}/new", r".*/none\.pth"),
-    "not a checkpoint": ("convert {run}/config.json {broken}/new", r"source: .*/config\.json is .* not a state dict"),
-    "another checkpoint": ("convert {run}/checkpoints/step-00000008.pt {broken}/new", "source: expected the state"),
-    "cut weights": ("sample {broken}/cut", r".*/cut/model\.safetensors: truncated or corrupt"),
-    "deep settings": ("sample {broken}/deep", r".*/deep/config\.json: truncated or corrupt: maximum recursion depth"),
-    "no settings": ("evaluate {broken}/null", r".*/null/config\.json: train: expected an object; got None"),
-    "no settings to resume": ("train --resume={broken}/null", r".*/null/config\.json: train: expected an object; got"),
-    "too much to train": (
-        "train --batch-size=1000000000 --out={broken}/new",
-        "memory: expected training at batch size",
-    ),
-    "cut data": ("train --dataset=mnist --data-dir={broken}", ".*/train-images-idx3-ubyte: expected an IDX header"),
-    "no data": ("train --dataset=mnist --data-dir={run}", "data_dir: expected .* in .*/run, missing train-images"),
-    "no such dataset": ("train --dataset=minst", "name: expected one of fashion-mnist, .* got 'minst'"),
-    "out is taken": ("train --max-steps=1 --out={run}", "out: .*/run already holds a run; choose another folder, or"),
-    "bad setting": ("train --channels=100 --out={broken}/new", "head_dim: expected a divisor of channels 100; got 64"),
-    "no labels": (
-        "train --dataset=imagenet32-2016 --data-dir={photos} --out={broken}/new",
-        r"conditional: expected False \(--no-conditional\) for data without labels; got True",
-    ),
-    "no labels to score": (
-        "evaluate {run} --dataset=imagenet32-2016 --data-dir={photos}",
-        "dataset: expected labels for a model that is conditional on them; got ImageNet 32x32 as released in 2016",
-    ),
-    "negative tolerance": ("sample {run} --tolerance=-1", "tolerance: expected a finite number >= 0; got -1"),
-    "nothing to time": ("calibrate {run} --batches 0", r"batches: expected positive numbers; got \(0,\)"),
-    "nowhere to store": ("calibrate someone/model", "run: expected a folder to write to; got someone/model"),
-    "model without a run": ("train --resume={broken}/model", "resume: .*/model holds a model without a training run"),
-    "cut settings": ("train --resume={broken}/cut-config", r".*/cut-config/config\.json"),
-    "calibrated Flow++": ("calibrate {flowpp}", "run: expected a TarFlow, whose decoders .* holds a Flow"),
-    "other settings": ("train --resume={broken}/old-config", r".*/old-config/config\.json"),
-    "wrong settings": ("train --resume={broken}/bad-config", r".*/bad-config/config\.json: noise: .* got 5"),
-}
-# What is wrong with the arguments themselves: each line with the start of its error, all in a folder with {run} in it.
+# Commands and the start of the line that each ends in, {value} being each of the values with | between them.
 LINES = r"""
-train --learning-rate=inf           learning_rate: expected a number > 0, at most 3\.4e\+38; got inf
-train --learning-rate=nan           learning_rate: expected .* got nan
-train --learning-rate=1e300         learning_rate: expected .* got 1e\+300
-train --learning-rate=-1            learning_rate: expected .* got -1\.0
-train --min-learning-rate=nan       min_learning_rate: expected a number from 0 to the learning rate, 0\.001; got nan
-train --min-learning-rate=inf       min_learning_rate: expected .* got inf
-train --min-learning-rate=1         min_learning_rate: expected .* got 1\.0
-train --min-learning-rate=-1        min_learning_rate: expected .* got -1\.0
-train --gradient-clip=inf           gradient_clip: expected a number > 0, at most 3\.4e\+38; got inf
-train --gradient-clip=nan           gradient_clip: expected .* got nan
-train --weight-decay=inf            weight_decay: expected a number >= 0, at most 3\.4e\+38; got inf
-train --weight-decay=nan            weight_decay: expected .* got nan
-train --sigma=inf                   sigma: expected a number from 0 to 10, .* got inf
-train --sigma=nan                   sigma: expected .* got nan
-train --sigma=1e300                 sigma: expected .* got 1e\+300
-train --model=flowpp --dropout=-1   dropout: expected a number in \[0, 1\); got -1\.0
-train --model=flowpp --dropout=1.5  dropout: expected .* got 1\.5
-train --model=flowpp --dropout=nan  dropout: expected .* got nan
-train --model=flowpp --dropout=inf  dropout: expected .* got inf
-train --label-drop=nan              label_drop: expected a number >= 0 and below 1; got nan
-train --beta2=1                     beta2: expected .* got 1\.0
-train --ema-decay=1.5               ema_decay: expected .* got 1\.5
-train --seed=-1                     seed: expected an integer from 0 to 2\^63 - 1; got -1
-train --seed=9223372036854775808    seed: expected .* got 9223372036854775808
-train --max-steps=0                 max_steps: expected an integer from 1 to 2\^63 - 1; got 0
-train --max-steps=1{thirty}         max_steps: expected .* got 1{thirty}
-train --channels=1{eighteen}        channels: expected .* got 1{eighteen}
-train --num-blocks=1{thirty}        num_blocks: expected .* got 1{thirty}
-train --batch-size=1{eighteen}      memory: expected training at batch size 1{eighteen} to take at most
-train --batch-size=1{thirty}        batch_size: expected .* got 1{thirty}
+sample {broken}/none                  source: expected a folder with config\.json .* no .*/none/config\.json
+train --resume={broken}/none          resume: .*/none/config\.json does not exist
+convert {broken}/none.pth {broken}/new  .*/none\.pth
+convert {run}/config.json {broken}/new  source: .*/config\.json is .* not a state dict
+convert {run}/checkpoints/step-00000008.pt {broken}/new  source: expected the state
+sample {broken}/cut                   .*/cut/model\.safetensors: truncated or corrupt
+sample {broken}/deep                  .*/deep/config\.json: truncated or corrupt: maximum recursion depth
+evaluate {broken}/null                .*/null/config\.json: train: expected an object; got None
+train --resume={broken}/null          .*/null/config\.json: train: expected an object; got
+train --batch-size=1000000000 --out={broken}/new  memory: expected training at batch size
+train --dataset=mnist --data-dir={broken}  .*/train-images-idx3-ubyte: expected an IDX header
+train --dataset=mnist --data-dir={run}  data_dir: expected .* in .*/run, missing train-images
+train --dataset=minst                 name: expected one of fashion-mnist, .* got 'minst'
+train --max-steps=1 --out={run}       out: .*/run already holds a run; choose another folder, or
+train --channels=100 --out={broken}/new  head_dim: expected a divisor of channels 100; got 64
+train --dataset=imagenet32-2016 --data-dir={photos} --out={broken}/new  conditional: expected False
+evaluate {run} --dataset=imagenet32-2016 --data-dir={photos}  dataset: expected labels for a model that is
+sample {run} --tolerance=-1           tolerance: expected a finite number >= 0; got -1
+calibrate {run} --batches 0           batches: expected positive numbers; got \(0,\)
+calibrate someone/model               run: expected a folder to write to; got someone/model
+train --resume={broken}/model         resume: .*/model holds a model without a training run
+train --resume={broken}/cut-config    .*/cut-config/config\.json
+calibrate {flowpp}                    run: expected a TarFlow, whose decoders .* holds a Flow
+train --resume={broken}/old-config    .*/old-config/config\.json
+train --resume={broken}/bad-config    .*/bad-config/config\.json: noise: .* got 5
+train --learning-rate=inf|nan|1e+300|-1.0  learning_rate: expected a number > 0, at most 3\.4e\+38; got {value}
+train --min-learning-rate=nan|inf|1.0|-1.0  min_learning_rate: .* from 0 to the learning rate, 0\.001; got {value}
+train --gradient-clip=inf|nan         gradient_clip: expected a number > 0, at most 3\.4e\+38; got {value}
+train --weight-decay=inf|nan          weight_decay: expected a number >= 0, at most 3\.4e\+38; got {value}
+train --sigma=inf|nan|1e+300          sigma: expected a number from 0 to 10, .* got {value}
+train --model=flowpp --dropout=-1.0|1.5|nan|inf  dropout: expected a number in \[0, 1\); got {value}
+train --label-drop=nan                label_drop: expected a number >= 0 and below 1; got nan
+train --beta2=1                       beta2: expected .* got 1\.0
+train --ema-decay=1.5                 ema_decay: expected .* got 1\.5
+train --seed=-1|9223372036854775808   seed: expected an integer from 0 to 2\^63 - 1; got {value}
+train --max-steps=0|1{thirty}         max_steps: expected an integer from 1 to 2\^63 - 1; got {value}
+train --channels=1{eighteen}          channels: expected .* got 1{eighteen}
+train --num-blocks=1{thirty}          num_blocks: expected .* got 1{thirty}
+train --batch-size=1{eighteen}        memory: expected training at batch size 1{eighteen} to take at most
+train --batch-size=1{thirty}          batch_size: expected .* got 1{thirty}
 train --importance-samples=1{eighteen}  importance_samples: expected an integer from 0 to 100000; got 1{eighteen}
-train --score-draws=-1              importance_samples: expected an integer from 0 to 2\^63 - 1; got -1
-train --image-size=0                image_size: expected 1 to 7071, got 0
-train --device=meta                 device: expected auto or a device that PyTorch has here, cpu.*; got 'meta'
-train --device=hpu                  device: expected .* got 'hpu'
-train --device=cpu:7                device: expected .* got 'cpu:7'
-train --num-mixtures=65             num_mixtures: expected an integer in \[1, 64\]; got 65
-train --num-mixtures=5              num_mixtures: expected with --coupling mixture alone
-train --noise=uniform --sigma=0.1   sigma: expected with --noise gaussian alone
-train --dequantizer.filters=16      dequantizer: expected with --noise variational alone
+train --score-draws=-1                importance_samples: expected an integer from 0 to 2\^63 - 1; got -1
+train --image-size=0                  image_size: expected 1 to 7071, got 0
+train --device=meta|hpu|cpu:7         device: expected auto or a device that PyTorch has here, cpu.*; got '{value}'
+train --num-mixtures=65               num_mixtures: expected an integer in \[1, 64\]; got 65
+train --num-mixtures=5                num_mixtures: expected with --coupling mixture alone
+train --noise=uniform --sigma=0.1     sigma: expected with --noise gaussian alone
+train --dequantizer.filters=16        dequantizer: expected with --noise variational alone
 train --no-conditional --label-drop=0.2  label_drop: expected with --conditional alone
 train --model=flowpp --noise=gaussian  noise: expected uniform or variational for flowpp
 train --model=tarflow --preset=cifar10-flowpp  model: expected flowpp, the model of --preset cifar10-flowpp; got tarflow
-train --resume={run} --model=flowpp  model: expected tarflow, the model of --resume .*/run; got flowpp
+train --resume={run} --model=flowpp   model: expected tarflow, the model of --resume .*/run; got flowpp
 train --resume={run} --preset=imagenet64  preset: expected none besides --resume, .* got imagenet64
-train --resume={run} --max-steps=7  max_steps: expected at least 8, which .*/run is at; got 7
-train --out={run}/config.json       out: expected a folder; got .*/run/config\.json
-train --out={run}/config.json/x     out: expected a folder; got .*/config\.json/x, and .*/config\.json is a file
-sample {run} --device=quantum       device: expected auto or a device that PyTorch has here, cpu.*; got 'quantum'
-sample {run} --device=cpu:7         device: expected .* got 'cpu:7'
-sample {run} --device=meta          device: expected .* got 'meta'
-sample {run} --device=cuda:99       device: expected .* got 'cuda:99'
-sample {run} --seed=-1              seed: expected an integer from 0 to 2\^63 - 1; got -1
-sample {run} --seed=9223372036854775808  seed: expected .* got 9223372036854775808
-sample {run} --guidance=1e300       guidance: expected a number from 0 to 100; got 1e\+300
-sample {run} --guidance=-1          guidance: expected .* got -1
-sample {run} --guidance=nan         guidance: expected .* got nan
+train --resume={run} --max-steps=7    max_steps: expected at least 8, which .*/run is at; got 7
+train --out={run}/config.json         out: expected a folder; got .*/run/config\.json
+train --out={run}/config.json/x       out: expected a folder; got .*/config\.json/x, and .*/config\.json is a file
+sample {run} --device=quantum|cpu:7|meta|cuda:99  device: expected auto or a device that PyTorch has .*; got '{value}'
+sample {run} --seed=-1|9223372036854775808  seed: expected an integer from 0 to 2\^63 - 1; got {value}
+sample {run} --guidance=1e+300|-1|nan  guidance: expected a number from 0 to 100; got {value}
 sample {run} --guidance=1 --temperature=1e-300  temperature: expected a number from 0\.001 to 1000; got 1e-300
-sample {run} --temperature=0.5      temperature: expected none without --guidance, .* got 0\.5
-sample {run} --schedule=constant    schedule: expected none without --guidance, .* got constant
-sample {run} --no-drop-label        drop_label: expected none without --guidance, .* got False
-sample {unconditional} --guidance=2  guidance: .* or a temperature other than 1; got
-sample {run} --sigma=nan            sigma: expected a number from 0 to 10, .* got nan
-sample {run} --sigma=inf            sigma: expected .* got inf
-sample {run} --sigma=-1             sigma: expected .* got -1
-sample {run} --sigma=1e300          sigma: expected .* got 1e\+300
-sample {run} --num=0                num: expected at least 1; got 0
-sample {run} --num=10000            num: expected at most 333 rows and columns of a picture; got 10 x 1000
-sample {unconditional} --num=10000  num: expected at most 333 rows and columns of a picture; got 1250 x 8
-sample {run} --num=1{eighteen}      memory: expected num = 1{eighteen} samples to take at most
+sample {run} --temperature=0.5        temperature: expected none without --guidance, .* got 0\.5
+sample {run} --schedule=constant      schedule: expected none without --guidance, .* got constant
+sample {run} --no-drop-label          drop_label: expected none without --guidance, .* got False
+sample {unconditional} --guidance=2   guidance: .* or a temperature other than 1; got
+sample {run} --sigma=nan|inf|-1|1e+300  sigma: expected a number from 0 to 10, .* got {value}
+sample {run} --num=0                  num: expected at least 1; got 0
+sample {run} --num=10000              num: expected at most 333 rows and columns of a picture; got 10 x 1000
+sample {unconditional} --num=10000    num: expected at most 333 rows and columns of a picture; got 1250 x 8
+sample {run} --num=1{eighteen}        memory: expected num = 1{eighteen} samples to take at most
 sample {run} --num=1{thirty} --out=s.npz  memory: expected num = 1{thirty} samples to take at most
 sample {flowpp} --num=1{eighteen} --out=s.npz  memory: expected num = 1{eighteen} samples to take at most
-sample {run} --labels               labels: expected 1 to 80 classes, as --num says; got 0
-sample {run} --labels 1 2 3 --num=2  labels: expected 1 to 2 classes, as --num says; got 3
-sample {run} --labels 10            labels: expected classes from 0 to 9, or -1 for no label; got 10
-sample {run} --labels -2            labels: expected .* got -2
-sample {run} --labels 1{thirty}     labels: expected .* got 1{thirty}
-sample {unconditional} --labels 1   labels: expected none for an unconditional model; got 1
-sample {run} --out=s.jpg            out: expected a \.png or \.npz file; got s\.jpg
-sample {run} --out=.png             out: expected a \.png or \.npz file; got \.png
-sample {run} --out=folder.png       out: expected a file; got the folder folder\.png
-sample {run} --out=nowhere/s.png    out: expected a file in a folder that exists; got nowhere/s\.png
-sample {run} --trajectory=t.txt     trajectory: expected a picture \(.*png.*\); got t\.txt
-sample {run} --trajectory=t         trajectory: expected a picture .*; got t
+sample {run} --labels                 labels: expected 1 to 80 classes, as --num says; got 0
+sample {run} --labels 1 2 3 --num=2   labels: expected 1 to 2 classes, as --num says; got 3
+sample {run} --labels 10|-2|1{thirty}  labels: expected classes from 0 to 9, or -1 for no label; got {value}
+sample {unconditional} --labels 1     labels: expected none for an unconditional model; got 1
+sample {run} --out=s.jpg|.png         out: expected a \.png or \.npz file; got {value}
+sample {run} --out=folder.png         out: expected a file; got the folder folder\.png
+sample {run} --out=nowhere/s.png      out: expected a file in a folder that exists; got nowhere/s\.png
+sample {run} --trajectory=t.txt       trajectory: expected a picture \(.*png.*\); got t\.txt
+sample {run} --trajectory=t           trajectory: expected a picture .*; got t
 sample {run} --trajectory=nowhere/t.png  trajectory: expected a file in a folder that exists; got nowhere/t\.png
 sample {run} --out=s.png --trajectory=./s.png  trajectory: expected another file than --out; got s\.png for both
 sample {run} --decoder=jacobi --window=0  window: expected at least 1; got 0
-sample {run} --window=4             window: expected none with the auto decoder, only with jacobi
+sample {run} --window=4               window: expected none with the auto decoder, only with jacobi
 sample {run} --decoder=sequential --tolerance=0.1  tolerance: expected none for the sequential decoder; got 0\.1
-sample {flowpp} --guidance=2        guidance: expected none for a FlowPP, which has no use for it; got 2\.0
-sample {flowpp} --labels 1          labels: expected none for an unconditional model; got 1
-sample {flowpp} --sigma=0           sigma: expected none for a FlowPP
-sample {flowpp} --tolerance=0.1     tolerance: expected none for a FlowPP
-sample {flowpp} --decoder=jacobi    decoder: expected none for a FlowPP
-calibrate {run} --batches           batches: expected positive numbers; got \(\)
+sample {flowpp} --guidance=2          guidance: expected none for a FlowPP, which has no use for it; got 2\.0
+sample {flowpp} --labels 1            labels: expected none for an unconditional model; got 1
+sample {flowpp} --sigma=0             sigma: expected none for a FlowPP
+sample {flowpp} --tolerance=0.1       tolerance: expected none for a FlowPP
+sample {flowpp} --decoder=jacobi      decoder: expected none for a FlowPP
+calibrate {run} --batches             batches: expected positive numbers; got \(\)
 calibrate {run} --batches 1{eighteen}  memory: expected batches of 1{eighteen} to take at most
-calibrate {run} --guidance=nan      guidance: expected a number from 0 to 100; got nan
-calibrate {run} --tolerance=nan     tolerance: expected a finite number >= 0; got nan
-evaluate {run} --num-images=0       num_images: expected at least 1; got 0
-evaluate {run} --draws=0            importance_samples: expected at least 1; got 0
+calibrate {run} --guidance=nan        guidance: expected a number from 0 to 100; got nan
+calibrate {run} --tolerance=nan       tolerance: expected a finite number >= 0; got nan
+evaluate {run} --num-images=0         num_images: expected at least 1; got 0
+evaluate {run} --draws=0              importance_samples: expected at least 1; got 0
 evaluate {run} --importance-samples=1{eighteen}  importance_samples: expected at most 100000; got 1{eighteen}
-evaluate {run} --batch-size=-1      batch_size: expected at least 1; got -1
-evaluate {run} --seed=-1            seed: expected an integer from 0 to 2\^63 - 1; got -1
-evaluate {run} --image-size=0       image_size: expected 1 to 7071, got 0
-evaluate {run} --dataset=minst      name: expected one of fashion-mnist, .* got 'minst'
-evaluate someone/model              run: expected a folder to write to; got someone/model
-convert {run}/none.pth new --sigma=nan  sigma: expected a number from 0 to 10, .* got nan
-convert {run}/none.pth new --sigma=inf  sigma: expected .* got inf
+evaluate {run} --batch-size=-1        batch_size: expected at least 1; got -1
+evaluate {run} --seed=-1              seed: expected an integer from 0 to 2\^63 - 1; got -1
+evaluate {run} --image-size=0         image_size: expected 1 to 7071, got 0
+evaluate {run} --dataset=minst        name: expected one of fashion-mnist, .* got 'minst'
+evaluate someone/model                run: expected a folder to write to; got someone/model
+convert {run}/none.pth new --sigma=nan|inf  sigma: expected a number from 0 to 10, .* got {value}
 convert {run}/none.pth {run}/config.json  out: expected a folder; got .*/run/config\.json
 """
-# What is no argument of the command at all, which has an exit status of its own.
+# Arguments that are none of the command, which have an exit status of their own.
 USAGE_LINES = r"""
-train --filters=-1                  --filters: expected with --model flowpp alone, .*; got --filters=-1
-train --filters 32                  --filters: expected with --model flowpp alone, .*; got --filters
-train --stack=squeeze               --stack: expected with --model flowpp alone
-train --no-pointwise                --no-pointwise: expected with --model flowpp alone, .*; got --no-pointwise
-train --dropout=0.5                 --dropout: expected with --model flowpp alone
-train --model=flowpp --channels=64  --channels: expected with --model tarflow alone
-train --model=flowpp --sigma=0.1    --sigma: expected with --model tarflow alone
-train --model=flowpp --guidance=2   --guidance\.weight: expected with --model tarflow alone
-train --resume={run} --filters=8    --filters: expected with --model flowpp alone
-train --model=flowpp --conditional  --conditional: expected with --model tarflow alone
-train --channels=abc                --channels: expected INT; got 'abc'
-train --channels=1e3                --channels: expected INT; got '1e3'
-train --learning-rate=fast          --learning-rate: expected FLOAT; got 'fast'
-train --image-size=big              --image-size: expected \{None\}\|INT; got 'big'
-train --num-blocks=1 --num-blocks=x  --num-blocks: expected INT; got 'x'
-train --dequantizer.filters=x       --dequantizer\.filters: expected INT; got 'x'
-train --dequantizer.filters=3       --dequantizer\.filters: expected a multiple of the 4 heads of attention; got 3
-train --dequantizer.dropout=nan     --dequantizer\.dropout: expected a number in \[0, 1\); got nan
-train --dequantizer.dropout=-1      --dequantizer\.dropout: expected a number in \[0, 1\); got -1
-train --guidance=1e300              --guidance\.weight: expected a number from 0 to 100; got 1e\+300
-train --guidance=nan                --guidance\.weight: expected .* got nan
-train --guidance.temperature=0      --guidance\.temperature: expected a number from 0\.001 to 1000; got 0
-train --batch-size                  --batch-size: expected a value; got none
-train --max-steps --out=new         --max-steps: expected a value; got none
-train --nonsense 3                  --nonsense: expected a flag of tarflow train.*; got '--nonsense'
-train --chanels=3                   --chanels: expected a flag of tarflow train, perhaps --channels; got '--chanels=3'
-train --in_chanels=3                --in_chanels: expected a flag of tarflow train.*; got '--in_chanels=3'
-train --preset=foo                  --preset: expected one of 'fashion-mnist', .*; got 'foo'
-train --preset                      --preset: expected a value; got none
-train --model=foo                   --model: expected one of 'tarflow', 'flowpp'; got 'foo'
-train --noise=laplace               --noise: expected one of 'gaussian', 'uniform', 'variational'; got 'laplace'
-train --conditional=yes             arguments: expected flags, each with its value; got yes besides
-train 3                             arguments: expected flags, each with its value; got 3 besides
-train -x                            arguments: expected flags, each with its value; got -x besides
-train -- new                        arguments: expected flags, each with its value; got new besides
-train --help --nonsense             --nonsense: expected a flag of tarflow train.*; got '--nonsense'
-train --nonsense -h                 --nonsense: expected a flag of tarflow train.*; got '--nonsense'
-train --dataset=                    --dataset: expected a value; got ''
-train --dataset ''                  --dataset: expected a value; got ''
-train --out=                        --out: expected a value; got ''
-train --resume ''                   --resume: expected a value; got ''
-sample                              arguments: expected run; got fewer
-sample ''                           arguments: expected a value; got ''
-sample {run} {run}                  arguments: expected flags, each with its value; got .*/run besides
-sample {run} --num 3 4              arguments: expected flags, each with its value; got 4 besides
-sample {run} --num=3.5              --num: expected INT; got '3\.5'
-sample {run} --labels a b           --labels: expected \[INT \[INT \.\.\.\]\]; got 'a', 'b'
-sample {run} --labels 1.5           --labels: expected .*; got '1\.5'
-sample {run} --decoder=fast         --decoder: expected one of 'auto', 'sequential', 'jacobi'; got 'fast'
-sample {run} --out ''               --out: expected a value; got ''
-sample {run} --trajectory=          --trajectory: expected a value; got ''
-sample {run} --help --nonsense      --nonsense: expected a flag of tarflow sample.*; got '--nonsense'
-sample {run} --filters=3            --filters: expected a flag of tarflow sample.*; got '--filters=3'
-calibrate                           arguments: expected run; got fewer
-evaluate {run} --dataset ''         --dataset: expected a value; got ''
-evaluate {run} --draws=many         --importance-samples: expected INT; got 'many'
-convert {run}/none.pth              arguments: expected checkpoint and out; got fewer
-convert {run}/none.pth ''           arguments: expected a value; got ''
+train --filters=-1                    --filters: expected with --model flowpp alone, .*; got --filters=-1
+train --filters 32                    --filters: expected with --model flowpp alone, .*; got --filters
+train --stack=squeeze                 --stack: expected with --model flowpp alone
+train --no-pointwise                  --no-pointwise: expected with --model flowpp alone, .*; got --no-pointwise
+train --dropout=0.5                   --dropout: expected with --model flowpp alone
+train --model=flowpp --channels=64    --channels: expected with --model tarflow alone
+train --model=flowpp --sigma=0.1      --sigma: expected with --model tarflow alone
+train --model=flowpp --guidance=2     --guidance\.weight: expected with --model tarflow alone
+train --resume={run} --filters=8      --filters: expected with --model flowpp alone
+train --model=flowpp --conditional    --conditional: expected with --model tarflow alone
+train --channels=abc|1e3              --channels: expected INT; got '{value}'
+train --learning-rate=fast            --learning-rate: expected FLOAT; got 'fast'
+train --image-size=big                --image-size: expected \{None\}\|INT; got 'big'
+train --num-blocks=1 --num-blocks=x   --num-blocks: expected INT; got 'x'
+train --dequantizer.filters=x         --dequantizer\.filters: expected INT; got 'x'
+train --dequantizer.filters=3         --dequantizer\.filters: expected a multiple of the 4 heads of attention; got 3
+train --dequantizer.dropout=nan|-1    --dequantizer\.dropout: expected a number in \[0, 1\); got {value}
+train --guidance=1e+300|nan           --guidance\.weight: expected a number from 0 to 100; got {value}
+train --guidance.temperature=0        --guidance\.temperature: expected a number from 0\.001 to 1000; got 0
+train --batch-size                    --batch-size: expected a value; got none
+train --max-steps --out=new           --max-steps: expected a value; got none
+train --nonsense 3                    --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --chanels=3                     --chanels: expected a flag of tarflow train, perhaps --channels; got '--chanels=3'
+train --in_chanels=3                  --in_chanels: expected a flag of tarflow train.*; got '--in_chanels=3'
+train --preset=foo                    --preset: expected one of 'fashion-mnist', .*; got 'foo'
+train --preset                        --preset: expected a value; got none
+train --model=foo                     --model: expected one of 'tarflow', 'flowpp'; got 'foo'
+train --noise=laplace                 --noise: expected one of 'gaussian', 'uniform', 'variational'; got 'laplace'
+train --conditional=yes               arguments: expected flags, each with its value; got yes besides
+train 3|-x                            arguments: expected flags, each with its value; got {value} besides
+train -- new                          arguments: expected flags, each with its value; got new besides
+train --help --nonsense               --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --nonsense -h                   --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --dataset=                      --dataset: expected a value; got ''
+train --dataset ''                    --dataset: expected a value; got ''
+train --out=                          --out: expected a value; got ''
+train --resume ''                     --resume: expected a value; got ''
+sample                                arguments: expected run; got fewer
+sample ''                             arguments: expected a value; got ''
+sample {run} {run}                    arguments: expected flags, each with its value; got .*/run besides
+sample {run} --num 3 4                arguments: expected flags, each with its value; got 4 besides
+sample {run} --num=3.5                --num: expected INT; got '3\.5'
+sample {run} --labels a b             --labels: expected \[INT \[INT \.\.\.\]\]; got 'a', 'b'
+sample {run} --labels 1.5             --labels: expected .*; got '1\.5'
+sample {run} --decoder=fast           --decoder: expected one of 'auto', 'sequential', 'jacobi'; got 'fast'
+sample {run} --out ''                 --out: expected a value; got ''
+sample {run} --trajectory=            --trajectory: expected a value; got ''
+sample {run} --help --nonsense        --nonsense: expected a flag of tarflow sample.*; got '--nonsense'
+sample {run} --filters=3              --filters: expected a flag of tarflow sample.*; got '--filters=3'
+calibrate                             arguments: expected run; got fewer
+evaluate {run} --dataset ''           --dataset: expected a value; got ''
+evaluate {run} --draws=many           --importance-samples: expected INT; got 'many'
+convert {run}/none.pth                arguments: expected checkpoint and out; got fewer
+convert {run}/none.pth ''             arguments: expected a value; got ''
 convert {run}/none.pth new --sigma=a  --sigma: expected FLOAT; got 'a'
 """
 
 
 def cases():
-    for name, (command, message) in ERRORS.items():
-        yield pytest.param(command, message, 1, id=name)
     for status, lines in ((1, LINES), (2, USAGE_LINES)):
         for line in lines.strip().splitlines():
             command, message = re.split(r"  +", line, maxsplit=1)
-            yield pytest.param(command, message, status, id=command)
+            start, values = re.fullmatch(r"(.*[= ])(\S+\|\S+)|.*", command).groups()
+            if not values:
+                yield pytest.param(command, message, status)
+                continue
+            for value in values.split("|"):
+                pattern = re.sub(r"([.+])", r"\\\1", value)
+                yield pytest.param(f"{start}{value}", message.replace("{value}", pattern), status)
 
 
 @pytest.mark.parametrize(("command", "message", "status"), [*cases()])
