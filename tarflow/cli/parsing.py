@@ -59,7 +59,7 @@ def parse(
         ValueError: the settings are not valid.
     """
     name, flags = kind.__name__.lower(), [*flags_of(kind, default, hides)]
-    command, arguments = f"tarflow {name}", current_flags(name, arguments)
+    command, arguments = f"tarflow {name}", current_flags(name, arguments, flags)
     _check_flags(command, arguments, flags, elsewhere or {})
     printed = io.StringIO()
     try:

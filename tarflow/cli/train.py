@@ -27,7 +27,7 @@ class Train:
     """Train a TarFlow or, with `--model flowpp`, a Flow++. Without more flags: Fashion-MNIST in minutes on a CPU."""
 
     data: Flat[DataConfig]
-    shape: Flat[TarFlowConfig | FlowPPConfig]
+    architecture: Flat[TarFlowConfig | FlowPPConfig]
     training: Flat[TrainingConfig]
     model: Literal[tuple(MODELS)] = "tarflow"
     """the model, whose flags are the ones listed here"""
@@ -41,7 +41,7 @@ class Train:
     @property
     def config(self) -> TrainConfig:
         """The settings of the run."""
-        return TrainConfig(self.data, self.shape, self.training)
+        return TrainConfig(self.data, self.architecture, self.training)
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from published_state import published_state
 from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
 from tarflow.cli.evaluate import Evaluate
 from tarflow.cli.parsing import flags_of, parse
@@ -488,27 +489,6 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def published_state(channels=64, token_dim=12, num_tokens=4, num_classes=3):
-    """A state dict as the paper's code saves it: two blocks of one layer over 4x4 images of three channels."""
-    shapes = {
-        "proj_in.weight": (channels, token_dim),
-        "proj_in.bias": (channels,),
-        "pos_embed": (num_tokens, channels),
-        "class_embed": (num_classes, 1, channels),
-        "proj_out.weight": (2 * token_dim, channels),
-        "proj_out.bias": (2 * token_dim,),
-        "attn_mask": (num_tokens, num_tokens),
-    }
-    for name, width, *more in [
-        ("attention.norm", channels), ("attention.qkv", 3 * channels, channels), ("attention.proj", channels, channels),
-        ("mlp.norm", channels), ("mlp.main.0", 4 * channels, channels), ("mlp.main.2", channels, 4 * channels),
-    ]:  # fmt: skip
-        shapes |= {f"attn_blocks.0.{name}.weight": (width, *more), f"attn_blocks.0.{name}.bias": (width,)}
-    draw = torch.Generator().manual_seed(0)
-    state = {f"blocks.{t}.{name}": torch.randn(s, generator=draw) / 10 for t in (0, 1) for name, s in shapes.items()}
-    return state | {"var": torch.ones(num_tokens, token_dim)}
-
-
 def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
     state, out = published_state(), tmp_path / "converted"
     torch.save(state, tmp_path / "model.pth")
@@ -613,9 +593,10 @@ def test_the_trainer_imports_no_matplotlib():
     [
         (read_flags, ["--score-draws=0"], ["--importance-samples=0"]),
         (read_flags, ["--guidance", "1.5"], ["--guidance.weight", "1.5"]),
+        (read_flags, ["--model=flowpp", "--no-conditional"], ["--model=flowpp"]),
         (partial(parse, Evaluate), ["run", "--draws=1"], ["run", "--importance-samples=1"]),
     ],
-    ids=["score-draws", "guidance", "draws"],
+    ids=["score-draws", "guidance", "no-conditional", "draws"],
 )
 def test_flags_of_the_last_release_mean_what_they_meant(read, old, new):
     assert read(old)[0] == read(new)[0]

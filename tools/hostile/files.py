@@ -24,6 +24,8 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from published_state import published_state
+
 # A mutation promises something of its command: "same" results or a refusal; "any" sound results; "refuse" is a refusal.
 Mutation = Callable[[random.Random, Path], tuple[str, str]]
 ODD = (
@@ -369,23 +371,6 @@ def make(folder: Path) -> None:
             path = folder / f"folder/{split}/{'ab'[number % 2]}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-
-
-def published_state() -> dict[str, torch.Tensor]:
-    """A state dict as the paper's code saves it: two blocks of one layer over 4x4 images of three channels."""
-    width, tokens, values = 64, 4, 12
-    shapes = {
-        "proj_in.weight": (width, values), "proj_in.bias": (width,), "pos_embed": (tokens, width),
-        "proj_out.weight": (2 * values, width), "proj_out.bias": (2 * values,), "class_embed": (3, 1, width),
-    }  # fmt: skip
-    for name, outputs, *inputs in [
-        ("attention.norm", width), ("attention.qkv", 3 * width, width), ("attention.proj", width, width),
-        ("mlp.norm", width), ("mlp.main.0", 4 * width, width), ("mlp.main.2", width, 4 * width),
-    ]:  # fmt: skip
-        shapes |= {f"attn_blocks.0.{name}.weight": (outputs, *inputs), f"attn_blocks.0.{name}.bias": (outputs,)}
-    draw = torch.Generator().manual_seed(0)
-    state = {f"blocks.{t}.{name}": torch.randn(s, generator=draw) / 10 for t in (0, 1) for name, s in shapes.items()}
-    return state | {"var": torch.ones(tokens, values)}
 
 
 class Files:

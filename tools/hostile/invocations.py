@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from cases import TINY, TINY_FLOWPP, must_run, run
-from files import published_state
+
+from published_state import published_state
 
 TRAIN = ("train", "--out=out", *TINY, "--max-steps=2")
 TRAIN_FLOWPP = ("train", "--out=out", *TINY_FLOWPP, "--max-steps=2")
