@@ -57,7 +57,7 @@ def current_flags(command: str, arguments: Sequence[str], flags: Collection[str]
     current = []
     for argument in arguments:
         flag, *value = re.split("(?==)", argument, maxsplit=1)
-        if argument != "--no-conditional" or argument in flags:
+        if (command, argument) != ("train", "--no-conditional") or argument in flags:
             current.append("".join([_FLAGS.get(command, {}).get(flag.replace("_", "-"), flag), *value]))
     return current
 
