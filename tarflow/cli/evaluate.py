@@ -10,7 +10,6 @@ import tyro
 
 from .. import datasets, evaluation
 from ..files import atomic_write
-from ..gallery import spread
 from ..training.config import MAX_IMPORTANCE_SAMPLES, DataConfig
 from ..training.folder import check_scored, read_data
 from .parsing import parse
@@ -54,9 +53,9 @@ def run(arguments: Sequence[str]) -> None:
     check_scored(metadata.get("data"), dataset, chosen)
     scores = evaluation.evaluate(
         model,
-        *dataset.fetch(spread(len(dataset), command.num_images)),
+        *dataset.get_batch(datasets.evenly_spaced(len(dataset), command.num_images)),
         sigma=metadata.get("sigma", 0.0),
-        draws=command.importance_samples,
+        num_samples=command.importance_samples,
         batch_size=command.batch_size,
         seed=command.seed,
     )
@@ -86,7 +85,7 @@ def _check(command: Evaluate) -> None:
     check_writable("run", command.run)
 
 
-def _load_test_images(command: Evaluate, trained: DataConfig) -> datasets.Images | datasets.Folder:
+def _load_test_images(command: Evaluate, trained: DataConfig) -> datasets.ImageDataset | datasets.ImageFolder:
     """The test images of the flags, or else of the data of training."""
     return datasets.load(
         trained.dataset if command.dataset is None else command.dataset,

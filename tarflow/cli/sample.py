@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ..decoding import NAMES, BlockStatistics, Decoder, ProgressCallback
 from ..files import atomic_write
-from ..gallery import Gallery
 from ..guidance import Guidance
 from ..image_flow import ImageFlow
 from ..noise import Quantization, quantization, to_pixels
+from ..pictures import Gallery
 from ..validation import check_sigma
 from .parsing import parse
 from .shared import autocast, check_file, check_guidance_weight, check_seed, load_model
@@ -95,13 +95,13 @@ def run(arguments: Sequence[str]) -> None:
         with Progress(command.num, len(model.stages)) as progress:
             if command.out.suffix == ".png":
                 title = f"Samples of {command.run.resolve().name}"
-                gallery.samples(model, command.out, title, command.num, command.labels, progress.note)
+                gallery.save_samples(model, command.out, title, command.num, command.labels, progress.note)
             else:
                 _save_arrays(gallery, model, command, progress.note)
         print(progress.summary())
         if command.trajectory:
             classes = command.labels[:TRAJECTORY_ROWS]
-            gallery.trajectory(model, command.trajectory, "From latent to image", classes)
+            gallery.save_trajectory(model, command.trajectory, "From latent to image", classes)
     print(f"wrote {', '.join(str(path) for path in (command.out, command.trajectory) if path)}")
 
 
@@ -195,7 +195,7 @@ def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, progress: 
     if model.config.num_classes:
         classes = torch.tensor(command.labels or range(model.config.num_classes))
         labels = classes.repeat(-(-command.num // len(classes)))[: command.num]
-    (images,) = gallery.draw(model, command.num, labels, progress=progress)
+    (images,) = gallery.draw_samples(model, command.num, labels, progress=progress)
     arrays = {"images": to_pixels(images, gallery.quantization).permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()

@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-from ..flowpp.model import FlowPPConfig
+from ..flowpp.config import FlowPPConfig
 from ..image_flow import ImageFlow
 from ..model import TarFlow, TarFlowConfig
 from ..training import checkpoints

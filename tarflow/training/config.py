@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from ..compatibility import current_settings
-from ..datasets import RESIZE, Folder, Images
-from ..flowpp.dequantizer import DequantizerConfig
-from ..flowpp.model import FlowPP, FlowPPConfig
+from ..datasets import RESIZE, ImageDataset, ImageFolder
+from ..flowpp.config import DequantizerConfig, FlowPPConfig
+from ..flowpp.model import FlowPP
 from ..guidance import Guidance
 from ..image_flow import ImageFlow
 from ..model import TarFlow, TarFlowConfig
@@ -220,7 +220,7 @@ class TrainConfig:
             return None
         return guidance
 
-    def model_config(self, dataset: Images | Folder) -> TarFlowConfig | FlowPPConfig:
+    def model_config(self, dataset: ImageDataset | ImageFolder) -> TarFlowConfig | FlowPPConfig:
         """The model that fits the dataset; ValueError for a conditional one where there are no labels."""
         if self.data.conditional and not dataset.num_classes:
             raise ValueError("conditional: expected False (--no-conditional) for data without labels; got True")

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import datasets
 from ..compatibility import current_settings
-from ..datasets import Folder, Images
+from ..datasets import ImageDataset, ImageFolder
 from ..pretrained import read_config
 from . import checkpoints
 from .config import DataConfig, TrainConfig
@@ -122,7 +122,7 @@ def check_same_data(folder: Path, recorded: dict[str, Any], data: dict[str, Any]
             )
 
 
-def check_scored(recorded: dict[str, Any] | None, dataset: Images | Folder, chosen: bool) -> None:
+def check_scored(recorded: dict[str, Any] | None, dataset: ImageDataset | ImageFolder, chosen: bool) -> None:
     """Check that test images may be scored: those of the data that a run was trained on, ``data`` in config.json.
 
     Others may be where the user has ``chosen`` them, with a warning on stderr: they may be training images all the

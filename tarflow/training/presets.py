@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..flowpp.model import FlowPPConfig
+from ..flowpp.config import FlowPPConfig
 from ..guidance import Guidance
 from ..model import TarFlowConfig
 from .config import DataConfig, TrainConfig, TrainingConfig

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import datasets, evaluation, hardware, pictures
-from ..datasets import Folder, Images
+from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..files import remove_abandoned
-from ..gallery import Gallery, spread
 from ..hardware import pick_device, uses_bfloat16
 from ..image_flow import ImageFlow
 from ..noise import quantization
+from ..pictures import Gallery
 from ..pretrained import read_config, write_config
 from . import checkpoints
 from .config import TrainConfig
@@ -71,7 +71,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
 class Run:
     """A trainer, and everything that it leaves in a folder."""
 
-    def __init__(self, folder: Path, trainer: Trainer, test_set: Images | Folder):
+    def __init__(self, folder: Path, trainer: Trainer, test_set: ImageDataset | ImageFolder):
         self.folder = folder
         self.trainer = trainer
         self.config, self.settings = trainer.config, trainer.config.training
@@ -79,7 +79,7 @@ class Run:
         self.log = Log(folder, self.settings)
         self.data = {"train": datasets.fingerprint(trainer.dataset), "test": datasets.fingerprint(test_set)}
         conditional = self.config.data.conditional
-        self.test_pixels, test_labels = test_set.fetch(spread(len(test_set), EVALUATED_IMAGES))
+        self.test_pixels, test_labels = test_set.get_batch(evenly_spaced(len(test_set), EVALUATED_IMAGES))
         self.test_labels = test_labels if conditional else None
         self.test_source = test_set.source
         self.gallery = Gallery(
@@ -192,7 +192,7 @@ class Run:
         self.save()
         self.evaluate()
         self.sample()
-        self.gallery.trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
+        self.gallery.save_trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
         if self.settings.importance_samples and not self.settings.noise_sigma:
             self.score()
 
@@ -208,7 +208,7 @@ class Run:
     def sample(self) -> None:
         """Draw ``samples.png``, from the same latents every time, and ``curves.png``."""
         step, path = self.trainer.step, self.folder / "samples.png"
-        self.gallery.samples(self.trainer.average, path, f"Samples after {step:,} steps")
+        self.gallery.save_samples(self.trainer.average, path, f"Samples after {step:,} steps")
         self.log.write_picture(step, "samples", path)
         pictures.curves(self.log.path, self.folder / "curves.png", f"Training of {self.folder.name}")
 
@@ -218,7 +218,7 @@ class Run:
             (self.trainer.average, self.test_pixels, self.test_labels),
             self.settings.importance_samples,
         )
-        bounds = evaluation.bits_per_dim_of_images(*scored, draws=num_samples, generator=self._generator())
+        bounds = evaluation.dequantized_bits_per_dim(*scored, num_samples=num_samples, generator=self._generator())
         one_sample, weighted = map(evaluation.Estimate.of, bounds)
         print(
             f"score   {one_sample} bits/dim of {len(self.test_pixels):,} test images by one sample, "
@@ -252,7 +252,7 @@ class Run:
         )
 
 
-def summarize(config: TrainConfig, dataset: Images | Folder, device: torch.device) -> str:
+def summarize(config: TrainConfig, dataset: ImageDataset | ImageFolder, device: torch.device) -> str:
     """The data, the model, the memory and the device of a training that is about to begin, a line each.
 
     Raises:

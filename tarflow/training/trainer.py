@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datasets import Folder, Images
-from ..gallery import spread
+from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..hardware import uses_bfloat16
 from ..image_flow import ImageFlow
 from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
@@ -40,7 +39,7 @@ class Trainer:
         step: updates done, skipped ones included.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Images | Folder, device: torch.device):
+    def __init__(self, config: TrainConfig, dataset: ImageDataset | ImageFolder, device: torch.device):
         self.config = config
         self.device = device
         self.dataset = dataset
@@ -176,7 +175,7 @@ class Trainer:
     def _initialize(self) -> None:
         """Set the scales of the layers that take them from data, if there are such layers."""
         if any(hasattr(module, "initialize") for module in self.model.modules() if module is not self.model):
-            pixels, labels = self.dataset.fetch(spread(len(self.dataset), INITIAL_IMAGES))
+            pixels, labels = self.dataset.get_batch(evenly_spaced(len(self.dataset), INITIAL_IMAGES))
             labels = labels.to(self.device) if self.config.data.conditional else None
             self.model.initialize(pixels.to(self.device), labels)
 
@@ -211,8 +210,8 @@ class Trainer:
         config = self.config.training
         self.generator.manual_seed(derive_seed(config.seed, self.step, 1))
         seen = 0
-        for indices in spread(len(self.dataset), PRIOR_IMAGES).split(config.batch_size):
-            x, labels, eps = self.prepare(*self.dataset.fetch(indices))
+        for indices in evenly_spaced(len(self.dataset), PRIOR_IMAGES).split(config.batch_size):
+            x, labels, eps = self.prepare(*self.dataset.get_batch(indices))
             if eps is not None:
                 x, _ = self._average.dequantizer(x, eps)
             z, _ = self._average(x, labels)
@@ -220,7 +219,7 @@ class Trainer:
             self._average.update_prior(z, len(indices) / seen)  # the mean over all that was seen
 
 
-def build(config: TrainConfig, dataset: Images | Folder) -> ImageFlow:
+def build(config: TrainConfig, dataset: ImageDataset | ImageFolder) -> ImageFlow:
     """The untrained model of a run on these data."""
     return config.flow(config.model_config(dataset))
 

@@ -19,8 +19,8 @@ from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
 from tarflow.cli.evaluate import Evaluate
 from tarflow.cli.parsing import flags_of, parse
 from tarflow.cli.train import read_flags
+from tarflow.datasets import evenly_spaced
 from tarflow.decoding import calibration
-from tarflow.gallery import spread
 from tarflow.training.folder import new_folder
 from tarflow.training.presets import PRESETS
 from tarflow.training.trainer import build
@@ -116,7 +116,7 @@ def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows if "loss" in row]
-    assert [event.step for event in events.Images("samples")] == [4, 8]
+    assert [event.step for event in events.ImageDataset("samples")] == [4, 8]
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,9 @@ def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, sco
     assert main("evaluate", run, "--num-images=50", "--importance-samples=2", "--device=cpu") == 0
     written = json.loads((run / "evaluation.json").read_text())
     test = datasets.load("fashion-mnist", "test")
-    expected = evaluation.evaluate(TarFlow.from_pretrained(run), *test.fetch(spread(len(test), 50)), sigma, draws=2)
+    expected = evaluation.evaluate(
+        TarFlow.from_pretrained(run), *test.get_batch(evenly_spaced(len(test), 50)), sigma, num_samples=2
+    )
     assert {name: evaluation.Estimate(**row) for name, row in written["scores"].items()} == expected
     assert len(expected) == scores
     lines = [f"{test.source}; 50 of them, mean ± standard error over images"]

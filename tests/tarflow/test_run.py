@@ -29,7 +29,7 @@ from tarflow.cli import main
 from tarflow.cli.train import read_flags
 from tarflow.decoding import calibration
 from tarflow.files import atomic_write
-from tarflow.gallery import Gallery
+from tarflow.pictures import Gallery
 from tarflow.training import checkpoints
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
 from tarflow.training.folder import read_run
@@ -557,9 +557,11 @@ def test_samples_in_training_are_guided_as_told_and_without_labels_by_temperatur
     model = TarFlowConfig(patch_size=7, channels=64, num_blocks=2, layers_per_block=1)
     settings = TrainingConfig(max_steps=1, device="cpu", guidance=guidance)
     drawn = []
-    monkeypatch.setattr(Gallery, "samples", lambda gallery, *_: drawn.append(gallery.guidance))
-    monkeypatch.setattr(Gallery, "trajectory", lambda gallery, *_: None)
-    monkeypatch.setattr(Run, "sample", lambda run: run.gallery.samples(run.trainer.average, tmp_path / "s.png", ""))
+    monkeypatch.setattr(Gallery, "save_samples", lambda gallery, *_: drawn.append(gallery.guidance))
+    monkeypatch.setattr(Gallery, "save_trajectory", lambda gallery, *_: None)
+    monkeypatch.setattr(
+        Run, "sample", lambda run: run.gallery.save_samples(run.trainer.average, tmp_path / "s.png", "")
+    )
     train(TrainConfig(DataConfig(conditional=conditional), model, settings), tmp_path / "run")
     assert drawn == [expected]
 

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
-from tarflow.datasets import Images
+from tarflow.datasets import ImageDataset
 from tarflow.hardware import uses_bfloat16
 from tarflow.noise import add_gaussian_noise, bits_per_dim
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
@@ -31,13 +31,13 @@ def build(dataset=None, model=TARFLOW, conditional=True, flip=None, **training):
     settings = TrainingConfig(**{"batch_size": 16, "precision": "float32"} | training)
     config = TrainConfig(DataConfig(conditional=conditional, flip=flip), model, settings)
     trainer = Trainer(config, dataset, torch.device("cpu"))
-    return trainer, [dataset.fetch(torch.arange(start, start + 16)) for start in (0, 16)]
+    return trainer, [dataset.get_batch(torch.arange(start, start + 16)) for start in (0, 16)]
 
 
 def pictures(size=32, flip=False):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 1, 14, 14), generator=generator, dtype=torch.uint8)
-    return Images(images, torch.arange(size) % 10, tuple("0123456789"), flip, "noise")
+    return ImageDataset(images, torch.arange(size) % 10, tuple("0123456789"), flip, "noise")
 
 
 def prepared(dataset, **settings):
@@ -78,7 +78,7 @@ def test_training_on_real_images_lowers_the_bits(fashion, settings):
     trainer, _ = build(fashion, learning_rate=3e-3, warmup_steps=5, max_steps=40, **settings)
     batches = islice(datasets.batches(fashion, 16, seed=0), 40)
     bits = [trainer.train_step(*batch)["bits_per_dim"] for batch in batches]
-    pixels, labels = fashion.fetch(torch.arange(200))
+    pixels, labels = fashion.get_batch(torch.arange(200))
     score = evaluation.noisy_bits_per_dim if trainer.config.training.noise == "gaussian" else evaluation.bits_per_dim
     labels = labels if trainer.config.data.conditional else None
     scores = [score(model, pixels, labels).mean for model in (build(fashion, **settings)[0].average, trainer.average)]
@@ -341,7 +341,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_least(warmup):
 def test_the_learning_rate_of_flowpp_is_the_published_one(preset, rates):
     dataset, model = pictures(), FLOWPP["model"]
     config = replace(PRESETS[preset], model=model, training=replace(PRESETS[preset].training, precision="float32"))
-    trainer, batch = Trainer(config, dataset, torch.device("cpu")), dataset.fetch(torch.arange(16))
+    trainer, batch = Trainer(config, dataset, torch.device("cpu")), dataset.get_batch(torch.arange(16))
     for step, rate in rates.items():
         trainer.step = step - 1
         trainer.train_step(*batch)
@@ -355,7 +355,7 @@ def flat(model):
 def test_a_published_flowpp_step_is_that_of_adam_on_nats_per_image_clipped_at_norm_1():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (16, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    data = Images(images, torch.zeros(16, dtype=torch.int64), ("any",), True, "noise")
+    data = ImageDataset(images, torch.zeros(16, dtype=torch.int64), ("any",), True, "noise")
     noise = DequantizerConfig(filters=8, stack="stripe1", context_filters=8)
     model = FlowPPConfig(
         dequantizer=noise, **SMALL | {"image_size": 32, "in_channels": 3, "stack": "squeeze squeeze channel2"}
