@@ -4,7 +4,7 @@ import sys
 
 
 def run() -> int:
-    """The exit status of the command."""
+    """Run the command and return its exit status."""
     try:
         from tarflow.cli import COMMANDS, main  # which takes seconds
     except KeyboardInterrupt:

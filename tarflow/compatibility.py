@@ -3,7 +3,7 @@
 import functools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["current_flags", "current_settings", "renamed_arguments"]
@@ -46,16 +46,19 @@ _FLAGS = {
 }
 
 
-def current_flags(command: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command with today's names of its flags.
+def current_flags(command: str, arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The arguments of a command that has these flags, with today's names.
 
-    >>> current_flags("train", ["--guidance=2", "--score_draws", "4"])
+    ``--no-conditional`` is left out for a model that has no labels in any case, and so no such flag.
+
+    >>> current_flags("train", ["--guidance=2", "--score_draws", "4", "--no-conditional"], ["--importance-samples"])
     ['--guidance.weight=2', '--importance-samples', '4']
     """
     current = []
     for argument in arguments:
         flag, *value = re.split("(?==)", argument, maxsplit=1)
-        current.append("".join([_FLAGS.get(command, {}).get(flag.replace("_", "-"), flag), *value]))
+        if (command, argument) != ("train", "--no-conditional") or argument in flags:
+            current.append("".join([_FLAGS.get(command, {}).get(flag.replace("_", "-"), flag), *value]))
     return current
 
 

@@ -8,6 +8,8 @@ import torch
 
 from ..files import atomic_write, read_state
 
+__all__ = ["checkpoints", "load_latest", "rotate", "save", "step_of"]
+
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``step-<step>.pt``."""
@@ -23,10 +25,10 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The state in the newest checkpoint, on the CPU; None where a run was stopped before its first.
+    """The state in the newest checkpoint, on the CPU; None for a run that was stopped before its first.
 
     Raises:
-        ValueError: it is truncated or corrupt; the message names the one before it.
+        ValueError: the checkpoint is truncated or corrupt; the message names the one before it.
     """
     paths = checkpoints(folder)
     if not paths:
@@ -49,7 +51,7 @@ def step_of(path: Path) -> int:
 
 
 def _dump(state: dict[str, Any], file) -> None:
-    """torch.save, which hides the reason when a write fails behind an error of its own."""
+    """Call torch.save, which hides the reason why a write fails behind an error of its own, and raise that reason."""
     failure: list[OSError] = []
 
     class Writer:

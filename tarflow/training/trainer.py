@@ -1,96 +1,95 @@
-"""Maximum likelihood by AdamW: the loop, and everything that one step does.
+"""Maximum likelihood by AdamW: everything that one step does, its learning rate included.
 
-What a step draws at random is a function of (seed, step), as are the order of the data and the learning rate. So a
+The random numbers of a step are a function of (seed, step), as are the order of the data and the learning rate. So a
 checkpoint holds weights, their average and the moments of Adam, and a resumed run repeats an uninterrupted one.
 """
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..datasets import Folder, Images
-from ..flowpp.model import FlowPP
-from ..gallery import spread
+from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..hardware import uses_bfloat16
-from ..model import TarFlow
+from ..image_flow import ImageFlow
 from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
-from .config import TrainConfig
-from .schedule import learning_rate
+from .config import TrainConfig, TrainingConfig
 
-# That set the scales of Flow++'s layers.
+__all__ = ["MEASURES", "Trainer", "build", "derive_seed", "learning_rate"]
+
 INITIAL_IMAGES = 128
-# Whose latents give the prior of a volume-preserving flow its variance.
-PRIOR_IMAGES = 1024
+"""Training images that set the scales of layers which take them from data."""
 
-# What a step returns.
+PRIOR_IMAGES = 1024
+"""Training images whose latents give the prior of a volume-preserving flow its variance."""
+
 MEASURES = ("loss", "bits_per_dim", "grad_norm", "bad_steps", "bad_in_a_row")
+"""Names of the numbers that a step returns."""
 
 
 class Trainer:
     """The state of training and one method, :meth:`train_step`, that advances it.
 
     Attributes:
-        model: what is trained.
+        config: the settings of the run.
+        model: the model in training.
         step: updates done, skipped ones included.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Images | Folder, device: torch.device):
+    def __init__(self, config: TrainConfig, dataset: ImageDataset | ImageFolder, device: torch.device):
         self.config = config
         self.device = device
         self.dataset = dataset
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.training.seed)
         self.model = build(config, dataset).to(device)
-        self._initialize(dataset)
+        self._initialize()
         self._average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self._prior_step: int | None = None
         # Only the fused implementation can skip an update on the device, without the host looking at the loss.
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
+            self.model.parameters(),
+            lr=0.0,
+            betas=(0.9, config.training.beta2),
+            weight_decay=config.training.weight_decay,
+            fused=True,
         )
         self.generator = torch.Generator(device)
-        self.flip = dataset.flip if config.flip is None else config.flip
+        self.flip = dataset.flip if config.data.flip is None else config.data.flip
         self.step = 0
         self.bad_steps = torch.zeros((), device=device)
         self.bad_in_a_row = torch.zeros((), device=device)
-        self._loss = torch.compile(self._loss, fullgraph=True) if config.compile else self._loss
+        self._loss = torch.compile(self._loss, fullgraph=True) if config.training.compile else self._loss
 
     @property
-    def average(self) -> TarFlow | FlowPP:
+    def average(self) -> ImageFlow:
         """The exponential moving average of the weights, which is evaluated, sampled and kept; in evaluation mode.
 
-        The prior of a volume-preserving flow has the variance of its latents. Those of averaged weights are others than
-        those of the weights in training, so that, once a step, this looks at them: see :meth:`_fit_prior`.
+        The prior of a volume-preserving flow has the variance of its latents. Those of averaged weights differ from
+        those of the weights in training, so that the variance is measured anew, once a step.
         """
-        adapts = isinstance(self._average, TarFlow) and self._average.config.volume_preserving
+        adapts = getattr(self._average.config, "volume_preserving", False)
         if adapts and self._prior_step != self.step:
             self._fit_prior()
             self._prior_step = self.step
         return self._average
 
     def train_step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One update from uint8 images and labels; returns its measures, on the device.
+        """Do one update from uint8 images and labels; returns its measures, on the device.
 
         A step whose loss or gradient is not finite changes nothing and is counted.
         """
-        config = self.config
+        config = self.config.training
         seed = derive_seed(config.seed, self.step)
         self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # dropout knows of no generator
+        torch.manual_seed(seed)  # for dropout, which takes no generator
         x, labels, eps = self.prepare(pixels, labels)
         self.step += 1
-        rate = learning_rate(
-            self.step,
-            peak=config.learning_rate,
-            least=min(config.min_learning_rate, config.learning_rate),
-            warmup_steps=config.warmup_steps,
-            max_steps=config.max_steps,
-            schedule=config.schedule,
-        )
-        self.optimizer.param_groups[0]["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(config.precision, self.device)):
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
+        low = uses_bfloat16(config.precision, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             loss, z, log_prob = self._loss(x, labels, eps)
         (loss * self.model.config.num_dims if config.loss_per == "image" else loss).backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
@@ -111,11 +110,12 @@ class Trainer:
         }
 
     def prepare(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What a step trains on, on the device: images with noise, and labels with some dropped.
+        """Images with noise, labels with some dropped, and None, all on the device.
 
-        Noise that is learned is yet to be made: for it there are the pixels and the normal numbers that it is made of.
+        Where the noise is learned, the model makes it: then these are the pixels, and in place of None the normal
+        numbers that it makes the noise of.
         """
-        config = self.config
+        config = self.config.training
         pixels, labels = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         draw = {"generator": self.generator, "device": self.device}
         if self.flip:
@@ -128,13 +128,13 @@ class Trainer:
             x = add_uniform_noise(pixels, self.generator)
         else:
             eps = torch.randn(pixels.shape, **draw)
-        if not config.conditional:
+        if not self.config.data.conditional:
             return x, None, eps
         dropped = torch.rand(len(labels), **draw) < config.label_drop
         return x, labels.masked_fill(dropped, -1), eps
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, and the counts."""
+        """Everything that the next step depends on, and the counts of steps that were not finite."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -145,11 +145,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. The settings of the optimizer stay those of the configuration.
+        """Go on from a state. The settings of the optimizer stay those of the configuration.
 
         Raises:
-            ValueError: anything is missing, or is not a finite number or tensor of the shape and dtype that it has
-                here, as where the weights are those of another configuration. Then nothing has been loaded.
+            ValueError: a part is missing, or is not a finite number or tensor of the shape and dtype that it has here,
+                for example because the weights are those of another configuration. Then nothing has been loaded.
         """
         try:
             given, begun = state["optimizer"]["state"].keys(), state["step"] != 0
@@ -172,18 +172,19 @@ class Trainer:
         self.bad_steps.copy_(state["bad_steps"])
         self.bad_in_a_row.copy_(state["bad_in_a_row"])
 
-    def _initialize(self, dataset: Images | Folder) -> None:
-        """Set the scales that come from data."""
-        if isinstance(self.model, FlowPP) or self.model.dequantizer is not None:
-            pixels, labels = dataset.fetch(spread(len(dataset), INITIAL_IMAGES))
-            labels = labels.to(self.device) if self.config.conditional else None
+    def _initialize(self) -> None:
+        """Set the scales of the layers that take them from data, if there are such layers."""
+        if any(hasattr(module, "initialize") for module in self.model.modules() if module is not self.model):
+            pixels, labels = self.dataset.get_batch(evenly_spaced(len(self.dataset), INITIAL_IMAGES))
+            labels = labels.to(self.device) if self.config.data.conditional else None
             self.model.initialize(pixels.to(self.device), labels)
 
     def _loss(self, x: Tensor, labels: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Negative log-likelihood in nats per dimension, up to a constant: ``mean(z^2) / 2 - logdet / (N D)``.
+        """The loss, the latents, and the log-densities ``(B,)``.
 
-        To which learned noise adds the log-density that it was drawn with, ``log q / (N D)``. A volume-preserving flow
-        is trained under the unit prior too, and its variance is measured beside.
+        The loss is the negative log-likelihood in nats per dimension, up to a constant: ``mean(z^2) / 2 - logdet / (N
+        D)``. Learned noise adds its log-density, ``log q / (N D)``. A volume-preserving flow is trained under the unit
+        prior too; the variance of its latents is only measured.
         """
         log_q = 0.0
         if eps is not None:
@@ -196,20 +197,21 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         """``average <- d average + (1 - d) model``, where d grows to its final value over the first steps."""
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.config.training.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self._average.parameters()), list(self.model.parameters()), 1 - decay)
 
     @torch.no_grad()
     def _fit_prior(self) -> None:
         """Give the prior of the average the variance of its latents of training images, with the noise of training.
 
-        The images are spread over the dataset; what is drawn for them depends on (seed, step) alone. The pass is in
-        float32, as the scores are.
+        The images are spread over the dataset; their random numbers depend on (seed, step) alone. The pass is in
+        float32, like evaluation.
         """
-        self.generator.manual_seed(derive_seed(self.config.seed, self.step, 1))
+        config = self.config.training
+        self.generator.manual_seed(derive_seed(config.seed, self.step, 1))
         seen = 0
-        for indices in spread(len(self.dataset), PRIOR_IMAGES).split(self.config.batch_size):
-            x, labels, eps = self.prepare(*self.dataset.fetch(indices))
+        for indices in evenly_spaced(len(self.dataset), PRIOR_IMAGES).split(config.batch_size):
+            x, labels, eps = self.prepare(*self.dataset.get_batch(indices))
             if eps is not None:
                 x, _ = self._average.dequantizer(x, eps)
             z, _ = self._average(x, labels)
@@ -217,10 +219,9 @@ class Trainer:
             self._average.update_prior(z, len(indices) / seen)  # the mean over all that was seen
 
 
-def build(config: TrainConfig, dataset: Images | Folder) -> TarFlow | FlowPP:
-    """The model that a run trains, as yet untrained."""
-    shape = config.shape(dataset)
-    return TarFlow(shape) if config.model == "tarflow" else FlowPP(shape)
+def build(config: TrainConfig, dataset: ImageDataset | ImageFolder) -> ImageFlow:
+    """The untrained model of a run on these data."""
+    return config.flow(config.model_config(dataset))
 
 
 def derive_seed(seed: int, step: int, purpose: int = 0) -> int:
@@ -228,8 +229,58 @@ def derive_seed(seed: int, step: int, purpose: int = 0) -> int:
     return int(np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """The learning rate of update number ``step``, counted from 1: a function of that number alone, without a state.
+
+    It rises linearly from the least rate to the peak over the warm-up. Then the schedule ``"cosine"`` is half a cosine
+    down to the least rate at the last step, ``"constant"`` is the peak, and the others are those that Flow++ was
+    published with, see :func:`flowpp_imagenet32` and :func:`flowpp_imagenet64`.
+
+    >>> config = TrainingConfig(learning_rate=1.0, min_learning_rate=0.0, warmup_steps=2, max_steps=6)
+    >>> [round(learning_rate(step, config), 2) for step in range(1, 7)]
+    [0.5, 1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    peak, least, warmup_steps = config.learning_rate, config.min_learning_rate, config.warmup_steps
+    if step <= warmup_steps:
+        return least + (peak - least) * step / warmup_steps
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "flowpp-imagenet32":
+        return peak * flowpp_imagenet32(step)
+    if config.schedule == "flowpp-imagenet64":
+        return peak * flowpp_imagenet64(step)
+    progress = min(1.0, (step - warmup_steps) / max(1, config.max_steps - warmup_steps))
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def flowpp_imagenet32(step: int) -> float:
+    """The published rate of Flow++ on ImageNet 32 x 32, relative to its peak of 1e-3 after a warm-up of 5,000 steps.
+
+    It is 1 up to step 50,000, and then falls by a factor 0.99995 a step, down to 0.3. Source: aravindsrinivas/flowpp,
+    ``imagenet32_official.py``.
+    """
+    return max(0.3, 0.99995 ** max(0, step - 50_000))
+
+
+def flowpp_imagenet64(step: int) -> float:
+    """The published rate of Flow++ on ImageNet 64 x 64, relative to its peak of 4e-4 after a warm-up of 10,000 steps.
+
+    It is 1 up to step 50,000, then falls by a factor 0.99995 a step, and is 3/4 from step 55,000 on. "To prevent any
+    NaNs" it warms up twice more, from 0 to 1/40 over the 10,000 steps from 230,000 on, and from 0 to 1/400 over those
+    from 280,000 on. Source: aravindsrinivas/flowpp, ``imagenet64_official.py``, its docstring: its code returns no rate
+    at the borders, and negative rates in the last warm-up.
+    """
+    if step < 55_000:
+        return 0.99995 ** max(0, step - 50_000)
+    if step < 230_000:
+        return 3 / 4
+    if step < 280_000:
+        return min(1.0, (step - 230_000) / 10_000) / 40
+    return min(1.0, (step - 280_000) / 10_000) / 400
+
+
 def _check_like(got: Any, expected: Any, name: str) -> None:
-    """ValueError where a part of a state has not the keys, shapes and dtypes of another, or is not finite."""
+    """Raise ValueError where a part of a state has not the keys, shapes and dtypes of another, or is not finite."""
     if isinstance(expected, dict) and isinstance(got, dict):
         if differing := got.keys() ^ expected.keys():
             key = min(differing, key=str)

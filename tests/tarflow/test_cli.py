@@ -1,9 +1,11 @@
 """Every command, from a first run to its samples and scores; and one line on stderr for whatever a user gets wrong."""
 
+import importlib
 import json
 import re
+import subprocess
 import sys
-from dataclasses import MISSING, fields
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +14,15 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from published_state import published_state
 from tarflow import TarFlow, TarFlowConfig, cli, datasets, evaluation
+from tarflow.cli.evaluate import Evaluate
+from tarflow.cli.parsing import flags_of, parse
+from tarflow.cli.train import read_flags
+from tarflow.datasets import evenly_spaced
 from tarflow.decoding import calibration
-from tarflow.gallery import spread
-from tarflow.training.config import PRESETS, TrainConfig
+from tarflow.training.folder import new_folder
+from tarflow.training.presets import PRESETS
 from tarflow.training.trainer import build
 
 TINY = "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1"
@@ -57,7 +64,7 @@ def likelihood(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flowpp(tmp_path_factory):
     """A Flow++, which ends with its score."""
-    small = "--model=flowpp --filters=8 --blocks-per-coupling=1 --score-draws=2"
+    small = "--model=flowpp --filters=8 --blocks-per-coupling=1 --importance-samples=2"
     return train(tmp_path_factory.mktemp("cli") / "flowpp", "--stack=squeeze channel2", steps=3, shape=small)
 
 
@@ -85,7 +92,7 @@ def test_a_flowpp_is_trained_sampled_and_scored(flowpp, tmp_path, capsys):
     assert re.search(r"8 images in [0-9.]+ s, ", capsys.readouterr().out)
     assert main("sample", flowpp, "--num=3", f"--out={tmp_path / 's.npz'}", "--device=cpu") == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 28, 28, 1)
-    assert main("evaluate", flowpp, "--num-images=20", "--draws=3", "--device=cpu") == 0
+    assert main("evaluate", flowpp, "--num-images=20", "--importance-samples=3", "--device=cpu") == 0
     one_sample, weighted = json.loads((flowpp / "evaluation.json").read_text())["scores"].items()
     assert one_sample[0] == "bits/dim of 8-bit images, variational dequantization, one sample (the mean over 3)"
     assert weighted[0] == "bits/dim of 8-bit images, variational dequantization, 3 importance-weighted draws"
@@ -93,7 +100,9 @@ def test_a_flowpp_is_trained_sampled_and_scored(flowpp, tmp_path, capsys):
 
 
 def test_a_run_for_likelihoods_ends_with_its_score(tmp_path, capsys):
-    train(tmp_path / "run", "--noise=variational", "--guidance=0", "--score-draws=2", "--coupling=mixture", steps=2)
+    train(
+        tmp_path / "run", "--noise=variational", "--guidance=0", "--importance-samples=2", "--coupling=mixture", steps=2
+    )
     number = r"[0-9.]+ ± [0-9.]+"
     expected = rf"score   {number} bits/dim of 1,000 test images by one sample, {number} by 2 importance-weighted ones"
     assert re.search(expected, capsys.readouterr().out)
@@ -107,7 +116,7 @@ def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows if "loss" in row]
-    assert [event.step for event in events.Images("samples")] == [4, 8]
+    assert [event.step for event in events.ImageDataset("samples")] == [4, 8]
 
 
 @pytest.mark.parametrize(
@@ -267,12 +276,12 @@ def test_data_without_labels_trains_and_scores_a_model_without_classes(photos, t
         f"--data-dir={photos}",
         "--patch-size=8",
         "--noise=uniform",
-        "--score-draws=2",
+        "--importance-samples=2",
     )
     run = train(tmp_path / "run", *flags, "--no-conditional", "--guidance=0", steps=1)
     source = f"ImageNet 32x32 as released in 2016 (arXiv 1601.06759), 64 test images from {photos}"
     assert f" by 2 importance-weighted ones; {source}\n" in capsys.readouterr().out
-    assert main("evaluate", run, "--num-images=4", "--draws=1", "--device=cpu") == 0
+    assert main("evaluate", run, "--num-images=4", "--importance-samples=1", "--device=cpu") == 0
     assert capsys.readouterr().out.startswith(f"{source}; 4 of them")
     assert json.loads((run / "evaluation.json").read_text())["data"] == source
 
@@ -283,7 +292,9 @@ def test_evaluate_resizes_as_told(photos, tmp_path, capsys):
     means = []
     for resize in ("lanczos", "bilinear"):
         capsys.readouterr()
-        assert main("evaluate", run, "--num-images=4", "--draws=1", f"--resize={resize}", "--device=cpu") == 0
+        assert (
+            main("evaluate", run, "--num-images=4", "--importance-samples=1", f"--resize={resize}", "--device=cpu") == 0
+        )
         assert f"resized to 14 ({resize}) and centre-cropped; " in capsys.readouterr().out
         scores = json.loads((run / "evaluation.json").read_text())["scores"]
         means.append([row["mean"] for row in scores.values()])
@@ -352,8 +363,8 @@ def test_samples_without_a_label_are_captioned_so(run, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(run, tmp_path, monkeypatch, capsys, command):
     # Not by its mode, which the superuser of a container does not mind.
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    monkeypatch.setattr("tarflow.cli._load", None)
-    monkeypatch.setattr("tarflow.cli.train", None)
+    monkeypatch.setattr("tarflow.pretrained.load_pretrained", None)
+    monkeypatch.setattr("tarflow.cli.train.train", None)
     command = command.format(run=run, new=tmp_path)
     assert main(*command.split()) == 1
     assert re.search(
@@ -418,10 +429,12 @@ def test_a_model_without_classes_is_guided_by_temperature(unconditional, tmp_pat
 def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, scores):
     run = request.getfixturevalue(kind)
     capsys.readouterr()
-    assert main("evaluate", run, "--num-images=50", "--draws=2", "--device=cpu") == 0
+    assert main("evaluate", run, "--num-images=50", "--importance-samples=2", "--device=cpu") == 0
     written = json.loads((run / "evaluation.json").read_text())
     test = datasets.load("fashion-mnist", "test")
-    expected = evaluation.evaluate(TarFlow.from_pretrained(run), *test.fetch(spread(len(test), 50)), sigma, draws=2)
+    expected = evaluation.evaluate(
+        TarFlow.from_pretrained(run), *test.get_batch(evenly_spaced(len(test), 50)), sigma, num_samples=2
+    )
     assert {name: evaluation.Estimate(**row) for name, row in written["scores"].items()} == expected
     assert len(expected) == scores
     lines = [f"{test.source}; 50 of them, mean ± standard error over images"]
@@ -444,7 +457,7 @@ def whole(tmp_path, monkeypatch):
 
 def test_a_model_is_not_scored_on_images_that_it_may_have_been_trained_on(whole, tmp_path, monkeypatch, capsys):
     out = train(tmp_path / "run", steps=2)
-    score = ("evaluate", out, "--num-images=20", "--draws=1", "--device=cpu")
+    score = ("evaluate", out, "--num-images=20", "--importance-samples=1", "--device=cpu")
     assert main(*score) == 0
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
     capsys.readouterr()
@@ -467,7 +480,7 @@ def test_a_model_is_not_scored_on_images_that_it_may_have_been_trained_on(whole,
 
 
 def test_two_runs_without_a_folder_get_one_each(tmp_path):
-    folders = [cli._new_folder(tmp_path / "runs", "fashion-mnist") for _ in range(3)]
+    folders = [new_folder(tmp_path / "runs", "fashion-mnist") for _ in range(3)]
     assert [folder.name for folder in folders] == ["fashion-mnist", "fashion-mnist-2", "fashion-mnist-3"]
     assert all(folder.is_dir() for folder in folders)
 
@@ -476,27 +489,6 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main("train", "--batch-size=1000000") == 1
     assert list((tmp_path / "runs").iterdir()) == []
-
-
-def published_state(channels=64, token_dim=12, num_tokens=4, num_classes=3):
-    """A state dict as the paper's code saves it: two blocks of one layer over 4x4 images of three channels."""
-    shapes = {
-        "proj_in.weight": (channels, token_dim),
-        "proj_in.bias": (channels,),
-        "pos_embed": (num_tokens, channels),
-        "class_embed": (num_classes, 1, channels),
-        "proj_out.weight": (2 * token_dim, channels),
-        "proj_out.bias": (2 * token_dim,),
-        "attn_mask": (num_tokens, num_tokens),
-    }
-    for name, width, *more in [
-        ("attention.norm", channels), ("attention.qkv", 3 * channels, channels), ("attention.proj", channels, channels),
-        ("mlp.norm", channels), ("mlp.main.0", 4 * channels, channels), ("mlp.main.2", channels, 4 * channels),
-    ]:  # fmt: skip
-        shapes |= {f"attn_blocks.0.{name}.weight": (width, *more), f"attn_blocks.0.{name}.bias": (width,)}
-    draw = torch.Generator().manual_seed(0)
-    state = {f"blocks.{t}.{name}": torch.randn(s, generator=draw) / 10 for t in (0, 1) for name, s in shapes.items()}
-    return state | {"var": torch.ones(num_tokens, token_dim)}
 
 
 def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
@@ -526,30 +518,90 @@ def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
 )
 def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classes, millions):
     config = PRESETS[preset]
-    assert config.image_size in (None, image_size)
+    assert config.data.image_size in (None, image_size)
     dataset = SimpleNamespace(image_size=image_size, in_channels=3, num_classes=num_classes)
     with torch.device("meta"):
         model = build(config, dataset)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("command", "settings"),
-    [
-        ("train", [cli.Train, TrainConfig]),
-        ("sample", [cli.Sample]),
-        ("calibrate", [cli.Calibrate]),
-        ("evaluate", [cli.Evaluate]),
-        ("convert", [cli.Convert]),
-    ],
-)
-def test_help_lists_every_flag(capsys, command, settings):
+def help_of(capsys, *arguments):
     with pytest.raises(SystemExit) as exit:
-        main(command, "--help")
+        main(*arguments, "--help")
     assert exit.value.code == 0
-    flags = [f"--{field.name}" for part in settings for field in fields(part) if field.default is not MISSING]
-    text = capsys.readouterr().out
-    assert [flag for flag in flags if not re.search(rf"{flag.replace('_', '-')}(?![\w-])", text)] == []
+    return capsys.readouterr().out
+
+
+def flags_in(text):
+    return set(re.findall(r"(?<![\w`])--[a-z][a-z0-9.-]*[a-z0-9]", text)) - {"--help"}
+
+
+@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "convert"])
+def test_help_lists_every_flag(capsys, command):
+    settings = getattr(importlib.import_module(f"tarflow.cli.{command}"), command.capitalize())
+    assert {*flags_of(settings)} <= flags_in(help_of(capsys, command))
+
+
+OF_ONE_MODEL = {
+    "tarflow": "--patch-size --channels --num-blocks --layers-per-block --head-dim --expansion --volume-preserving "
+    "--sigma --label-drop --conditional --guidance.weight --guidance.temperature",
+    "flowpp": "--stack --filters --blocks-per-coupling --attention --pointwise --elu-output --weight-norm --dropout",
+}
+OF_EVERY_MODEL = (
+    "--model --preset --out --resume --dataset --image-size --coupling --num-mixtures --noise --batch-size "
+    "--dequantizer.filters --importance-samples --learning-rate --device"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [
+        ([], "tarflow"),
+        (["--model=flowpp"], "flowpp"),
+        (["--preset=cifar10-flowpp"], "flowpp"),
+        (["--preset=afhq256-cond"], "tarflow"),
+    ],
+    ids=str,
+)
+def test_help_for_training_lists_the_flags_of_the_chosen_model_alone(capsys, flags, model):
+    listed = flags_in(help_of(capsys, "train", *flags))
+    others = {flag for name, flags in OF_ONE_MODEL.items() if name != model for flag in flags.split()}
+    assert {*OF_EVERY_MODEL.split(), *OF_ONE_MODEL[model].split()} <= listed
+    assert not listed & {*others, "--in-channels", "--num-classes"}
+
+
+SAMPLING = """
+import sys
+from tarflow.cli import main
+assert main(sys.argv[1:]) == 0
+print(*(name for name in ("tensorboard", "torch.utils.tensorboard", "tarflow.training.trainer") if name in sys.modules))
+"""
+
+
+def test_sampling_imports_neither_tensorboard_nor_the_trainer(run, tmp_path):
+    arguments = ["sample", run, "--num=2", f"--out={tmp_path / 's.png'}", "--device=cpu"]
+    sampled = subprocess.run([sys.executable, "-c", SAMPLING, *arguments], capture_output=True, text=True)
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.splitlines()[-1] == ""
+
+
+def test_the_trainer_imports_no_matplotlib():
+    command = "import sys, tarflow.training.trainer; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("read", "old", "new"),
+    [
+        (read_flags, ["--score-draws=0"], ["--importance-samples=0"]),
+        (read_flags, ["--guidance", "1.5"], ["--guidance.weight", "1.5"]),
+        (read_flags, ["--model=flowpp", "--no-conditional"], ["--model=flowpp"]),
+        (partial(parse, Evaluate), ["run", "--draws=1"], ["run", "--importance-samples=1"]),
+    ],
+    ids=["score-draws", "guidance", "no-conditional", "draws"],
+)
+def test_flags_of_the_last_release_mean_what_they_meant(read, old, new):
+    assert read(old)[0] == read(new)[0]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
@@ -592,221 +644,184 @@ def broken(run, tmp_path):
     return tmp_path
 
 
-ERRORS = {
-    "no such run": ("sample {broken}/none", r"source: expected a folder with config\.json .* no .*/none/config\.json"),
-    "no such run to resume": ("train --resume={broken}/none", r"resume: .*/none/config\.json does not exist"),
-    "no such checkpoint": ("convert {broken}/none.pth {broken}/new", r".*/none\.pth"),
-    "not a checkpoint": ("convert {run}/config.json {broken}/new", r"source: .*/config\.json is .* not a state dict"),
-    "another checkpoint": ("convert {run}/checkpoints/step-00000008.pt {broken}/new", "source: expected the state"),
-    "cut weights": ("sample {broken}/cut", r".*/cut/model\.safetensors: truncated or corrupt"),
-    "deep settings": ("sample {broken}/deep", r".*/deep/config\.json: truncated or corrupt: maximum recursion depth"),
-    "no settings": ("evaluate {broken}/null", r".*/null/config\.json: train: expected an object; got None"),
-    "no settings to resume": ("train --resume={broken}/null", r".*/null/config\.json: train: expected an object; got"),
-    "too much to train": (
-        "train --batch-size=1000000000 --out={broken}/new",
-        "memory: expected training at batch size",
-    ),
-    "cut data": ("train --dataset=mnist --data-dir={broken}", ".*/train-images-idx3-ubyte: expected an IDX header"),
-    "no data": ("train --dataset=mnist --data-dir={run}", "data_dir: expected .* in .*/run, missing train-images"),
-    "no such dataset": ("train --dataset=minst", "name: expected one of fashion-mnist, .* got 'minst'"),
-    "out is taken": ("train --max-steps=1 --out={run}", "out: .*/run already holds a run; choose another folder, or"),
-    "bad setting": ("train --channels=100 --out={broken}/new", "head_dim: expected a divisor of channels 100; got 64"),
-    "no labels": (
-        "train --dataset=imagenet32-2016 --data-dir={photos} --out={broken}/new",
-        r"conditional: expected False \(--no-conditional\) for data without labels; got True",
-    ),
-    "no labels to score": (
-        "evaluate {run} --dataset=imagenet32-2016 --data-dir={photos}",
-        "dataset: expected labels for a model that is conditional on them; got ImageNet 32x32 as released in 2016",
-    ),
-    "negative tolerance": ("sample {run} --tolerance=-1", "tolerance: expected a finite number >= 0; got -1"),
-    "nothing to time": ("calibrate {run} --batches 0", r"batches: expected positive numbers; got \(0,\)"),
-    "nowhere to store": ("calibrate someone/model", "run: expected a folder to write to; got someone/model"),
-    "model without a run": ("train --resume={broken}/model", "resume: .*/model holds a model without a training run"),
-    "cut settings": ("train --resume={broken}/cut-config", r".*/cut-config/config\.json"),
-    "calibrated Flow++": ("calibrate {flowpp}", "run: expected a TarFlow, whose decoders .* holds a Flow"),
-    "other settings": ("train --resume={broken}/old-config", r".*/old-config/config\.json"),
-    "wrong settings": ("train --resume={broken}/bad-config", r".*/bad-config/config\.json: noise: .* got 5"),
-}
-# What is wrong with the arguments themselves: each line with the start of its error, all in a folder with {run} in it.
+# Commands and the start of the line that each ends in, {value} being each of the values with | between them.
 LINES = r"""
-train --learning-rate=inf           learning_rate: expected a number > 0, at most 3\.4e\+38; got inf
-train --learning-rate=nan           learning_rate: expected .* got nan
-train --learning-rate=1e300         learning_rate: expected .* got 1e\+300
-train --learning-rate=-1            learning_rate: expected .* got -1\.0
-train --min-learning-rate=nan       min_learning_rate: expected a number from 0 to the learning rate, 0\.001; got nan
-train --min-learning-rate=inf       min_learning_rate: expected .* got inf
-train --min-learning-rate=1         min_learning_rate: expected .* got 1\.0
-train --min-learning-rate=-1        min_learning_rate: expected .* got -1\.0
-train --gradient-clip=inf           gradient_clip: expected a number > 0, at most 3\.4e\+38; got inf
-train --gradient-clip=nan           gradient_clip: expected .* got nan
-train --weight-decay=inf            weight_decay: expected a number >= 0, at most 3\.4e\+38; got inf
-train --weight-decay=nan            weight_decay: expected .* got nan
-train --sigma=inf                   sigma: expected a number from 0 to 10, .* got inf
-train --sigma=nan                   sigma: expected .* got nan
-train --sigma=1e300                 sigma: expected .* got 1e\+300
-train --model=flowpp --dropout=-1   dropout: expected a number >= 0 and below 1; got -1\.0
-train --model=flowpp --dropout=1.5  dropout: expected .* got 1\.5
-train --model=flowpp --dropout=nan  dropout: expected .* got nan
-train --model=flowpp --dropout=inf  dropout: expected .* got inf
-train --label-drop=nan              label_drop: expected a number >= 0 and below 1; got nan
-train --beta2=1                     beta2: expected .* got 1\.0
-train --ema-decay=1.5               ema_decay: expected .* got 1\.5
-train --seed=-1                     seed: expected an integer from 0 to 2\^63 - 1; got -1
-train --seed=9223372036854775808    seed: expected .* got 9223372036854775808
-train --max-steps=0                 max_steps: expected an integer from 1 to 2\^63 - 1; got 0
-train --max-steps=1{thirty}         max_steps: expected .* got 1{thirty}
-train --channels=1{eighteen}        channels: expected .* got 1{eighteen}
-train --num-blocks=1{thirty}        num_blocks: expected .* got 1{thirty}
-train --batch-size=1{eighteen}      memory: expected training at batch size 1{eighteen} to take at most
-train --batch-size=1{thirty}        batch_size: expected .* got 1{thirty}
-train --score-draws=1{eighteen}     score_draws: expected an integer from 0 to 100000; got 1{eighteen}
-train --image-size=0                image_size: expected 1 to 7071, got 0
-train --device=meta                 device: expected auto or a device that PyTorch has here, cpu.*; got 'meta'
-train --device=hpu                  device: expected .* got 'hpu'
-train --device=cpu:7                device: expected .* got 'cpu:7'
-train --filters=-1                  filters: expected with --model flowpp alone, .*; got --filters=-1
-train --filters 32                  filters: expected with --model flowpp alone, .*; got --filters
-train --stack=squeeze               stack: expected with --model flowpp alone
-train --no-pointwise                pointwise: expected with --model flowpp alone, .*; got --no-pointwise
-train --dropout=0.5                 dropout: expected with --model flowpp alone
-train --num-mixtures=65             num_mixtures: expected with --coupling mixture alone
-train --noise=uniform --sigma=0.1   sigma: expected with --noise gaussian alone
-train --dequantizer.filters=16      dequantizer: expected with --noise variational alone
+sample {broken}/none                  source: expected a folder with config\.json .* no .*/none/config\.json
+train --resume={broken}/none          resume: .*/none/config\.json does not exist
+convert {broken}/none.pth {broken}/new  .*/none\.pth
+convert {run}/config.json {broken}/new  source: .*/config\.json is .* not a state dict
+convert {run}/checkpoints/step-00000008.pt {broken}/new  source: expected the state
+sample {broken}/cut                   .*/cut/model\.safetensors: truncated or corrupt
+sample {broken}/deep                  .*/deep/config\.json: truncated or corrupt: maximum recursion depth
+evaluate {broken}/null                .*/null/config\.json: train: expected an object; got None
+train --resume={broken}/null          .*/null/config\.json: train: expected an object; got
+train --batch-size=1000000000 --out={broken}/new  memory: expected training at batch size
+train --dataset=mnist --data-dir={broken}  .*/train-images-idx3-ubyte: expected an IDX header
+train --dataset=mnist --data-dir={run}  data_dir: expected .* in .*/run, missing train-images
+train --dataset=minst                 name: expected one of fashion-mnist, .* got 'minst'
+train --max-steps=1 --out={run}       out: .*/run already holds a run; choose another folder, or
+train --channels=100 --out={broken}/new  head_dim: expected a divisor of channels 100; got 64
+train --dataset=imagenet32-2016 --data-dir={photos} --out={broken}/new  conditional: expected False
+evaluate {run} --dataset=imagenet32-2016 --data-dir={photos}  dataset: expected labels for a model that is
+sample {run} --tolerance=-1           tolerance: expected a finite number >= 0; got -1
+calibrate {run} --batches 0           batches: expected positive numbers; got \(0,\)
+calibrate someone/model               run: expected a folder to write to; got someone/model
+train --resume={broken}/model         resume: .*/model holds a model without a training run
+train --resume={broken}/cut-config    .*/cut-config/config\.json
+calibrate {flowpp}                    run: expected a TarFlow, whose decoders .* holds a Flow
+train --resume={broken}/old-config    .*/old-config/config\.json
+train --resume={broken}/bad-config    .*/bad-config/config\.json: noise: .* got 5
+train --learning-rate=inf|nan|1e+300|-1.0  learning_rate: expected a number > 0, at most 3\.4e\+38; got {value}
+train --min-learning-rate=nan|inf|1.0|-1.0  min_learning_rate: .* from 0 to the learning rate, 0\.001; got {value}
+train --gradient-clip=inf|nan         gradient_clip: expected a number > 0, at most 3\.4e\+38; got {value}
+train --weight-decay=inf|nan          weight_decay: expected a number >= 0, at most 3\.4e\+38; got {value}
+train --sigma=inf|nan|1e+300          sigma: expected a number from 0 to 10, .* got {value}
+train --model=flowpp --dropout=-1.0|1.5|nan|inf  dropout: expected a number in \[0, 1\); got {value}
+train --label-drop=nan                label_drop: expected a number >= 0 and below 1; got nan
+train --beta2=1                       beta2: expected .* got 1\.0
+train --ema-decay=1.5                 ema_decay: expected .* got 1\.5
+train --seed=-1|9223372036854775808   seed: expected an integer from 0 to 2\^63 - 1; got {value}
+train --max-steps=0|1{thirty}         max_steps: expected an integer from 1 to 2\^63 - 1; got {value}
+train --channels=1{eighteen}          channels: expected .* got 1{eighteen}
+train --num-blocks=1{thirty}          num_blocks: expected .* got 1{thirty}
+train --batch-size=1{eighteen}        memory: expected training at batch size 1{eighteen} to take at most
+train --batch-size=1{thirty}          batch_size: expected .* got 1{thirty}
+train --importance-samples=1{eighteen}  importance_samples: expected an integer from 0 to 100000; got 1{eighteen}
+train --score-draws=-1                importance_samples: expected an integer from 0 to 2\^63 - 1; got -1
+train --image-size=0                  image_size: expected 1 to 7071, got 0
+train --device=meta|hpu|cpu:7         device: expected auto or a device that PyTorch has here, cpu.*; got '{value}'
+train --num-mixtures=65               num_mixtures: expected an integer in \[1, 64\]; got 65
+train --num-mixtures=5                num_mixtures: expected with --coupling mixture alone
+train --noise=uniform --sigma=0.1     sigma: expected with --noise gaussian alone
+train --dequantizer.filters=16        dequantizer: expected with --noise variational alone
 train --no-conditional --label-drop=0.2  label_drop: expected with --conditional alone
-train --model=flowpp --channels=64  channels: expected with --model tarflow alone
-train --model=flowpp --sigma=0.1    sigma: expected with --model tarflow alone
-train --model=flowpp --guidance=2   .*guidance.*: expected with --model tarflow alone
-train --model=flowpp --conditional  conditional: expected False for flowpp
 train --model=flowpp --noise=gaussian  noise: expected uniform or variational for flowpp
-train --resume={run} --filters=8    filters: expected with --model flowpp alone
+train --model=tarflow --preset=cifar10-flowpp  model: expected flowpp, the model of --preset cifar10-flowpp; got tarflow
+train --resume={run} --model=flowpp   model: expected tarflow, the model of --resume .*/run; got flowpp
 train --resume={run} --preset=imagenet64  preset: expected none besides --resume, .* got imagenet64
-train --resume={run} --max-steps=7  max_steps: expected at least 8, which .*/run is at; got 7
-train --out={run}/config.json       out: expected a folder; got .*/run/config\.json
-train --out={run}/config.json/x     out: expected a folder; got .*/config\.json/x, and .*/config\.json is a file
-sample {run} --device=quantum       device: expected auto or a device that PyTorch has here, cpu.*; got 'quantum'
-sample {run} --device=cpu:7         device: expected .* got 'cpu:7'
-sample {run} --device=meta          device: expected .* got 'meta'
-sample {run} --device=cuda:99       device: expected .* got 'cuda:99'
-sample {run} --seed=-1              seed: expected an integer from 0 to 2\^63 - 1; got -1
-sample {run} --seed=9223372036854775808  seed: expected .* got 9223372036854775808
-sample {run} --guidance=1e300       guidance: expected a number from 0 to 100; got 1e\+300
-sample {run} --guidance=-1          guidance: expected .* got -1
-sample {run} --guidance=nan         guidance: expected .* got nan
+train --resume={run} --max-steps=7    max_steps: expected at least 8, which .*/run is at; got 7
+train --out={run}/config.json         out: expected a folder; got .*/run/config\.json
+train --out={run}/config.json/x       out: expected a folder; got .*/config\.json/x, and .*/config\.json is a file
+sample {run} --device=quantum|cpu:7|meta|cuda:99  device: expected auto or a device that PyTorch has .*; got '{value}'
+sample {run} --seed=-1|9223372036854775808  seed: expected an integer from 0 to 2\^63 - 1; got {value}
+sample {run} --guidance=1e+300|-1|nan  guidance: expected a number from 0 to 100; got {value}
 sample {run} --guidance=1 --temperature=1e-300  temperature: expected a number from 0\.001 to 1000; got 1e-300
-sample {run} --temperature=0.5      temperature: expected none without --guidance, .* got 0\.5
-sample {run} --schedule=constant    schedule: expected none without --guidance, .* got constant
-sample {run} --no-drop-label        drop_label: expected none without --guidance, .* got False
-sample {unconditional} --guidance=2  guidance: .* or a temperature other than 1; got
-sample {run} --sigma=nan            sigma: expected a number from 0 to 10, .* got nan
-sample {run} --sigma=inf            sigma: expected .* got inf
-sample {run} --sigma=-1             sigma: expected .* got -1
-sample {run} --sigma=1e300          sigma: expected .* got 1e\+300
-sample {run} --num=0                num: expected at least 1; got 0
-sample {run} --num=10000            num: expected at most 333 rows and columns of a picture; got 10 x 1000
-sample {unconditional} --num=10000  num: expected at most 333 rows and columns of a picture; got 1250 x 8
-sample {run} --num=1{eighteen}      memory: expected num = 1{eighteen} samples to take at most
+sample {run} --temperature=0.5        temperature: expected none without --guidance, .* got 0\.5
+sample {run} --schedule=constant      schedule: expected none without --guidance, .* got constant
+sample {run} --no-drop-label          drop_label: expected none without --guidance, .* got False
+sample {unconditional} --guidance=2   guidance: .* or a temperature other than 1; got
+sample {run} --sigma=nan|inf|-1|1e+300  sigma: expected a number from 0 to 10, .* got {value}
+sample {run} --num=0                  num: expected at least 1; got 0
+sample {run} --num=10000              num: expected at most 333 rows and columns of a picture; got 10 x 1000
+sample {unconditional} --num=10000    num: expected at most 333 rows and columns of a picture; got 1250 x 8
+sample {run} --num=1{eighteen}        memory: expected num = 1{eighteen} samples to take at most
 sample {run} --num=1{thirty} --out=s.npz  memory: expected num = 1{thirty} samples to take at most
 sample {flowpp} --num=1{eighteen} --out=s.npz  memory: expected num = 1{eighteen} samples to take at most
-sample {run} --labels               labels: expected 1 to 80 classes, as --num says; got 0
-sample {run} --labels 1 2 3 --num=2  labels: expected 1 to 2 classes, as --num says; got 3
-sample {run} --labels 10            labels: expected classes from 0 to 9, or -1 for no label; got 10
-sample {run} --labels -2            labels: expected .* got -2
-sample {run} --labels 1{thirty}     labels: expected .* got 1{thirty}
-sample {unconditional} --labels 1   labels: expected none for an unconditional model; got 1
-sample {run} --out=s.jpg            out: expected a \.png or \.npz file; got s\.jpg
-sample {run} --out=.png             out: expected a \.png or \.npz file; got \.png
-sample {run} --out=folder.png       out: expected a file; got the folder folder\.png
-sample {run} --out=nowhere/s.png    out: expected a file in a folder that exists; got nowhere/s\.png
-sample {run} --trajectory=t.txt     trajectory: expected a picture \(.*png.*\); got t\.txt
-sample {run} --trajectory=t         trajectory: expected a picture .*; got t
+sample {run} --labels                 labels: expected 1 to 80 classes, as --num says; got 0
+sample {run} --labels 1 2 3 --num=2   labels: expected 1 to 2 classes, as --num says; got 3
+sample {run} --labels 10|-2|1{thirty}  labels: expected classes from 0 to 9, or -1 for no label; got {value}
+sample {unconditional} --labels 1     labels: expected none for an unconditional model; got 1
+sample {run} --out=s.jpg|.png         out: expected a \.png or \.npz file; got {value}
+sample {run} --out=folder.png         out: expected a file; got the folder folder\.png
+sample {run} --out=nowhere/s.png      out: expected a file in a folder that exists; got nowhere/s\.png
+sample {run} --trajectory=t.txt       trajectory: expected a picture \(.*png.*\); got t\.txt
+sample {run} --trajectory=t           trajectory: expected a picture .*; got t
 sample {run} --trajectory=nowhere/t.png  trajectory: expected a file in a folder that exists; got nowhere/t\.png
 sample {run} --out=s.png --trajectory=./s.png  trajectory: expected another file than --out; got s\.png for both
 sample {run} --decoder=jacobi --window=0  window: expected at least 1; got 0
-sample {run} --window=4             window: expected none with the auto decoder, only with jacobi
+sample {run} --window=4               window: expected none with the auto decoder, only with jacobi
 sample {run} --decoder=sequential --tolerance=0.1  tolerance: expected none for the sequential decoder; got 0\.1
-sample {flowpp} --guidance=2        guidance: expected none for a Flow\+\+, which has no use for it; got 2\.0
-sample {flowpp} --labels 1          labels: expected none for a Flow\+\+
-sample {flowpp} --sigma=0           sigma: expected none for a Flow\+\+
-sample {flowpp} --tolerance=0.1     tolerance: expected none for a Flow\+\+
-sample {flowpp} --decoder=jacobi    decoder: expected none for a Flow\+\+
-calibrate {run} --batches           batches: expected positive numbers; got \(\)
+sample {flowpp} --guidance=2          guidance: expected none for a FlowPP, which has no use for it; got 2\.0
+sample {flowpp} --labels 1            labels: expected none for an unconditional model; got 1
+sample {flowpp} --sigma=0             sigma: expected none for a FlowPP
+sample {flowpp} --tolerance=0.1       tolerance: expected none for a FlowPP
+sample {flowpp} --decoder=jacobi      decoder: expected none for a FlowPP
+calibrate {run} --batches             batches: expected positive numbers; got \(\)
 calibrate {run} --batches 1{eighteen}  memory: expected batches of 1{eighteen} to take at most
-calibrate {run} --guidance=nan      guidance: expected a number from 0 to 100; got nan
-calibrate {run} --tolerance=nan     tolerance: expected a finite number >= 0; got nan
-evaluate {run} --num-images=0       num_images: expected at least 1; got 0
-evaluate {run} --draws=0            draws: expected at least 1; got 0
-evaluate {run} --draws=1{eighteen}  draws: expected at most 100000; got 1{eighteen}
-evaluate {run} --batch-size=-1      batch_size: expected at least 1; got -1
-evaluate {run} --seed=-1            seed: expected an integer from 0 to 2\^63 - 1; got -1
-evaluate {run} --image-size=0       image_size: expected 1 to 7071, got 0
-evaluate {run} --dataset=minst      name: expected one of fashion-mnist, .* got 'minst'
-evaluate someone/model              run: expected a folder to write to; got someone/model
-convert {run}/none.pth new --sigma=nan  sigma: expected a number from 0 to 10, .* got nan
-convert {run}/none.pth new --sigma=inf  sigma: expected .* got inf
+calibrate {run} --guidance=nan        guidance: expected a number from 0 to 100; got nan
+calibrate {run} --tolerance=nan       tolerance: expected a finite number >= 0; got nan
+evaluate {run} --num-images=0         num_images: expected at least 1; got 0
+evaluate {run} --draws=0              importance_samples: expected at least 1; got 0
+evaluate {run} --importance-samples=1{eighteen}  importance_samples: expected at most 100000; got 1{eighteen}
+evaluate {run} --batch-size=-1        batch_size: expected at least 1; got -1
+evaluate {run} --seed=-1              seed: expected an integer from 0 to 2\^63 - 1; got -1
+evaluate {run} --image-size=0         image_size: expected 1 to 7071, got 0
+evaluate {run} --dataset=minst        name: expected one of fashion-mnist, .* got 'minst'
+evaluate someone/model                run: expected a folder to write to; got someone/model
+convert {run}/none.pth new --sigma=nan|inf  sigma: expected a number from 0 to 10, .* got {value}
 convert {run}/none.pth {run}/config.json  out: expected a folder; got .*/run/config\.json
 """
-# What is no argument of the command at all, which has an exit status of its own.
+# Arguments that are none of the command, which have an exit status of their own.
 USAGE_LINES = r"""
-train --channels=abc                --channels: expected INT; got 'abc'
-train --channels=1e3                --channels: expected INT; got '1e3'
-train --learning-rate=fast          --learning-rate: expected FLOAT; got 'fast'
-train --image-size=big              --image-size: expected \{None\}\|INT; got 'big'
-train --num-blocks=1 --num-blocks=x  --num-blocks: expected INT; got 'x'
-train --dequantizer.filters=x       --dequantizer\.filters: expected INT; got 'x'
-train --dequantizer.filters=3       --dequantizer\.filters: expected a multiple of the 4 heads of attention; got 3
-train --dequantizer.dropout=nan     --dequantizer\.dropout: expected a number in \[0, 1\); got nan
-train --dequantizer.dropout=-1      --dequantizer\.dropout: expected a number in \[0, 1\); got -1
-train --guidance=1e300              --guidance\.weight: expected a number from 0 to 100; got 1e\+300
-train --guidance=nan                --guidance\.weight: expected .* got nan
-train --guidance.temperature=0      --guidance\.temperature: expected a number from 0\.001 to 1000; got 0
-train --batch-size                  --batch-size: expected a value; got none
-train --max-steps --out=new         --max-steps: expected a value; got none
-train --nonsense 3                  --nonsense: expected a flag of tarflow train.*; got '--nonsense'
-train --chanels=3                   --chanels: expected a flag of tarflow train, perhaps --channels; got '--chanels=3'
-train --in_chanels=3                --in_chanels: expected a flag of tarflow train.*; got '--in_chanels=3'
-train --preset=foo                  --preset: expected one of 'fashion-mnist', .*; got 'foo'
-train --preset                      --preset: expected a value; got none
-train --model=foo                   --model: expected one of 'tarflow', 'flowpp'; got 'foo'
-train --noise=laplace               --noise: expected one of 'gaussian', 'uniform', 'variational'; got 'laplace'
-train --conditional=yes             arguments: expected flags, each with its value; got yes besides
-train 3                             arguments: expected flags, each with its value; got 3 besides
-train -x                            arguments: expected flags, each with its value; got -x besides
-train -- new                        arguments: expected flags, each with its value; got new besides
-train --help --nonsense             --nonsense: expected a flag of tarflow train.*; got '--nonsense'
-train --nonsense -h                 --nonsense: expected a flag of tarflow train.*; got '--nonsense'
-train --dataset=                    --dataset: expected a value; got ''
-train --dataset ''                  --dataset: expected a value; got ''
-train --out=                        --out: expected a value; got ''
-train --resume ''                   --resume: expected a value; got ''
-sample                              arguments: expected run; got fewer
-sample ''                           arguments: expected a value; got ''
-sample {run} {run}                  arguments: expected flags, each with its value; got .*/run besides
-sample {run} --num 3 4              arguments: expected flags, each with its value; got 4 besides
-sample {run} --num=3.5              --num: expected INT; got '3\.5'
-sample {run} --labels a b           --labels: expected \[INT \[INT \.\.\.\]\]; got 'a', 'b'
-sample {run} --labels 1.5           --labels: expected .*; got '1\.5'
-sample {run} --decoder=fast         --decoder: expected one of 'auto', 'sequential', 'jacobi'; got 'fast'
-sample {run} --out ''               --out: expected a value; got ''
-sample {run} --trajectory=          --trajectory: expected a value; got ''
-sample {run} --help --nonsense      --nonsense: expected a flag of tarflow sample.*; got '--nonsense'
-sample {run} --filters=3            --filters: expected a flag of tarflow sample.*; got '--filters=3'
-calibrate                           arguments: expected run; got fewer
-evaluate {run} --dataset ''         --dataset: expected a value; got ''
-evaluate {run} --draws=many         --draws: expected INT; got 'many'
-convert {run}/none.pth              arguments: expected checkpoint and out; got fewer
-convert {run}/none.pth ''           arguments: expected a value; got ''
+train --filters=-1                    --filters: expected with --model flowpp alone, .*; got --filters=-1
+train --filters 32                    --filters: expected with --model flowpp alone, .*; got --filters
+train --stack=squeeze                 --stack: expected with --model flowpp alone
+train --no-pointwise                  --no-pointwise: expected with --model flowpp alone, .*; got --no-pointwise
+train --dropout=0.5                   --dropout: expected with --model flowpp alone
+train --model=flowpp --channels=64    --channels: expected with --model tarflow alone
+train --model=flowpp --sigma=0.1      --sigma: expected with --model tarflow alone
+train --model=flowpp --guidance=2     --guidance\.weight: expected with --model tarflow alone
+train --resume={run} --filters=8      --filters: expected with --model flowpp alone
+train --model=flowpp --conditional    --conditional: expected with --model tarflow alone
+train --channels=abc|1e3              --channels: expected INT; got '{value}'
+train --learning-rate=fast            --learning-rate: expected FLOAT; got 'fast'
+train --image-size=big                --image-size: expected \{None\}\|INT; got 'big'
+train --num-blocks=1 --num-blocks=x   --num-blocks: expected INT; got 'x'
+train --dequantizer.filters=x         --dequantizer\.filters: expected INT; got 'x'
+train --dequantizer.filters=3         --dequantizer\.filters: expected a multiple of the 4 heads of attention; got 3
+train --dequantizer.dropout=nan|-1    --dequantizer\.dropout: expected a number in \[0, 1\); got {value}
+train --guidance=1e+300|nan           --guidance\.weight: expected a number from 0 to 100; got {value}
+train --guidance.temperature=0        --guidance\.temperature: expected a number from 0\.001 to 1000; got 0
+train --batch-size                    --batch-size: expected a value; got none
+train --max-steps --out=new           --max-steps: expected a value; got none
+train --nonsense 3                    --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --chanels=3                     --chanels: expected a flag of tarflow train, perhaps --channels; got '--chanels=3'
+train --in_chanels=3                  --in_chanels: expected a flag of tarflow train.*; got '--in_chanels=3'
+train --preset=foo                    --preset: expected one of 'fashion-mnist', .*; got 'foo'
+train --preset                        --preset: expected a value; got none
+train --model=foo                     --model: expected one of 'tarflow', 'flowpp'; got 'foo'
+train --noise=laplace                 --noise: expected one of 'gaussian', 'uniform', 'variational'; got 'laplace'
+train --conditional=yes               arguments: expected flags, each with its value; got yes besides
+train 3|-x                            arguments: expected flags, each with its value; got {value} besides
+train -- new                          arguments: expected flags, each with its value; got new besides
+train --help --nonsense               --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --nonsense -h                   --nonsense: expected a flag of tarflow train.*; got '--nonsense'
+train --dataset=                      --dataset: expected a value; got ''
+train --dataset ''                    --dataset: expected a value; got ''
+train --out=                          --out: expected a value; got ''
+train --resume ''                     --resume: expected a value; got ''
+sample                                arguments: expected run; got fewer
+sample ''                             arguments: expected a value; got ''
+sample {run} {run}                    arguments: expected flags, each with its value; got .*/run besides
+sample {run} --num 3 4                arguments: expected flags, each with its value; got 4 besides
+sample {run} --num=3.5                --num: expected INT; got '3\.5'
+sample {run} --labels a b             --labels: expected \[INT \[INT \.\.\.\]\]; got 'a', 'b'
+sample {run} --labels 1.5             --labels: expected .*; got '1\.5'
+sample {run} --decoder=fast           --decoder: expected one of 'auto', 'sequential', 'jacobi'; got 'fast'
+sample {run} --out ''                 --out: expected a value; got ''
+sample {run} --trajectory=            --trajectory: expected a value; got ''
+sample {run} --help --nonsense        --nonsense: expected a flag of tarflow sample.*; got '--nonsense'
+sample {run} --filters=3              --filters: expected a flag of tarflow sample.*; got '--filters=3'
+calibrate                             arguments: expected run; got fewer
+evaluate {run} --dataset ''           --dataset: expected a value; got ''
+evaluate {run} --draws=many           --importance-samples: expected INT; got 'many'
+convert {run}/none.pth                arguments: expected checkpoint and out; got fewer
+convert {run}/none.pth ''             arguments: expected a value; got ''
 convert {run}/none.pth new --sigma=a  --sigma: expected FLOAT; got 'a'
 """
 
 
 def cases():
-    for name, (command, message) in ERRORS.items():
-        yield pytest.param(command, message, 1, id=name)
     for status, lines in ((1, LINES), (2, USAGE_LINES)):
         for line in lines.strip().splitlines():
             command, message = re.split(r"  +", line, maxsplit=1)
-            yield pytest.param(command, message, status, id=command)
+            start, values = re.fullmatch(r"(.*[= ])(\S+\|\S+)|.*", command).groups()
+            if not values:
+                yield pytest.param(command, message, status)
+                continue
+            for value in values.split("|"):
+                pattern = re.sub(r"([.+])", r"\\\1", value)
+                yield pytest.param(f"{start}{value}", message.replace("{value}", pattern), status)
 
 
 @pytest.mark.parametrize(("command", "message", "status"), [*cases()])

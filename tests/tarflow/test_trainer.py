@@ -10,36 +10,34 @@ import torch
 from torch.testing import assert_close
 
 from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
-from tarflow.datasets import Images
+from tarflow.datasets import ImageDataset
+from tarflow.hardware import uses_bfloat16
 from tarflow.noise import add_gaussian_noise, bits_per_dim
-from tarflow.training.config import PRESETS, TrainConfig
-from tarflow.training.trainer import MEASURES, Trainer, derive_seed, uses_bfloat16
+from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
+from tarflow.training.presets import PRESETS
+from tarflow.training.trainer import MEASURES, Trainer, derive_seed
 
-TINY = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "batch_size": 16}
-FLOWPP = {
-    "model": "flowpp",
-    "conditional": False,
-    "noise": "variational",
-    "coupling": "mixture",
-    "num_mixtures": 2,
-    "filters": 8,
-    "blocks_per_coupling": 1,
-    "stack": "squeeze channel2",
-}
+TARFLOW = TarFlowConfig(14, 1, patch_size=7, channels=64, num_blocks=2, layers_per_block=1)
+MIXTURE = replace(TARFLOW, coupling="mixture")
+VOLUME_PRESERVING = replace(TARFLOW, volume_preserving=True)
+SMALL = {"image_size": 14, "num_mixtures": 2, "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze channel2"}
+FLOWPP = {"model": FlowPPConfig(**SMALL), "conditional": False, "noise": "variational"}
 EXACTLY = {"rtol": 0, "atol": 0}
 
 
-def build(dataset=None, **settings):
+def build(dataset=None, model=TARFLOW, conditional=True, flip=None, **training):
     """A trainer, and two batches for it."""
     dataset = dataset or pictures()
-    trainer = Trainer(TrainConfig(**TINY | {"precision": "float32"} | settings), dataset, torch.device("cpu"))
-    return trainer, [dataset.fetch(torch.arange(start, start + 16)) for start in (0, 16)]
+    settings = TrainingConfig(**{"batch_size": 16, "precision": "float32"} | training)
+    config = TrainConfig(DataConfig(conditional=conditional, flip=flip), model, settings)
+    trainer = Trainer(config, dataset, torch.device("cpu"))
+    return trainer, [dataset.get_batch(torch.arange(start, start + 16)) for start in (0, 16)]
 
 
 def pictures(size=32, flip=False):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 1, 14, 14), generator=generator, dtype=torch.uint8)
-    return Images(images, torch.arange(size) % 10, tuple("0123456789"), flip, "noise")
+    return ImageDataset(images, torch.arange(size) % 10, tuple("0123456789"), flip, "noise")
 
 
 def prepared(dataset, **settings):
@@ -67,12 +65,12 @@ def fashion():
         {},
         {"noise": "uniform"},
         {"noise": "variational"},
-        {"coupling": "mixture"},
-        {"volume_preserving": True},
+        {"model": MIXTURE},
+        {"model": VOLUME_PRESERVING},
         {"conditional": False},
         {"precision": "bfloat16"},
         FLOWPP,
-        FLOWPP | {"noise": "uniform", "coupling": "affine", "precision": "bfloat16"},
+        FLOWPP | {"model": FlowPPConfig(coupling="affine", **SMALL), "noise": "uniform", "precision": "bfloat16"},
     ],
     ids=str,
 )
@@ -80,9 +78,9 @@ def test_training_on_real_images_lowers_the_bits(fashion, settings):
     trainer, _ = build(fashion, learning_rate=3e-3, warmup_steps=5, max_steps=40, **settings)
     batches = islice(datasets.batches(fashion, 16, seed=0), 40)
     bits = [trainer.train_step(*batch)["bits_per_dim"] for batch in batches]
-    pixels, labels = fashion.fetch(torch.arange(200))
-    score = evaluation.noisy_bits_per_dim if trainer.config.noise == "gaussian" else evaluation.bits_per_dim
-    labels = labels if trainer.config.conditional else None
+    pixels, labels = fashion.get_batch(torch.arange(200))
+    score = evaluation.noisy_bits_per_dim if trainer.config.training.noise == "gaussian" else evaluation.bits_per_dim
+    labels = labels if trainer.config.data.conditional else None
     scores = [score(model, pixels, labels).mean for model in (build(fashion, **settings)[0].average, trainer.average)]
     assert bits[-1] < bits[0] - 0.5
     assert scores[1] < scores[0] - 0.5
@@ -93,16 +91,15 @@ def test_training_on_real_images_lowers_the_bits(fashion, settings):
     [
         {"noise": "uniform"},
         {"noise": "variational"},
-        {"volume_preserving": True},
+        {"model": VOLUME_PRESERVING},
         {"conditional": False},
         {"flip": True},
-        FLOWPP | {"dropout": 0.3},
+        FLOWPP | {"model": FlowPPConfig(dropout=0.3, **SMALL)},
     ],
     ids=str,
 )
 def test_a_trainer_goes_on_from_its_state(settings):
-    settings = dict(settings)
-    data = pictures(flip=settings.pop("flip", False))
+    data = pictures()
     whole, batches = build(data, **settings)
     for batch in batches:
         whole.train_step(*batch)
@@ -116,8 +113,8 @@ def test_a_trainer_goes_on_from_its_state(settings):
 
 
 def test_dropout_is_in_what_is_trained_and_not_in_the_average():
-    dropout = {"dropout": 0.5, "dequantizer": DequantizerConfig(filters=8, dropout=0.5)}
-    trainer, batches = build(**FLOWPP | dropout)
+    model = FlowPPConfig(dropout=0.5, dequantizer=DequantizerConfig(filters=8, dropout=0.5), **SMALL)
+    trainer, batches = build(**FLOWPP | {"model": model})
     for batch in batches:
         trainer.train_step(*batch)
     assert all(module.training for module in trainer.model.modules())
@@ -342,14 +339,12 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_least(warmup):
     ],
 )
 def test_the_learning_rate_of_flowpp_is_the_published_one(preset, rates):
-    config = PRESETS[preset]
-    trainer, batches = build(
-        **FLOWPP, **{name: getattr(config, name) for name in ("learning_rate", "min_learning_rate", "schedule")},
-        warmup_steps=config.warmup_steps, max_steps=config.max_steps,
-    )  # fmt: skip
+    dataset, model = pictures(), FLOWPP["model"]
+    config = replace(PRESETS[preset], model=model, training=replace(PRESETS[preset].training, precision="float32"))
+    trainer, batch = Trainer(config, dataset, torch.device("cpu")), dataset.get_batch(torch.arange(16))
     for step, rate in rates.items():
         trainer.step = step - 1
-        trainer.train_step(*batches[0])
+        trainer.train_step(*batch)
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-4), step
 
 
@@ -360,10 +355,13 @@ def flat(model):
 def test_a_published_flowpp_step_is_that_of_adam_on_nats_per_image_clipped_at_norm_1():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (16, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    data = Images(images, torch.zeros(16, dtype=torch.int64), ("any",), True, "noise")
-    small = {"num_mixtures": 2, "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze squeeze channel2"}
+    data = ImageDataset(images, torch.zeros(16, dtype=torch.int64), ("any",), True, "noise")
     noise = DequantizerConfig(filters=8, stack="stripe1", context_filters=8)
-    config = replace(PRESETS["cifar10-flowpp"], warmup_steps=0, learning_rate=0.01, dequantizer=noise, **small)
+    model = FlowPPConfig(
+        dequantizer=noise, **SMALL | {"image_size": 32, "in_channels": 3, "stack": "squeeze squeeze channel2"}
+    )
+    settings = replace(PRESETS["cifar10-flowpp"].training, warmup_steps=0, learning_rate=0.01)
+    config = replace(PRESETS["cifar10-flowpp"], model=replace(model, dropout=0.2), training=settings)
     trainer = Trainer(config, data, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -372,7 +370,7 @@ def test_a_published_flowpp_step_is_that_of_adam_on_nats_per_image_clipped_at_no
     plain, begun = copy.deepcopy(trainer.model), flat(trainer.model)
     adam = torch.optim.Adam(plain.parameters(), lr=0.01)
     for step in range(2):
-        seed = derive_seed(config.seed, step)
+        seed = derive_seed(settings.seed, step)
         eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
         torch.manual_seed(seed)
         x, log_q = plain.dequantizer(images, eps)
@@ -392,8 +390,8 @@ def test_published_flowpp_trains_in_float32_on_images_as_they_are():
     presets = {name: config for name, config in PRESETS.items() if name.endswith("-flowpp") and "fashion" not in name}
     assert set(presets) == {"cifar10-flowpp", "imagenet32-flowpp", "imagenet64-flowpp"}
     for config in presets.values():
-        assert not uses_bfloat16(config.precision, torch.device("cpu"))
-        assert (config.precision, config.flip) == ("float32", False)
+        assert not uses_bfloat16(config.training.precision, torch.device("cpu"))
+        assert (config.training.precision, config.data.flip) == ("float32", False)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.999])
@@ -432,12 +430,12 @@ def latents(model, pixels, labels, sigma, draws=8):
 @pytest.mark.parametrize("batch_size", [16, 300], ids=lambda size: f"batch {size}")
 def test_the_prior_of_the_average_has_the_variance_of_its_own_latents(batch_size):
     data = pictures(1000)
-    settings = {"volume_preserving": True, "learning_rate": 0.03, "warmup_steps": 0, "label_drop": 0.0}
-    trainer, batches = build(data, batch_size=batch_size, **settings)
+    settings = {"learning_rate": 0.03, "warmup_steps": 0, "label_drop": 0.0}
+    trainer, batches = build(data, VOLUME_PRESERVING, batch_size=batch_size, **settings)
     for step in range(12):
         trainer.train_step(*batches[step % 2])
     averaged, trained = (
-        latents(model, data.images, data.labels, trainer.config.sigma).square().mean(0)
+        latents(model, data.images, data.labels, trainer.config.training.sigma).square().mean(0)
         for model in (trainer.average, trainer.model)
     )
     assert (trained / averaged - 1).abs().max() > 0.5, "there is something to be mistaken for"
@@ -445,21 +443,21 @@ def test_the_prior_of_the_average_has_the_variance_of_its_own_latents(batch_size
 
 
 def test_the_prior_of_the_average_depends_on_weights_seed_and_step_alone():
-    whole, batches = build(volume_preserving=True, learning_rate=0.01)
-    looked, _ = build(volume_preserving=True, learning_rate=0.01)
+    whole, batches = build(model=VOLUME_PRESERVING, learning_rate=0.01)
+    looked, _ = build(model=VOLUME_PRESERVING, learning_rate=0.01)
     for step in range(4):
         whole.train_step(*batches[step % 2])
         looked.train_step(*batches[step % 2])
         assert looked.average is looked.average
         looked.state_dict()
-    resumed, _ = build(volume_preserving=True, learning_rate=0.01)
+    resumed, _ = build(model=VOLUME_PRESERVING, learning_rate=0.01)
     resumed.load_state_dict(copy.deepcopy(looked.state_dict()))
     for trainer in (looked, resumed):
         assert_close(trainer.average.state_dict(), whole.average.state_dict(), **EXACTLY)
 
 
 def test_a_volume_preserving_model_in_training_averages_the_variance_of_its_latents():
-    trainer, batches = build(volume_preserving=True, learning_rate=0.01)
+    trainer, batches = build(model=VOLUME_PRESERVING, learning_rate=0.01)
     seen = watch(trainer)
     variance = torch.ones_like(trainer.model.flow.prior_variance)
     for step in range(4):
@@ -474,11 +472,11 @@ def test_learned_noise_is_paid_for_and_learns(settings):
     """The loss is the bound of the noise that was drawn, and its gradient reaches the dequantizer."""
     trainer, batches = build(**settings)
     before = copy.deepcopy(trainer.model)
-    generator = torch.Generator().manual_seed(derive_seed(trainer.config.seed, 0))
+    generator = torch.Generator().manual_seed(derive_seed(trainer.config.training.seed, 0))
     pixels, labels = batches[0]
     eps = torch.randn(pixels.shape, generator=generator)
-    if trainer.config.conditional:
-        dropped = torch.rand(len(labels), generator=generator) < trainer.config.label_drop
+    if trainer.config.data.conditional:
+        dropped = torch.rand(len(labels), generator=generator) < trainer.config.training.label_drop
         labels = labels.masked_fill(dropped, -1)
     else:
         labels = None
@@ -515,10 +513,10 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("volume_preserving", [False, True])
+@pytest.mark.parametrize("model", [TARFLOW, VOLUME_PRESERVING], ids=["affine", "volume-preserving"])
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, volume_preserving):
-    trainer, batches = build(volume_preserving=volume_preserving, warmup_steps=0)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, model):
+    trainer, batches = build(model=model, warmup_steps=0)
     for batch in batches:
         trainer.train_step(*batch)
     before = copy.deepcopy(trainer.state_dict())
@@ -565,6 +563,6 @@ def test_the_estimate_of_activations_is_near_what_autograd_saves(config):
 
     pixels = torch.randint(256, (4, *config.image_shape), dtype=torch.uint8)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.bounds(pixels, torch.zeros(4, dtype=torch.int64) if config.num_classes else None)
+        model.importance_log_weights(pixels, torch.zeros(4, dtype=torch.int64) if config.num_classes else None)
     measured = sum(storage.nbytes() for storage in saved.values()) / len(pixels)
     assert config.activation_bytes() == pytest.approx(measured, rel=0.35)

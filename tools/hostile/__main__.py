@@ -4,9 +4,12 @@ Each case follows from the seed and its number alone, and runs in a process of i
 """
 
 import os
+import pathlib
 import sys
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TQDM_MININTERVAL": "30"}
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests" / "support"))
 
 import argparse
 import collections
@@ -16,7 +19,6 @@ import random
 import shutil
 import tempfile
 import time
-from pathlib import Path
 
 import cases
 import torch.utils.tensorboard
@@ -36,7 +38,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=cases.SECONDS, help="limit of a case; more on a busy machine")
     parser.add_argument("--only", type=int, help="this case alone (kills: its run so far), and keep its files")
-    parser.add_argument("--report", type=Path, help="a .json with all cases")
+    parser.add_argument("--report", type=pathlib.Path, help="a .json with all cases")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cases.SECONDS = arguments.seconds
@@ -61,7 +63,7 @@ def campaign(name: str, arguments: argparse.Namespace, rows: list[dict]) -> None
     numbers = range(arguments.count or count)
     if arguments.only is not None:
         numbers = range(arguments.only - arguments.only % 5 if name == "kills" else arguments.only, arguments.only + 1)
-    folder = Path(tempfile.mkdtemp(prefix=f"hostile-{name}-"))
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f"hostile-{name}-"))
     os.environ["MPLCONFIGDIR"] = str(folder)
     try:
         made, began = kind(folder), time.monotonic()

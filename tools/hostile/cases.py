@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -18,20 +19,23 @@ import sympy  # noqa: F401 (by PyTorch only when it is needed, from where anothe
 import torch
 from safetensors.numpy import load
 
-from tarflow.cli import main
+from tarflow.cli import COMMANDS, main
+
+for name in COMMANDS:
+    importlib.import_module(f"tarflow.cli.{name}")  # which a fork would import each time
 
 SECONDS = 60  # of a case; `--seconds` sets it
 MEMORY = 2**30
 TINY = (
     *("--patch-size=7", "--channels=16", "--head-dim=8", "--num-blocks=2", "--layers-per-block=1", "--batch-size=4"),
     *("--device=cpu", "--precision=float32", "--log-every=2", "--evaluate-every=4", "--checkpoint-every=4"),
-    *("--sample-every=1000", "--max-steps=8", "--score-draws=1"),
+    *("--sample-every=1000", "--max-steps=8", "--importance-samples=1"),
 )
 TINY_FLOWPP = (
     *("--model=flowpp", "--stack=squeeze channel2", "--filters=8", "--blocks-per-coupling=1", "--num-mixtures=2"),
     *("--noise=uniform", "--dropout=0.2", *TINY[5:]),
 )
-# What breaks a promise; the other verdicts are "same" and "changed" results, and what was "refused" in one line.
+# Verdicts of a broken promise; the others are "same" and "changed" results, and "refused" in one line.
 FINDINGS = ("traceback", "hang", "signal", "memory", "unclear", "wrong", "executed", "lost")
 
 
@@ -151,7 +155,7 @@ def must_run(argv: Sequence[str], cwd: Path) -> Ended:
 
 
 def results(folder: Path, names: Sequence[str]) -> dict[str, list]:
-    """What a command wrote, in a form to compare: arrays and numbers, without clocks."""
+    """The files that a command wrote, in a form to compare: arrays and numbers, without clocks."""
     found = {}
     for name in names:
         path = folder / name

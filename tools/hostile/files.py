@@ -24,7 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-# What a mutation promises of its command: "same" results or a refusal; "any" sound results; "refuse" is a refusal.
+from published_state import published_state
+
+# A mutation promises something of its command: "same" results or a refusal; "any" sound results; "refuse" is a refusal.
 Mutation = Callable[[random.Random, Path], tuple[str, str]]
 ODD = (
     None, True, -1, 0, 1.5, 10**6, 21_000, 10**18, 10**30, -(2**63), 1e300, math.nan, math.inf, -math.inf,
@@ -311,7 +313,7 @@ class Target:
 
 SAMPLE = (("sample", "run", "--out=drawn.npz", "--num=4", "--device=cpu"), ("drawn.npz",))
 RESUME = (("train", "--resume=run", "--max-steps=10"), ("run/model.safetensors",))
-EVALUATE = (("evaluate", "run", "--num-images=8", "--draws=1", "--device=cpu"), ("run/evaluation.json",))
+EVALUATE = (("evaluate", "run", "--num-images=8", "--importance-samples=1", "--device=cpu"), ("run/evaluation.json",))
 CONVERT = (("convert", "published.pth", "converted"), ("converted/model.safetensors",))
 WEIGHTS = (*ANY, odd_tensors, odd_tensors, odd_header, odd_header)
 PICKLED = (*ANY, *[odd_tensors] * 5, odd_archive, odd_archive)
@@ -369,23 +371,6 @@ def make(folder: Path) -> None:
             path = folder / f"folder/{split}/{'ab'[number % 2]}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-
-
-def published_state() -> dict[str, torch.Tensor]:
-    """A state dict as the paper's code saves it: two blocks of one layer over 4x4 images of three channels."""
-    width, tokens, values = 64, 4, 12
-    shapes = {
-        "proj_in.weight": (width, values), "proj_in.bias": (width,), "pos_embed": (tokens, width),
-        "proj_out.weight": (2 * values, width), "proj_out.bias": (2 * values,), "class_embed": (3, 1, width),
-    }  # fmt: skip
-    for name, outputs, *inputs in [
-        ("attention.norm", width), ("attention.qkv", 3 * width, width), ("attention.proj", width, width),
-        ("mlp.norm", width), ("mlp.main.0", 4 * width, width), ("mlp.main.2", width, 4 * width),
-    ]:  # fmt: skip
-        shapes |= {f"attn_blocks.0.{name}.weight": (outputs, *inputs), f"attn_blocks.0.{name}.bias": (outputs,)}
-    draw = torch.Generator().manual_seed(0)
-    state = {f"blocks.{t}.{name}": torch.randn(s, generator=draw) / 10 for t in (0, 1) for name, s in shapes.items()}
-    return state | {"var": torch.ones(tokens, values)}
 
 
 class Files:

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 from cases import TINY, TINY_FLOWPP, must_run, run
-from files import published_state
+
+from published_state import published_state
 
 TRAIN = ("train", "--out=out", *TINY, "--max-steps=2")
 TRAIN_FLOWPP = ("train", "--out=out", *TINY_FLOWPP, "--max-steps=2")
 SAMPLE = ("sample", "run", "--out=drawn.png", "--num=2", "--device=cpu")
-EVALUATE = ("evaluate", "run", "--num-images=4", "--draws=1", "--device=cpu")
+EVALUATE = ("evaluate", "run", "--num-images=4", "--importance-samples=1", "--device=cpu")
 CALIBRATE = ("calibrate", "run", "--batches=1", "--device=cpu")
 CONVERT = ("convert", "published.pth", "out")
 COMMANDS = (TRAIN, TRAIN, TRAIN_FLOWPP, SAMPLE, SAMPLE, EVALUATE, CALIBRATE, CONVERT)
 
-# Cannot mean anything, each word by itself; "|" stands between flags that belong together.
+# Each word by itself cannot mean anything; "|" stands between flags that belong together.
 MEANINGLESS = {
     TRAIN: """
         --learning-rate=inf --learning-rate=nan --min-learning-rate=nan --min-learning-rate=inf --gradient-clip=inf
@@ -31,7 +32,7 @@ MEANINGLESS = {
     TRAIN_FLOWPP: """
         --dropout=-1 --dropout=1.5 --dropout=nan --dropout=inf --filters=-1 --filters=1000000000000000000
         --num-mixtures=0 --num-mixtures=65 --stack=squeeze --stack=stripe0 --stack= --blocks-per-coupling=-1
-        --patch-size=3 --num-blocks=7 --guidance=2 --noise=gaussian""",
+        --patch-size=3 --num-blocks=7 --guidance=2 --sigma=0.1 --conditional --noise=gaussian --preset=imagenet64""",
     SAMPLE: """
         --sigma=nan --sigma=-1 --sigma=inf --sigma=1e300 --seed=-1 --seed=99999999999999999999 --guidance=1e300
         --guidance=nan --guidance=inf --labels=-2 --labels=10 --labels --trajectory=drawn.png --trajectory=t.txt
@@ -40,8 +41,8 @@ MEANINGLESS = {
         --temperature=nan|--guidance=1 --temperature=0|--guidance=1 --temperature=2 --decoder=foo
         --precision=float16 --nonsense|--help""",
     EVALUATE: """
-        --num-images=0 --draws=0 --batch-size=-1 --image-size=0 --dataset= --dataset=foo --data-dir=nowhere
-        --seed=-1 --seed=99999999999999999999 --device=meta --device=cpu:7 --nonsense|--help""",
+        --num-images=0 --draws=0 --importance-samples=0 --batch-size=-1 --image-size=0 --dataset= --dataset=foo
+        --data-dir=nowhere --seed=-1 --seed=99999999999999999999 --device=meta --device=cpu:7 --nonsense|--help""",
     CALIBRATE: """
         --guidance=nan --guidance=1e300 --guidance=inf --temperature=nan --tolerance=nan --tolerance=inf --tolerance=-1
         --batches=0 --batches=-1 --batches --batches=1000000000000000000 --device=meta --device=cpu:7""",
@@ -55,56 +56,12 @@ MEANINGLESS = {
     ("bogus",): "--nonsense",
 }
 REFUSED = [(command, words.split("|")) for command, table in MEANINGLESS.items() for words in table.split()]
-VALUES = (
-    *(
-        [
-            "nan",
-            "inf",
-            "-inf",
-            "-1",
-            "0",
-            "-0.0",
-            "1",
-            "2",
-            "3.5",
-            "1e300",
-            "1e-300",
-            "1000000000000000000",
-            "None",
-            "True",
-            "0x10",
-            "１",
-            "1_0",
-            "é",
-            "😀",
-            "../..",
-            "1,2",
-            "[1]",
-            "-",
-            "--",
-        ]
-    ),
-    *(
-        [
-            "/dev/null",
-            "/dev/full",
-            "x",
-            "$x^",
-            "%s",
-            "cpu",
-            "cuda",
-            "float16",
-            "folder",
-            "hub:",
-            "hub:no/such",
-            "mixture",
-            "flowpp",
-        ]
-    ),
-    *("", " ", "a\nb", "7" * 31, "x" * 5000),
-)
+ODD_WORDS = """
+    nan inf -inf -1 0 -0.0 1 2 3.5 1e300 1e-300 1000000000000000000 None True 0x10 １ 1_0 é 😀 ../.. 1,2 [1] - --
+    /dev/null /dev/full x $x^ %s cpu cuda float16 folder hub: hub:no/such mixture flowpp"""
+VALUES = (*ODD_WORDS.split(), "", " ", "a\nb", "7" * 31, "x" * 5000)
 # A huge number of these is a wish that takes for ever, and no mistake.
-ENDLESS = ("--max-steps", "--draws", "--score-draws", "--batches", "--num", "--warmup-steps")
+ENDLESS = ("--max-steps", "--importance-samples", "--batches", "--num", "--warmup-steps")
 
 
 class Invocations:
@@ -118,7 +75,8 @@ class Invocations:
         self.usual = max(must_run((*command,), self._copy("usual")).peak for command in set(COMMANDS))
         self.flags = {}
         for command in set(COMMANDS):
-            text = must_run((command[0], "--help"), folder).stdout
+            model = [flag for flag in command if flag.startswith("--model")]
+            text = must_run((command[0], *model, "--help"), folder).stdout
             names = set(re.findall(r"--[a-z][a-z0-9.-]*[a-z0-9]", text)) - {"--help", "--compile", "--no-compile"}
             self.flags[command] = sorted(names)
 

@@ -40,7 +40,7 @@ def difference(whole: Path, other: Path) -> list[str]:
 
 
 def resume_or_start(folder: Path, settings: tuple[str, ...]) -> tuple[str, ...]:
-    """What a user types after a crash."""
+    """The command that a user types after a crash."""
     return (
         ("train", f"--resume={folder.name}")
         if (folder / "config.json").exists()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,18 @@ from PIL import Image
 from tensorboard.summary.writer import record_writer
 from torch.testing import assert_close
 
-from tarflow import Guidance, TarFlow, cli, datasets
+from tarflow import FlowPPConfig, Guidance, TarFlow, TarFlowConfig, datasets
 from tarflow.cli import main
+from tarflow.cli.train import read_flags
 from tarflow.decoding import calibration
 from tarflow.files import atomic_write
-from tarflow.gallery import Gallery
+from tarflow.pictures import Gallery
 from tarflow.training import checkpoints
-from tarflow.training.config import PRESETS, TrainConfig
-from tarflow.training.run import Diverged, Run, stop_signals, train
+from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
+from tarflow.training.folder import read_run
+from tarflow.training.interruptions import TrainingDiverged, stop_signals
+from tarflow.training.presets import PRESETS
+from tarflow.training.run import Run, train
 from tarflow.training.trainer import Trainer
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -49,15 +53,21 @@ TINY = {
     "max_steps": 1_000_000,
     "log_every": 1,
     "checkpoint_every": 5,
-    "guidance": 0.0,
-    "score_draws": 0,
+    "guidance.weight": 0.0,
+    "importance_samples": 0,
 }
-OF_TARFLOW = ("patch_size", "channels", "num_blocks", "layers_per_block", "guidance")
+OF_TARFLOW = ("patch_size", "channels", "num_blocks", "layers_per_block", "guidance.weight")
 EXACTLY = {"rtol": 0, "atol": 0}
 
 
 def flags(**settings):
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def config_of(**settings):
+    """The settings of a run with these flags."""
+    command, _ = read_flags(flags(**settings))
+    return command.config
 
 
 def train_until(step, number, out, settings, whom=None):
@@ -147,34 +157,34 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, kinds, kind, check
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')  # as if it had been killed in the middle of a line
     assert main(["train", f"--resume={killed}", f"--max-steps={steps}"]) == 0
-    preset = PRESETS["fashion-mnist-flowpp" if kind == "Flow++" else "fashion-mnist"]
-    train(replace(preset, **settings | {"max_steps": steps}), whole)
+    train(config_of(**settings | {"max_steps": steps}), whole)
     assert_same_run(killed, whole)
 
 
 def test_the_filter_that_resizes_a_folder_is_that_of_the_settings(tmp_path, kinds):
     settings = TINY | kinds["folder"] | {"max_steps": 1, "precision": "float32"}
     for resize in ("lanczos", "bilinear"):
-        config = TrainConfig(**settings, resize=resize)
+        config = config_of(**settings, resize=resize)
         train(config, tmp_path / resize)
-        data = datasets.load("folder", "train", config.data_dir, 14, resize)
-        batch = next(datasets.batches(data, 16, config.seed, num_workers=0))
+        data = datasets.load("folder", "train", config.data.data_dir, 14, resize)
+        batch = next(datasets.batches(data, 16, config.training.seed, num_workers=0))
         loss = Trainer(config, data, torch.device("cpu")).train_step(*batch)["loss"]
         assert losses(tmp_path / resize) == {1: loss.item()}
     assert losses(tmp_path / "lanczos") != losses(tmp_path / "bilinear")
     with pytest.raises(ValueError, match=r"resize: .* expected 'lanczos' as in .*, got 'bilinear'"):
-        train(TrainConfig(**settings, resize="bilinear"), tmp_path / "lanczos", resume=True)
+        train(config_of(**settings, resize="bilinear"), tmp_path / "lanczos", resume=True)
 
 
-@pytest.mark.parametrize("preset", [name for name, config in PRESETS.items() if config.dataset != "fashion-mnist"])
+@pytest.mark.parametrize("preset", [name for name, config in PRESETS.items() if "fashion-mnist" not in name])
 def test_a_preset_has_the_data_that_were_published(preset):
-    config = PRESETS[preset]
-    if config.conditional:
-        assert (config.dataset, config.resize) == ("folder", "bilinear")
-        assert config.image_size == int(re.search(r"\d+", preset)[0])
+    data = PRESETS[preset].data
+    if data.conditional:
+        assert (data.dataset, data.resize) == ("folder", "bilinear")
+        assert data.image_size == int(re.search(r"\d+", preset)[0])
     else:
-        assert config.dataset == ("cifar10" if "cifar10" in preset else f"{preset.partition('-')[0]}-2016")
-    assert config.dataset == "folder" or config.dataset in datasets._READERS
+        assert data.dataset == ("cifar10" if "cifar10" in preset else f"{preset.partition('-')[0]}-2016")
+    with pytest.raises(ValueError, match="data_dir: expected the folder that holds"):  # a dataset that there is
+        datasets.load(data.dataset)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
@@ -188,7 +198,7 @@ def test_a_stopped_run_saves_the_step_and_says_how_to_go_on(tmp_path, kinds, num
     assert "Traceback" not in errors
     assert max(losses(stopped)) == step
     assert main(["train", f"--resume={stopped}", f"--max-steps={step + 3}"]) == 0
-    train(TrainConfig(**settings | {"max_steps": step + 3}), whole)
+    train(config_of(**settings | {"max_steps": step + 3}), whole)
     assert_same_run(stopped, whole)
 
 
@@ -229,7 +239,7 @@ def half_written(out):
 def uneven(tmp_path_factory):
     """A run that logs on other steps than it saves on."""
     out = tmp_path_factory.mktemp("uneven") / "run"
-    train(TrainConfig(**UNEVEN), out)
+    train(config_of(**UNEVEN), out)
     return out
 
 
@@ -267,7 +277,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, uneven):
 
 def test_a_run_that_is_made_longer_logs_as_if_it_had_always_been(tmp_path, uneven):
     out = tmp_path / "run"
-    train(TrainConfig(**UNEVEN | {"max_steps": 10}), out)
+    train(config_of(**UNEVEN | {"max_steps": 10}), out)
     assert main(["train", f"--resume={out}", "--max-steps=14"]) == 0
     assert metrics(out) == metrics(uneven)
 
@@ -312,14 +322,14 @@ def test_a_run_whose_reader_is_killed_saves_the_step_and_ends_in_one_line(tmp_pa
     step = newest(out)["step"]
     assert max(losses(out)) == step >= 3
     assert main(["train", f"--resume={out}", f"--max-steps={step + 3}"]) == 0
-    train(TrainConfig(**settings | {"max_steps": step + 3}), whole)
+    train(config_of(**settings | {"max_steps": step + 3}), whole)
     assert_same_run(out, whole)
 
 
 def test_readers_end_with_their_run(tmp_path, kinds):
     gc.disable()
     try:
-        train(TrainConfig(**TINY | kinds["folder"] | {"max_steps": 2}), tmp_path / "run")
+        train(config_of(**TINY | kinds["folder"] | {"max_steps": 2}), tmp_path / "run")
         assert multiprocessing.active_children() == []
     finally:
         gc.enable()
@@ -328,7 +338,7 @@ def test_readers_end_with_their_run(tmp_path, kinds):
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, kinds, monkeypatch, capsys):
     pictures, out = Path(shutil.copytree(kinds["folder"]["data_dir"], tmp_path / "pictures")), tmp_path / "run"
     monkeypatch.chdir(tmp_path)
-    train(TrainConfig(**TINY | kinds["folder"] | {"data_dir": Path("pictures"), "max_steps": 2}), out)
+    train(config_of(**TINY | kinds["folder"] | {"data_dir": Path("pictures"), "max_steps": 2}), out)
     kept_data = json.loads((out / "config.json").read_text())["data"]
     assert sum(kept_data[split]["images"] for split in ("train", "test")) == 60
     assert {data["classes"] for data in kept_data.values()} == {2}
@@ -383,7 +393,7 @@ def test_a_run_holds_its_folder_from_before_it_reads_data(tmp_path, monkeypatch)
         return load(*arguments, **options)
 
     monkeypatch.setattr(datasets, "load", check)
-    train(TrainConfig(**TINY | {"max_steps": 1}), out)
+    train(config_of(**TINY | {"max_steps": 1}), out)
     assert refused == [True, True]
 
 
@@ -424,7 +434,7 @@ def test_a_second_interrupt_is_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     for command, line in ((interrupted_twice, "interrupted at once"), (interrupted, "interrupted")):
-        monkeypatch.setitem(cli.COMMANDS, "train", command)
+        monkeypatch.setattr("tarflow.cli.train.run", command)
         assert main(["train"]) == 130
         assert capsys.readouterr().err == f"tarflow train: {line}\n"
 
@@ -453,7 +463,7 @@ def test_an_interrupt_in_the_first_seconds_is_one_line():
 def finished(tmp_path_factory):
     """A run of six steps, with checkpoints at the last two multiples of two."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    train(TrainConfig(**TINY | {"max_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 2}), out)
+    train(config_of(**TINY | {"max_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 2}), out)
     return out
 
 
@@ -525,59 +535,57 @@ BAD_SETTINGS = {
 @pytest.mark.parametrize(("name", "value"), [*BAD_SETTINGS.items(), ("label_drop", 1.0), ("ema_decay", 1.0)])
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected an? (number|integer) .*; got {value}$"):
-        TrainConfig(**{name: value})
+        TrainingConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("conditional", "guidance", "expected"),
     [
-        ({}, Guidance(2.0)),
-        ({"guidance": 1.5}, Guidance(1.5)),
-        ({"guidance": 0.0}, None),
-        ({"conditional": False}, None),
-        ({"conditional": False, "guidance": 0.0}, None),
-        ({"conditional": False, "guidance": Guidance(0.2, temperature=1.5)}, Guidance(0.2, temperature=1.5)),
-        ({"guidance": Guidance(1.0, "constant", parameters="mu")}, Guidance(1.0, "constant", parameters="mu")),
+        (True, Guidance(), Guidance(2.0)),
+        (True, Guidance(1.5), Guidance(1.5)),
+        (True, Guidance(0.0), None),
+        (False, Guidance(), None),
+        (False, Guidance(0.0), None),
+        (False, Guidance(0.2, temperature=1.5), Guidance(0.2, temperature=1.5)),
+        (True, Guidance(1.0, "constant", parameters="mu"), Guidance(1.0, "constant", parameters="mu")),
     ],
     ids=str,
 )
-def test_samples_in_training_are_guided_as_told_and_without_labels_by_temperature_alone(settings, expected, tmp_path):
-    config = TrainConfig(**settings)
-    assert config.sample_guidance == expected
-    assert TrainConfig.read(json.loads(json.dumps(asdict(config)))) == config
-    tiny = {"max_steps": 1, "evaluate_every": 1000, "dataset": "fashion-mnist"}
+def test_samples_in_training_are_guided_as_told_and_without_labels_by_temperature_alone(
+    conditional, guidance, expected, tmp_path, monkeypatch
+):
+    model = TarFlowConfig(patch_size=7, channels=64, num_blocks=2, layers_per_block=1)
+    settings = TrainingConfig(max_steps=1, device="cpu", guidance=guidance)
     drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Gallery, "samples", lambda gallery, *_: drawn.append(gallery.guidance))
-        patch.setattr(Gallery, "trajectory", lambda gallery, *_: None)
-        patch.setattr(Run, "sample", lambda run: run.gallery.samples(run.trainer.average, tmp_path / "samples.png", ""))
-        train(TrainConfig(**TINY | tiny | {"guidance": Guidance()} | settings), tmp_path / "run")
+    monkeypatch.setattr(Gallery, "save_samples", lambda gallery, *_: drawn.append(gallery.guidance))
+    monkeypatch.setattr(Gallery, "save_trajectory", lambda gallery, *_: None)
+    monkeypatch.setattr(
+        Run, "sample", lambda run: run.gallery.save_samples(run.trainer.average, tmp_path / "s.png", "")
+    )
+    train(TrainConfig(DataConfig(conditional=conditional), model, settings), tmp_path / "run")
     assert drawn == [expected]
-
-
-@pytest.mark.parametrize(("conditional", "weight"), [(True, 1.5), (False, 1.5), (False, 2.0)])
-def test_a_run_from_when_guidance_was_a_number_goes_on(conditional, weight):
-    kept = asdict(TrainConfig(conditional=conditional)) | {"guidance": weight}
-    assert TrainConfig.read(kept).sample_guidance == (Guidance(weight) if conditional else None)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance": -1.0}, r"^weight: expected a number from 0 to 100; got -1"),
-        ({"conditional": False, "guidance": 1.0}, "^guidance: the reference branch equals the conditional one"),
-        ({"guidance": Guidance(drop_label=False)}, "^guidance: the reference branch equals the conditional one"),
-        ({"coupling": "mixture", "guidance": Guidance(parameters="mu")}, "^parameters: expected both with a mixture"),
+        ((DataConfig(conditional=False), TarFlowConfig(), Guidance(1.0)), "^guidance: the reference branch equals the"),
+        ((DataConfig(), TarFlowConfig(), Guidance(drop_label=False)), "^guidance: the reference branch equals the"),
         (
-            {"model": "flowpp", "conditional": False, "noise": "uniform", "guidance": Guidance(temperature=2.0)},
+            (DataConfig(), TarFlowConfig(coupling="mixture"), Guidance(parameters="mu")),
+            "^parameters: expected both with a mixture",
+        ),
+        (
+            (DataConfig(conditional=False), FlowPPConfig(), Guidance(temperature=2.0)),
             "^guidance: expected weight 0 for flowpp",
         ),
     ],
-    ids=str,
+    ids=["without labels", "label kept", "part of a mixture", "Flow++"],
 )
 def test_guidance_that_can_have_no_effect_is_refused(settings, message):
+    data, model, guidance = settings
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**settings)
+        TrainConfig(data, model, TrainingConfig(noise="uniform", guidance=guidance))
 
 
 GUIDED = {
@@ -593,7 +601,12 @@ GUIDED = {
 @pytest.mark.parametrize(("arguments", "expected"), GUIDED.items())
 def test_flags_tell_the_guidance_of_the_samples(arguments, expected, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("tarflow.cli.train", lambda config, out, resume: seen.append(config.sample_guidance))
+
+    def train(config, out, resume):
+        seen.append(config.sample_guidance)
+        return TarFlow(TarFlowConfig())
+
+    monkeypatch.setattr("tarflow.cli.train.train", train)
     assert main(["train", *arguments.split(), f"--out={tmp_path / 'run'}"]) == 0
     assert seen == [expected]
 
@@ -607,7 +620,6 @@ def test_guidance_by_labels_that_there_are_not_is_refused_if_asked_for(arguments
 @pytest.mark.parametrize(
     ("kept", "arguments", "expected"),
     [
-        (2.5, [], Guidance(2.5)),
         (asdict(Guidance(1.0, "constant", 1.5)), [], Guidance(1.0, "constant", 1.5)),
         (asdict(Guidance(1.0, "constant", 1.5)), ["--guidance=3"], Guidance(3.0, "constant", 1.5)),
         (asdict(Guidance(1.0)), ["--temperature=0.5"], Guidance(1.0, temperature=0.5)),
@@ -617,12 +629,63 @@ def test_guidance_by_labels_that_there_are_not_is_refused_if_asked_for(arguments
 def test_decoders_are_timed_under_the_guidance_of_the_run(run, monkeypatch, kept, arguments, expected):
     path = run / "config.json"
     settings = json.loads(path.read_text())
-    settings["train"]["guidance"] = kept
+    settings["train"]["training"]["guidance"] = kept
     path.write_text(json.dumps(settings))
     seen = []
     monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, *_: seen.append(guidance) or [])
     assert main(["calibrate", str(run), "--device=cpu", *arguments]) == 0
     assert seen == [expected]
+
+
+FLAT = """
+{"dataset": "fashion-mnist", "data_dir": null, "image_size": null, "resize": "lanczos", "flip": null,
+ "conditional": true, "model": "tarflow", "coupling": "affine", "num_mixtures": 8, "patch_size": 7, "channels": 64,
+ "num_blocks": 2, "layers_per_block": 1, "head_dim": 64, "expansion": 4, "volume_preserving": false,
+ "stack": "squeeze stripe4 channel4", "filters": 32, "blocks_per_coupling": 2, "attention": "softmax",
+ "pointwise": true, "elu_output": false, "weight_norm": false, "dropout": 0.0, "noise": "gaussian",
+ "dequantizer": {"coupling": "mixture", "num_mixtures": 8, "filters": 16, "blocks_per_coupling": 1,
+  "attention": "none", "pointwise": true, "elu_output": false, "weight_norm": false, "dropout": 0.0,
+  "stack": "stripe4", "context_filters": 16, "context_blocks": 1, "context_norm": false, "context_attention": "none"},
+ "sigma": 0.1, "label_drop": 0.1, "max_steps": 6, "batch_size": 16, "learning_rate": 1.0, "min_learning_rate": 1e-06,
+ "warmup_steps": 10000, "schedule": "cosine", "loss_per": "dimension", "beta2": 0.95, "weight_decay": 0.0001,
+ "gradient_clip": 1.0, "ema_decay": 0.999, "precision": "auto", "compile": false, "max_bad_steps": 20, "seed": 0,
+ "device": "cpu", "log_every": 1, "evaluate_every": 500, "sample_every": 500, "checkpoint_every": 2,
+ "keep_checkpoints": 2, "score_draws": 0, "guidance": {"weight": 0.0, "schedule": "linear", "temperature": 1.0,
+  "parameters": "both", "drop_label": true}}
+"""
+
+
+def write_flat(run, **changes):
+    """The settings of the fixture's run as they were written before they were nested; the other files are the same."""
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train": json.loads(FLAT) | changes}))
+
+
+def test_a_run_of_the_last_release_goes_on_and_is_scored(run, tmp_path):
+    before, whole = read_run(run), Path(shutil.copytree(run, tmp_path / "whole"))
+    write_flat(run)
+    assert read_run(run) == before
+    assert main(["evaluate", str(run), "--num-images=4", "--draws=1", "--device=cpu"]) == 0
+    for folder in (run, whole):
+        assert main(["train", f"--resume={folder}", "--max-steps=9"]) == 0
+    assert_same_run(run, whole)
+    assert set(json.loads((run / "config.json").read_text())["train"]) == {"data", "training"}
+
+
+def test_settings_that_an_old_run_does_not_tell_have_their_defaults(run):
+    settings = json.loads(FLAT)
+    for name in ("dequantizer", "guidance", "score_draws", "loss_per"):
+        del settings[name]
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train": settings}))
+    training = read_run(run).training
+    assert (training.guidance, training.importance_samples, training.loss_per) == (Guidance(), 8, "dimension")
+
+
+@pytest.mark.parametrize(("conditional", "weight"), [(True, 1.5), (False, 1.5), (False, 2.0)])
+def test_a_run_from_when_guidance_was_a_number_goes_on(run, conditional, weight):
+    write_flat(run, conditional=conditional, guidance=weight)
+    assert read_run(run).sample_guidance == (Guidance(weight) if conditional else None)
 
 
 @pytest.mark.parametrize("data", [5, {"train": 5}, {"train": {"digest": None}}, {"train": {"digest": "0"}, "test": []}])
@@ -704,8 +767,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
 def test_a_run_that_diverges_gives_up_and_leaves_its_checkpoints(run):
     before = kept(run)
     hopeless = TINY | {"learning_rate": 1e35, "max_bad_steps": 4, "checkpoint_every": 1000}
-    with pytest.raises(Diverged, match=r"the last 4 steps had a loss or gradient that is not finite.* below 1e\+35"):
-        train(TrainConfig(**hopeless), run, resume=True)
+    with pytest.raises(
+        TrainingDiverged, match=r"the last 4 steps had a loss or gradient that is not finite.* below 1e\+35"
+    ):
+        train(config_of(**hopeless), run, resume=True)
     assert kept(run) == before
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["bad_in_a_row"] for row in rows[-4:]] == [1, 2, 3, 4]
@@ -714,8 +779,8 @@ def test_a_run_that_diverges_gives_up_and_leaves_its_checkpoints(run):
 def test_steps_that_are_not_finite_push_no_checkpoint_out(run):
     hopeless = TINY | {"learning_rate": 1e35, "max_bad_steps": 4, "checkpoint_every": 1, "keep_checkpoints": 2}
     # The step before the first bad one is finite, if only just.
-    with pytest.raises(Diverged, match=r"; checkpoints from before them: 6, 7$"):
-        train(TrainConfig(**hopeless), run, resume=True)
+    with pytest.raises(TrainingDiverged, match=r"; checkpoints from before them: 6, 7$"):
+        train(config_of(**hopeless), run, resume=True)
     assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(run / "checkpoints")] == [6, 7]
 
 

@@ -1,0 +1,38 @@
+"""``tarflow convert``: read a published checkpoint, write a folder that the other commands read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ..published import load_published
+from ..validation import check_sigma
+from .parsing import parse
+from .shared import check_new_folder
+
+__all__ = ["Convert", "run"]
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint of the paper's code (.pth) to a folder that all commands and from_pretrained read."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    in_channels: int = 3
+    """channels of the images, which the weights do not tell"""
+    sigma: float = 0.0
+    """standard deviation of the noise in training, the last number in the name of a published file"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Convert a checkpoint."""
+    command, _ = parse(Convert, arguments)
+    check_sigma("sigma", command.sigma)
+    check_new_folder("out", command.out)
+    if (command.out / "config.json").exists():
+        raise FileExistsError(f"out: {command.out} already holds a model; choose another folder")
+    model = load_published(command.checkpoint, command.in_channels)
+    model.save_pretrained(command.out, sigma=command.sigma)
+    print(f"wrote {command.out}: {model.config}")

@@ -1,0 +1,138 @@
+"""The log of a run: its metrics in ``metrics.jsonl``, the same as events of TensorBoard, and a progress bar."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ..files import atomic_write, name_full_disk
+from .config import TrainingConfig
+from .interruptions import raise_thread_errors_once
+from .trainer import MEASURES
+
+__all__ = ["Log"]
+
+
+class Log:
+    """The metrics of a run, of which :meth:`add` averages those of several steps into a row.
+
+    Attributes:
+        pending: the measures of each step that no row holds yet.
+    """
+
+    def __init__(self, folder: Path, config: TrainingConfig):
+        self.folder, self.config = folder, config
+        self.path = folder / "metrics.jsonl"
+        self.pending: list[dict[str, Tensor]] = []
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows that a run which goes on from a step would not have logged by now, had it not been interrupted.
+
+        Among them are the evaluation at this very step, which is repeated, and a row that was written only because the
+        step was the last one, if it is that no more: :attr:`pending` holds its measures.
+        """
+        if not self.path.exists():
+            return
+        complete = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [row for row in complete if self._is_kept(row, step)]
+        with atomic_write(self.path) as beside:
+            beside.write_text("".join(kept))
+
+    def _is_kept(self, row: str, step: int) -> bool:
+        try:
+            row = json.loads(row)
+            return row["step"] < step or (row["step"] == step and "loss" in row and self._writes(step))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: expected rows with a step; got {row!r:.60}") from error
+
+    def _writes(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step >= self.config.max_steps
+
+    @contextlib.contextmanager
+    def open(self, step: int) -> Iterator[None]:
+        """Keep the events and the progress bar open, from a step on."""
+        self._since, self._since_step = time.perf_counter(), step
+        with (
+            name_full_disk(self.folder),
+            raise_thread_errors_once(),
+            SummaryWriter(str(self.folder), purge_step=step + 1) as self._writer,
+            tqdm(
+                total=self.config.max_steps,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=1 if sys.stderr.isatty() else 30,
+            ) as self._bar,
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Within the block no time passes for the speed of training."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def add(self, step: int, measures: dict[str, Tensor], learning_rate: float) -> int:
+        """Collect the measures of a step on the device, and look at them only when a row is due.
+
+        Returns:
+            how many steps in a row were not finite, up to this one; 0 where no row was due.
+        """
+        self.pending.append(measures)
+        if not self._writes(step):
+            return 0
+        # One transfer for all of them.
+        values = torch.stack([torch.stack(list(row.values())).float() for row in self.pending]).cpu()
+        row = dict(zip(measures, values.mean(0).tolist(), strict=True))
+        last = dict(zip(measures, values[-1].int().tolist(), strict=True))
+        row["bad_steps"], row["bad_in_a_row"] = last["bad_steps"], last["bad_in_a_row"]
+        now = time.perf_counter()
+        row["images_per_second"] = (step - self._since_step) * self.config.batch_size / (now - self._since)
+        row["learning_rate"] = learning_rate
+        self._since, self._since_step = now, step
+        if step % self.config.log_every == 0:  # else a run that is made longer goes on with them
+            self.pending = []
+        self.write(step, row)
+        self._bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, {row['bits_per_dim']:.3f} bits/dim, {row['images_per_second']:.0f} images/s",
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)
+        return last["bad_in_a_row"]
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Append a row, and write its values as events."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def write_picture(self, step: int, name: str, path: Path) -> None:
+        """Write a picture as an event."""
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The pending measures, of all steps together by their names."""
+        return {name: torch.stack([row[name] for row in self.pending]) for name in MEASURES if self.pending}
+
+    def load_state_dict(self, measures: dict[str, Tensor]) -> None:
+        """Take the pending measures of a checkpoint; ValueError where they are none."""
+        if measures == {}:
+            self.pending = []
+            return
+        sound = isinstance(measures, dict) and set(measures) == set(MEASURES)
+        if not sound or any(not isinstance(part, Tensor) or part.dim() != 1 for part in measures.values()):
+            raise ValueError(f"state.measures: expected a tensor (n,) for each of {', '.join(MEASURES)}")
+        steps = zip(*(measures[name] for name in MEASURES), strict=True)
+        self.pending = [dict(zip(MEASURES, step, strict=True)) for step in steps]
