@@ -61,6 +61,8 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """Compute all scores that make sense for a model trained with Gaussian noise of sigma, or, for 0, noise in bins."""
+    if not len(pixels):
+        raise ValueError("pixels: expected at least one image to score; got none")
     generator = Generator(model.device).manual_seed(seed)
     conditions = labels if model.config.num_classes else None
     scores = {}

@@ -57,6 +57,8 @@ def read_state(path: Path | str) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, compressed, or holds more than tensors, numbers and names.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a device may have no end
+        raise ValueError("it is no file")
     try:
         if zipfile.is_zipfile(path):  # files from before PyTorch 1.6 are none
             _check_zip(path)

@@ -1,6 +1,7 @@
 """Guidance: moving the parameters of each token's map away from those of a less informed reference branch."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ class Guidance:
         drop_label: whether the reference branch drops the label. A model without classes has none to drop.
 
     Raises:
-        ValueError: a weight or a temperature out of range, an unknown name.
+        ValueError: a weight or a temperature that is no number or out of range, an unknown name.
     """
 
     weight: float = 2.0
@@ -42,13 +43,15 @@ class Guidance:
     drop_label: bool = True
 
     def __post_init__(self):
-        if not 0 <= self.weight <= MAX_WEIGHT:
+        if not isinstance(self.weight, Real) or not 0 <= self.weight <= MAX_WEIGHT:
             raise ValueError(f"weight: expected a number from 0 to {MAX_WEIGHT}; got {self.weight}")
-        if not 1 / MAX_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+        if not isinstance(self.temperature, Real) or not 1 / MAX_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
             raise ValueError(
                 f"temperature: expected a number from {1 / MAX_TEMPERATURE:g} to {MAX_TEMPERATURE}; "
                 f"got {self.temperature}"
             )
+        if not isinstance(self.drop_label, bool):
+            raise ValueError(f"drop_label: expected True or False; got {self.drop_label!r}")
         for name, value, known in (
             ("schedule", self.schedule, ("linear", "constant")),
             ("parameters", self.parameters, ("both", "alpha", "mu")),

@@ -221,6 +221,8 @@ class ImageFlow(nn.Module):
         dropout of training.
         """
         self._check_pixels(pixels)
+        if not len(pixels):
+            raise ValueError("pixels: expected at least one image, whose values set the scales; got none")
         with in_mode(self, training=True):
             initialize_from_data(self, lambda: self(self.dequantize(pixels, generator)[0], labels))
 

@@ -56,6 +56,8 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected a number; got {short(value)}")
         elif kind in (bool, str) and not isinstance(value, kind):
             raise ValueError(f"{name}: expected {'True or False' if kind is bool else 'a string'}; got {short(value)}")
+        elif type(None) in get_args(kind) and not isinstance(value, kind):
+            raise ValueError(f"{name}: expected a {get_args(kind)[0].__name__} or None; got {short(value)}")
         elif get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}; got {short(value)}")
 

@@ -5,6 +5,7 @@ files that anyone may have made, and :mod:`.streaming` the batches.
 """
 
 import math
+from numbers import Integral
 from pathlib import Path
 
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
@@ -50,10 +51,15 @@ def load(
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-    if image_size is not None and not 1 <= image_size <= math.isqrt(MAX_PIXELS):
-        raise ValueError(f"image_size: expected 1 to {math.isqrt(MAX_PIXELS)}, got {image_size}")
-    if resize not in RESIZE:
+    most = math.isqrt(MAX_PIXELS)
+    if image_size is not None and not (isinstance(image_size, Integral) and 1 <= image_size <= most):
+        raise ValueError(f"image_size: expected 1 to {most}, got {image_size}")
+    if resize not in [*RESIZE]:
         raise ValueError(f"resize: expected one of {', '.join(RESIZE)}; got {resize!r}")
+    if not isinstance(data_dir, str | Path | None):
+        raise ValueError(f"data_dir: expected the folder that holds the files, or None; got {data_dir!r}")
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected one of {', '.join(READERS)}, folder, hub:<dataset id>; got {name!r}")
     if name.startswith("hub:") and name != "hub:":
         return read_hub(name, split, data_dir, image_size, resize)
     if name != "folder" and name not in READERS:

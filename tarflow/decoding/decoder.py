@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 
 import torch
@@ -56,11 +57,11 @@ class Decoder:
             raise ValueError(f"decoder: expected one of {', '.join(NAMES)}; got {self.name!r}")
         if self.window is not None and self.name != "jacobi":
             raise ValueError(f"window: expected none with the {self.name} decoder, only with jacobi; got {self.window}")
-        if self.window is not None and self.window < 1:
+        if self.window is not None and (not isinstance(self.window, Integral) or self.window < 1):
             raise ValueError(f"window: expected at least 1; got {self.window}")
         if self.tolerance is None:
             object.__setattr__(self, "tolerance", 0.0 if self.name == "sequential" else TOLERANCE)
-        if not 0 <= self.tolerance < float("inf"):
+        if not isinstance(self.tolerance, Real) or not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"tolerance: expected a finite number >= 0; got {self.tolerance}")
         if self.tolerance and self.name == "sequential":
             raise ValueError(f"tolerance: expected none with the sequential decoder; got {self.tolerance}")

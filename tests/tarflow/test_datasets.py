@@ -402,6 +402,10 @@ def test_hub_without_the_extra_says_what_to_install(monkeypatch):
 
 
 BAD_ARGUMENTS = [
+    ({"name": 5}, "name: expected one of fashion-mnist, .*; got 5"),
+    ({"data_dir": 5}, "data_dir: expected the folder that holds the files, or None; got 5"),
+    ({"image_size": "28"}, "image_size: expected 1 to 7071, got 28"),
+    ({"resize": ["box"]}, r"resize: expected one of .*; got \['box'\]"),
     ({"name": "minst"}, "name: expected one of fashion-mnist, mnist, cifar10, .*; got 'minst'"),
     ({"split": "val"}, "split: expected 'train' or 'test', got 'val'"),
     ({"name": "cifar10"}, "data_dir: expected the folder that holds cifar10, got None"),

@@ -15,7 +15,17 @@ from torch.distributions import MultivariateNormal, Uniform
 from torch.testing import assert_close
 
 from helpers import draw, tarflow
-from tarflow import FlowPP, FlowPPConfig, Guidance, ImageFlow, TarFlow, TarFlowConfig, hardware, load_pretrained
+from tarflow import (
+    Decoder,
+    FlowPP,
+    FlowPPConfig,
+    Guidance,
+    ImageFlow,
+    TarFlow,
+    TarFlowConfig,
+    hardware,
+    load_pretrained,
+)
 from tarflow.decoding import calibration
 from tarflow.denoising import tweedie
 from tarflow.evaluation import evaluate
@@ -468,6 +478,14 @@ PLAIN, CLASSES, MIXTURE = {}, {"num_classes": 3}, {"num_classes": 3, "coupling":
         (CLASSES, lambda model: model.sample(2, TWO, guidance=2.0), TypeError, "guidance"),
         (CLASSES, lambda model: model.inverse(Z, TWO, 2.0), TypeError, "guidance"),
         (CLASSES, lambda model: model(X, TWO.numpy()), TypeError, "labels"),
+        (PLAIN, lambda model: model.initialize(X[:0].byte()), ValueError, "pixels"),
+        (PLAIN, lambda model: evaluate(model, X[:0].byte(), TWO[:0], 0.0), ValueError, "pixels"),
+        *((PLAIN, lambda _, what=what: Guidance(**{what: "x"}), ValueError, what)
+          for what in ("weight", "temperature", "drop_label")),
+        *((PLAIN, lambda _, wrong=wrong: Decoder("jacobi", **wrong), ValueError, next(iter(wrong)))
+          for wrong in ({"window": 1.5}, {"window": "x"}, {"tolerance": "x"})),
+        *((PLAIN, lambda _, kind=kind: kind(dequantizer=5), ValueError, "dequantizer")
+          for kind in (TarFlowConfig, FlowPPConfig)),
         *((PLAIN, lambda model, sigma=sigma: model.denoise(X, sigma), ValueError, "sigma") for sigma in NO_SIGMAS),
         *((PLAIN, lambda model, sigma=sigma: model.sample(1, denoise_sigma=sigma), ValueError, "denoise_sigma")
           for sigma in NO_SIGMAS),
