@@ -51,7 +51,8 @@ def check_tensors(
             raise ValueError(f"{other}: expected {expected}; got {tuple(tensor.shape)}")
         found = tensor.dtype
         if found is not dtype and not (dtype is None and found.is_floating_point):
-            expected = f"the dtype of {name}, {dtype}" if dtype is first.dtype else dtype or "a floating-point tensor"
+            wanted = "a floating-point tensor" if dtype is None else str(dtype)
+            expected = f"the dtype of {name}, {dtype}" if dtype is first.dtype else wanted
             raise TypeError(f"{other}: expected {expected}; got {found}")
         if tensor.device != device:
             raise ValueError(f"{other}: expected the device of {name}, {device}; got {tensor.device}")

@@ -63,8 +63,8 @@ def causal_attention(
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> Tensor:
-    temperature = 1.0 if temperature is None else temperature
-    return reference.causal_attention(q, k, v, temperature=temperature, scale=scale)
+    tau = 1.0 if temperature is None else temperature
+    return reference.causal_attention(q, k, v, temperature=tau, scale=scale)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> Tensor:

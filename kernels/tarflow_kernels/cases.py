@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .scales import EXP, Scale
 
@@ -45,10 +46,10 @@ def decoding(
     from .triton.decode import decode_attention
 
     q, k, v = torch.randn(rows, new, 3, HEADS, head_dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
-    caches = torch.randn(2, rows, HEADS, capacity, head_dim, device=device).to(dtype)
+    cache_k, cache_v = torch.randn(2, rows, HEADS, capacity, head_dim, device=device).to(dtype)
     positions = torch.full((rows,), capacity - new, dtype=torch.int32, device=device)
     temperature = torch.ones(rows, device=device) if tempered else None
-    return functools.partial(decode_attention, q, k, v, *caches, positions, temperature, head_dim**-0.5)
+    return functools.partial(decode_attention, q, k, v, cache_k, cache_v, positions, temperature, head_dim**-0.5)
 
 
 def affine(
@@ -86,10 +87,13 @@ def mixture(
     outputs = torch.randn(*shape, 2 + 3 * components, device=device).to(dtype)
     if order == "elements":
         outputs = outputs.movedim(-1, 2).contiguous().movedim(2, -1)
-    x, theta = torch.randn(shape, device=device), outputs[..., 2:].chunk(3, dim=-1)
-    forward = functools.partial(mixture_map, x, *theta, -7.0, inverse)
+    x, (logits, means, log_scales) = torch.randn(shape, device=device), outputs[..., 2:].chunk(3, dim=-1)
+    options = -7.0, inverse
+    forward = functools.partial(mixture_map, x, logits, means, log_scales, *options)
     out, logdet = forward()
-    return forward, functools.partial(mixture_map_backward, out, logdet, out, *theta, x.dtype, -7.0, inverse)
+    return forward, functools.partial(
+        mixture_map_backward, out, logdet, out, logits, means, log_scales, x.dtype, *options
+    )
 
 
 def embedding(
@@ -101,11 +105,12 @@ def embedding(
     x, z = torch.randn(2, rows, length, token_dim, device=device)
     halves = torch.randn(2 * rows, 2 * token_dim, device=device).to(dtype).chunk(2)
     (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in halves)
-    guidance = (mu_ref, alpha_ref, torch.ones(length, device=device)) if guided else (None, None, None)
+    others: tuple[Tensor | None, Tensor | None] = (mu_ref, alpha_ref) if guided else (None, None)
+    weights = torch.ones(length, device=device) if guided else None
     positions = torch.zeros(rows, dtype=torch.int32, device=device)
     tables = ((token_dim, channels), (length, channels), ((1 + guided) * rows, channels))
     projection, embedding, context = (torch.randn(shape, device=device) for shape in tables)
-    return functools.partial(embed_next, x, z, mu, alpha, *guidance, positions, projection, embedding, context)
+    return functools.partial(embed_next, x, z, mu, alpha, *others, weights, positions, projection, embedding, context)
 
 
 def normalization(device: str, dtype: torch.dtype, rows: int, channels: int, *, residual: bool) -> Launch:

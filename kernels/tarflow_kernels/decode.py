@@ -95,10 +95,10 @@ def decode_attention(
     check_floating("q", dtype)
     if len(shape) != 4 or not shape[3]:
         raise ValueError(f"q: expected shape (B, H, G, D), D at least 1; got {tuple(shape)}")
-    (rows, heads, new, head_dim), cached = shape, cache_k.shape
-    if len(cached) != 4:
-        raise ValueError(f"cache_k: expected shape ({rows}, {heads}, capacity, {head_dim}); got {tuple(cached)}")
-    capacity = cached[2]
+    (rows, heads, new, head_dim), given = shape, cache_k.shape
+    if len(given) != 4:
+        raise ValueError(f"cache_k: expected shape ({rows}, {heads}, capacity, {head_dim}); got {tuple(given)}")
+    capacity = given[2]
     cached = rows, heads, capacity, head_dim
     check_tensors(
         "q",

@@ -15,6 +15,7 @@ writes is contiguous.
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,7 @@ def _by_passes(
         return inverse(y, made, features)
 
     x, rests = fixed_point_inverse(update, torch.zeros_like(y), passes)
+    assert made is not None  # there was a pass
     return (x, made) if rests or passes == enough else None  # no parameter depends on what the last pass found
 
 
@@ -148,7 +150,8 @@ def _whole_network(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
         for node, masked in zip(network.nodes, weights, strict=True):
             if isinstance(node, Linear):
                 terms = zip(node.terms, masked, strict=True)
-                values.append(sum(F.linear(values[source], weight, layer.bias) for (source, layer), weight in terms))
+                parts = (F.linear(values[source], weight, layer.bias) for (source, layer), weight in terms)
+                values.append(cast(Tensor, sum(parts)))
             else:
                 values.append(node.function(*(values[source] for source in node.sources), *node.extras))
         if network.parameters_first:
@@ -166,7 +169,7 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
     nodes = [_ordered(node, plan, k, units) for k, node in enumerate(network.nodes, 1)]
     sums = [node for node in nodes if isinstance(node, _Sum)]
     narrow, wide = WINDOWS if len(y) <= MANY_ROWS else WINDOWS_OF_MANY_ROWS
-    if network.context_size:
+    if network.context is not None:
         units[0].values[: network.context_size] = network.context.t()
     x, parameters = units[0].values[network.context_size :], units[-1].values.view(network.features, -1, len(y))
     sizes = [size // parameters.shape[1] for size in _differences(plan.ends[-1])]
@@ -185,8 +188,8 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
         if step % narrow == 0:
             for node in sums:
                 node.begin(step, min(step + narrow, plan.steps))
-        for node in nodes:
-            node.complete(step)
+        for each in nodes:
+            each.complete(step)
         x_step.copy_(inverse(y_step, parameters_step, features))
     rank = plan.features.argsort()
     return x[rank].t().contiguous(), parameters[rank].permute(2, 0, 1)

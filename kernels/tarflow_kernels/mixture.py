@@ -314,9 +314,8 @@ def solve_and_count(
         leave_out_solved = v.is_cpu
     x, evaluations = torch.empty_like(v), torch.empty_like(v, dtype=torch.int32)
     for rows in _blocks(logits):
-        components = [_components_first(t[rows], v.dtype).flatten(1) for t in (logits, means, log_scales)]
-        components[2] = components[2].clamp(min=min_log_scale)
-        solved, counted = _newton(v[rows].flatten(), *components, leave_out_solved)
+        log_pi, mu, s = (_components_first(t[rows], v.dtype).flatten(1) for t in (logits, means, log_scales))
+        solved, counted = _newton(v[rows].flatten(), log_pi, mu, s.clamp(min=min_log_scale), leave_out_solved)
         x[rows], evaluations[rows] = solved.view_as(v[rows]), counted.view_as(v[rows])
     return x, evaluations
 

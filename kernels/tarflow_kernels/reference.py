@@ -113,6 +113,8 @@ def embed_next(
     """
     samples, i = torch.arange(len(x), device=x.device), positions.long() + 1
     if weights is not None:
+        assert mu_ref is not None
+        assert alpha_ref is not None
         w = weights[i, None]
         mu, alpha = (1 + w) * mu - w * mu_ref, (1 + w) * alpha - w * alpha_ref
     token = z[samples, i] * torch.exp(alpha) + mu

@@ -17,7 +17,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def every_case() -> Iterator[Case]:
         yield _affine(torch.float32, 48, scale)
 
 
-def _launch(builders: list[Callable[[], object]]) -> None:
+def _launch(builders: Sequence[Callable[[], object]]) -> None:
     """Build each case and launch it, forward and backward."""
     for build in builders:
         built = build()
@@ -151,7 +151,7 @@ def _mixture(dtype: torch.dtype, components: int, order: str) -> Case:
 
 def measure(target: str, case: Case) -> dict[str, Resources]:
     """Resources of the kernels that a case launches, by their names."""
-    found = {}
+    found: dict[str, Resources] = {}
     for compiled in compile_only(TARGETS[target], case.launch):
         kernel = compiled.metadata.name.removeprefix("_").removesuffix("_kernel")
         name = f"{kernel} {str(case.dtype).removeprefix('torch.')} {case.shape}"
@@ -244,7 +244,7 @@ def measure_all(targets: list[str], ops: list[str], workers: int) -> dict[str, d
 def _measure_case(target: str, index: int) -> dict[str, Resources]:
     from .triton import configs
 
-    configs.device_name = lambda: None  # not what was tuned for a card that this machine may have
+    configs.device_name = lambda: None  # type: ignore[assignment]  # not what was tuned for a card that this machine may have
     return measure(target, list(every_case())[index])
 
 

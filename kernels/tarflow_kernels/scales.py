@@ -99,6 +99,7 @@ def log_scale(raw: Tensor, scale: Scale) -> Tensor:
             return raw.clamp(first, second).detach() + (raw - raw.detach())
         case "tanh":
             return first * torch.tanh(raw / first)
+    raise ValueError(f"kind: expected the kind of a scale; got {kind!r}")
 
 
 def _finite(**argument: float) -> float:

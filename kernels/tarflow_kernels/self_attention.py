@@ -78,10 +78,10 @@ class CausalSelfAttention(nn.Module):
             TypeError, ValueError: as ``forward``; caches or positions that do not fit in shape, dtype or device; more
                 new tokens than the capacity; on a CPU, positions beyond it.
         """
-        heads = self._split(x)
+        q, k, v = self._split(x)
         if cache_k.dim() == 4 and x.shape[1] > cache_k.shape[2]:
             raise ValueError(f"x: expected no more new tokens than the capacity {cache_k.shape[2]}; got {x.shape[1]}")
-        return self._join(decode_attention(*heads, cache_k, cache_v, positions, temperature=temperature))
+        return self._join(decode_attention(q, k, v, cache_k, cache_v, positions, temperature=temperature))
 
     def _split(self, x: Tensor) -> list[Tensor]:
         """Project to queries, keys and values ``(B, H, N, D)``, views of one tensor."""

@@ -60,8 +60,8 @@ def problems() -> Iterator[Problem]:
     for name in ("bfloat16", "float32"):
         dtype = getattr(torch, name)
         for inner in (64, 4096):  # elements of a sample; one of 4096 and more is cut into parts
-            for phase, kernel in enumerate(("affine_map", "affine_map_backward")):
-                make = partial(_affine, phase, dtype, inner)
+            for backward, kernel in enumerate(("affine_map", "affine_map_backward")):
+                make = partial(_affine, backward, dtype, inner)
                 yield Problem(kernel, f"{name},n{inner}", affine.CANDIDATES, make)
         for components, order in itertools.product((32, 4), ("elements", "components")):
             for kernel in ("mixture_map", "mixture_map_backward", "mixture_map_inverse"):
@@ -102,7 +102,7 @@ def tune(problem: Problem, candidates: list[dict[str, int]]) -> tuple[dict[str, 
         with configs.use(problem.kernel, candidate), contextlib.suppress(OutOfResources):
             if _agree(launch(), expected):
                 times[json.dumps(candidate)] = time_it()
-    best = min(times, key=times.get)
+    best = min(times, key=lambda name: times[name])
     line = (
         f"{1e3 * times['present']:9.1f} us{1e3 * times[best]:9.1f} us  {best}"
         f"  ({len(times) - 1} of {len(problem.candidates)} candidates timed)"
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 
     deadline = time.monotonic() + arguments.seconds
     device, target = configs.device_name(), triton.runtime.driver.active.get_current_target()
+    assert device is not None  # there is a GPU
     print(device, flush=True)
     asked = tuple(arguments.op or [""])
     chosen = [(i, problem) for i, problem in enumerate(problems()) if problem.kernel.startswith(asked)]

@@ -137,6 +137,8 @@ def is_elementwise(function: Callable[[Tensor], Tensor], like: Tensor) -> bool:
 
 def batch_norm(network: MaskedNetwork, node: int, norm: nn.BatchNorm1d) -> int:
     """Add batch normalization by running statistics, a scale and a shift of each unit."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return network.map(_scale_and_shift, node, extras=(scale, norm.bias - scale * norm.running_mean))
 

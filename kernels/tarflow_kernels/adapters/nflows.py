@@ -4,7 +4,7 @@ In the flow that :func:`accelerate` returns, affine maps run through :func:`~tar
 inverse, with their log-dets, and masked autoregressive transforms are inverted incrementally.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from nflows.transforms import autoregressive as library
@@ -45,7 +45,7 @@ def accelerate(flow: Module) -> Module:
 class _Autoregressive(MaskedAutoregressive):
     """A base for nflows' transforms, whose networks are read here."""
 
-    def read(self, features: int, context: Tensor | None) -> MaskedNetwork | None:
+    def read(self: Any, features: int, context: Tensor | None) -> MaskedNetwork | None:
         return read(self.autoregressive_net, features, context)
 
 
@@ -103,7 +103,7 @@ _REPLACEMENTS = common.replacements_of(
 
 
 @torch.no_grad()
-def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
+def read(made: Any, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
     """Read a ``MADE`` as a masked network; None if it is something else, or not plain."""
     if type(made) is not MADE or not is_plain(made) or not is_elementwise(made.activation, made.initial_layer.weight):
         return None

@@ -5,7 +5,7 @@ inverse, with their log-dets, and masked autoregressive flows are inverted incre
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def accelerate(flow: Module) -> Module:
 class _Autoregressive(MaskedAutoregressive):
     """A base for normflows' transforms, whose networks are read here."""
 
-    def read(self, features: int, context: Tensor | None) -> MaskedNetwork | None:
+    def read(self: Any, features: int, context: Tensor | None) -> MaskedNetwork | None:
         return read(self.autoregressive_net, features, context)
 
 
@@ -125,7 +125,7 @@ _REPLACEMENTS = common.replacements_of(
 
 
 @torch.no_grad()
-def read(made: nn.Module, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
+def read(made: Any, features: int, context: Tensor | None = None) -> MaskedNetwork | None:
     """Read a ``MADE`` as a masked network; None if it is something else, or not plain."""
     if type(made) is not MADE or not is_plain(made) or not _is_elementwise(made):
         return None

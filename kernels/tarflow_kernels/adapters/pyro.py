@@ -8,13 +8,17 @@ transforms are inverted incrementally.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import transforms as library
-from pyro.distributions.conditional import ConditionalTransformedDistribution, ConstantConditionalTransform
+from pyro.distributions.conditional import (
+    ConditionalTransform,
+    ConditionalTransformedDistribution,
+    ConstantConditionalTransform,
+)
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, SigmoidTransform, Transform
@@ -63,6 +67,11 @@ def accelerate(flow: Flow) -> Flow:
     >>> torch.allclose(fast.inv(y), transform.inv(y), atol=1e-5)
     True
     """
+    accelerated: Any = _accelerated(flow)
+    return accelerated
+
+
+def _accelerated(flow: Any) -> Any:
     match flow:
         case dist.TransformedDistribution():
             return dist.TransformedDistribution(flow.base_dist, [accelerate(part) for part in flow.transforms])
@@ -85,7 +94,7 @@ def accelerate(flow: Flow) -> Flow:
     raise TypeError(f"flow: expected a transform of Pyro or a distribution of them; got {type(flow).__name__}")
 
 
-def _reset(transform: Transform) -> Transform:
+def _reset(transform: Any) -> Any:
     """Drop what Pyro keeps on an instance of the former class: the values computed last, and methods where stable."""
     transform._cached_x_y, transform._cached_logdet = (None, None), None
     for method in ("_call", "_inverse"):
@@ -96,7 +105,7 @@ def _reset(transform: Transform) -> Transform:
 class _Cached:
     """A base for transforms that keep the log-det, summed, of the last pair of values."""
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+    def log_abs_det_jacobian(self: Any, x: Tensor, y: Tensor) -> Tensor:
         last_x, last_y = self._cached_x_y
         if x is not last_x or y is not last_y:
             self._cached_x_y = None, None
@@ -107,7 +116,7 @@ class _Cached:
 class _Autoregressive(_Cached):
     """A base for autoregressive transforms, whose inverse is incremental."""
 
-    def _solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Find x, and its parameters ``(..., D, P)``."""
         arn, context = _parts(self.arn)
         rows = y.reshape(-1, y.shape[-1])
@@ -179,7 +188,7 @@ class SplineAutoregressive(_Autoregressive, library.SplineAutoregressive):
     def _elementwise_inverse(self, y: Tensor, parameters: Tensor, features: Tensor) -> Tensor:
         return self._spline(parameters)._inverse(y)
 
-    def _spline(self, parameters: Tensor) -> Transform:
+    def _spline(self, parameters: Tensor) -> Any:
         """The splines of as many features as there are parameters for."""
         arn, _ = _parts(self.arn)
         made = parameters.transpose(-1, -2).split(arn.param_dims, dim=-2)
@@ -233,11 +242,14 @@ class AffineCoupling(_Cached, library.AffineCoupling):
         return torch.cat([seen, flat.view(changed.shape)], dim=self.dim), logdet
 
 
-class _Conditional:
-    """A base for conditional transforms: the transform of a context is one of this module."""
+class _Conditional(ConditionalTransform):
+    """A base for conditional transforms: the transform of a context is one of this module.
+
+    It has the base of Pyro's, since Python changes the class of an object only where their layouts are alike.
+    """
 
     def condition(self, context: Tensor) -> Transform:
-        return _conditioned(super().condition(context))
+        return _conditioned(cast(Any, super()).condition(context))
 
 
 class ConditionalAffineAutoregressive(_Conditional, library.ConditionalAffineAutoregressive):
@@ -268,7 +280,7 @@ _REPLACEMENTS = replacements_of(
 )
 
 
-def read(arn: nn.Module, context: Tensor | None = None) -> MaskedNetwork | None:
+def read(arn: Any, context: Tensor | None = None) -> MaskedNetwork | None:
     """Read an ``AutoRegressiveNN``, conditional or not; None if it is something else, or not plain."""
     if type(arn) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN) or not is_plain(arn):
         return None
@@ -283,7 +295,7 @@ def read(arn: nn.Module, context: Tensor | None = None) -> MaskedNetwork | None:
     return network
 
 
-def _parts(arn: Callable) -> tuple[nn.Module, Tensor | None]:
+def _parts(arn: Any) -> tuple[Any, Tensor | None]:
     """The network of a transform, and the context that a conditional one has bound to it."""
     return (arn.func, arn.keywords["context"]) if isinstance(arn, partial) else (arn, None)
 
@@ -296,7 +308,7 @@ def _replacement(module: nn.Module) -> type | None:
     return _REPLACEMENTS.get(type(module))
 
 
-def _conditioned(transform: Transform) -> Transform:
+def _conditioned(transform: Any) -> Any:
     """Change a transform that was just made to the type that replaces its own."""
     transform.__class__ = _replacement(transform) or type(transform)
     return _reset(transform) if isinstance(transform, _Cached) else transform
@@ -304,8 +316,8 @@ def _conditioned(transform: Transform) -> Transform:
 
 def _joined(made: Tensor | tuple[Tensor, ...], arn: nn.Module) -> Tensor:
     """Join the outputs of a network, whatever their form, to ``(B, D, P)``."""
-    parts = (made,) if isinstance(made, Tensor) else made
-    parts = [part.unsqueeze(-2) if part.dim() == 2 else part for part in parts]
+    made = (made,) if isinstance(made, Tensor) else made
+    parts = [part.unsqueeze(-2) if part.dim() == 2 else part for part in made]
     return torch.cat(parts, -2).transpose(-1, -2)
 
 
@@ -322,6 +334,6 @@ def _of_vectors(op: Callable, x: Tensor, *parameters: Tensor, **options) -> tupl
     return value.view(x.shape), logdet.view(x.shape[:-1])
 
 
-def _clamp(module: nn.Module) -> Scale:
+def _clamp(module: Any) -> Scale:
     """The activation of a transform that clamps its log-scale."""
     return clamp(float(module.log_scale_min_clip), float(module.log_scale_max_clip))

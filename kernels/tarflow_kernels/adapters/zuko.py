@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import zuko
@@ -196,26 +196,31 @@ def read(hyper: nn.Module, features: int, context: Tensor | None = None) -> Mask
     return network if readable else None
 
 
-def _read(network: MaskedNetwork, layers: nn.Sequential, h: int) -> int | None:
+def _read(network: MaskedNetwork, layers: Any, h: int) -> int | None:
     """Add layers behind node h, and return the number of the last; None where one cannot be read."""
     like = next(layers.parameters())
     for layer in layers:
+        added: int | None = None
         if isinstance(layer, zuko.nn.MaskedLinear):
-            h = network.linear((h, layer))
+            added = network.linear((h, layer))
         elif isinstance(layer, zuko.nn.Residual):
             inside = _read(network, layer, h)
-            h = inside and network.map(torch.add, h, inside)
-        else:
-            h = network.map(layer, h) if is_elementwise(layer, like) else None
-        if h is None:
+            added = inside and network.map(torch.add, h, inside)
+        elif is_elementwise(layer, like):
+            added = network.map(layer, h)
+        if added is None:
             return None
+        h = added
     return h
 
 
-def _row(univariate: Callable[..., Transform], phi: list[Tensor]) -> Transform:
+def _row(univariate: Callable[..., Transform], phi: Sequence[Tensor]) -> Transform:
     """The univariates of all features as one map of vectors."""
     activation = affine_activation(univariate)
-    return DependentTransform(univariate(*phi), 1) if activation is None else AffineTransform(*phi, activation)
+    if activation is None:
+        return DependentTransform(univariate(*phi), 1)
+    shift, scale = phi
+    return AffineTransform(shift, scale, activation)
 
 
 def affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
@@ -233,11 +238,11 @@ def affine_activation(univariate: Callable[..., Transform]) -> Scale | None:
 def _inverse_of(univariate: Callable[..., Transform], shapes: Sequence[torch.Size]) -> Inverse:
     activation = affine_activation(univariate)
     if activation is not None:
-        return lambda y, phi, features: affine_inverse_of(y, *phi.unbind(-1), activation)
+        return lambda y, phi, features: affine_inverse_of(y, phi[..., 0], phi[..., 1], activation)
     return lambda y, phi, features: _restricted(univariate, features)(*unpack(phi, shapes)).inv(y)
 
 
-def _restricted(univariate: Callable[..., Transform], features: Tensor) -> Callable[..., Transform]:
+def _restricted(univariate: Any, features: Tensor) -> Any:
     """The univariate for some features only: of networks that are a stack of one per feature, as in NAF, theirs."""
     if not isinstance(univariate, nn.Module):
         return univariate

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import SymInt, Tensor
 
 
 class Space(NamedTuple):
@@ -106,7 +106,7 @@ def views_of(*tensors: Tensor, shift: bool = False) -> tuple[Space, list[View]]:
     ]
 
 
-def _aligned(tensor: Tensor, before: int) -> Tensor:
+def _aligned(tensor: Tensor, before: int | SymInt) -> Tensor:
     return tensor.as_strided((), (), tensor.storage_offset() - before) if before else tensor
 
 

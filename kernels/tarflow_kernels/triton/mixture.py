@@ -354,7 +354,7 @@ def mixture_map_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of the input of the map, of ``dtype``, and of its parameters; x is always the data."""
     theta = logits, means, log_scales
-    grad_x, *grads = torch.empty_like(x, dtype=dtype), *map(torch.empty_like, theta)
+    grad_x, grads = torch.empty_like(x, dtype=dtype), [torch.empty_like(t) for t in theta]
     if x.numel():
         space, views = views_of(*(t[..., 0] for t in (*theta, *grads)), x, grad_out, grad_x)
         *views, x_view, grad_out_view, grad_x_view = views
@@ -364,14 +364,15 @@ def mixture_map_backward(
             tuple(t.stride(-1) for t in theta), tuple(t.stride(-1) for t in grads), space, len(x),
             FLOOR=min_log_scale, INVERSE=inverse, **options,
         )  # fmt: skip
-    return grad_x, *grads
+    grad_logits, grad_means, grad_log_scales = grads
+    return grad_x, grad_logits, grad_means, grad_log_scales
 
 
-def _cut(kernel: str, x: Tensor, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _cut(kernel: str, x: Tensor, logits: Tensor) -> tuple[tuple[int], dict[str, float]]:
     """Choose the grid and the options of a kernel by what lies next to each other in memory."""
     components = logits.shape[-1]
     padded = triton.next_power_of_2(components)
     order = "components" if components > 1 and logits.stride(-1) == 1 else "elements"
     key = f"{configs.dtype_name(logits.dtype)},k{padded},{order},n{configs.bucket(math.prod(x.shape[1:]))}"
     grid, options = cut(x, configs.choose(kernel, key, fallback(order, padded)))
-    return grid, options | {"K": components}
+    return grid, {**options, "K": components}
