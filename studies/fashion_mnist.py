@@ -13,60 +13,59 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from tarflow import DequantizerConfig, Guidance, ImageFlow, datasets
+from tarflow import DequantizerConfig, FlowPPConfig, Guidance, ImageFlow, TarFlowConfig, datasets
 from tarflow.evaluation import Estimate, dequantized_bits_per_dim
 from tarflow.files import atomic_write
-from tarflow.training.config import PRESETS, TrainConfig
+from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
 from tarflow.training.run import train
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 NUM_IMAGES, NUM_SAMPLES = 1000, 8
 
-DEQUANTIZER = DequantizerConfig()
-COMMON = {
-    "conditional": False,
-    "max_steps": 1000,
-    "batch_size": 16,
-    "learning_rate": 2e-3,
-    "guidance": Guidance(0.0),
-    "score_draws": 0,
-    "evaluate_every": 10**9,
-    "sample_every": 10**9,
-    "dequantizer": DEQUANTIZER,
-}
-FLOWPP = replace(PRESETS["fashion-mnist-flowpp"], stack="squeeze stripe4 channel4", filters=32, **COMMON)
+DATA = DataConfig(conditional=False)
+TRAINING = TrainingConfig(
+    noise="variational",
+    label_drop=0.0,
+    max_steps=1000,
+    batch_size=16,
+    learning_rate=2e-3,
+    guidance=Guidance(0.0),
+    importance_samples=0,
+    evaluate_every=10**9,
+    sample_every=10**9,
+)
+FLOWPP = FlowPPConfig(stack="squeeze stripe4 channel4", filters=32)
 REALNVP = replace(FLOWPP, coupling="affine", attention="none", filters=40)
-TARFLOW = TrainConfig(**COMMON, noise="variational", channels=80, head_dim=40, num_blocks=4, layers_per_block=2)
+TARFLOW = TarFlowConfig(patch_size=2, channels=80, head_dim=40, num_blocks=4, layers_per_block=2)
+MIXTURE = replace(TARFLOW, coupling="mixture")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the study: its title and the settings of its training."""
+    """A model of the study: its title, its settings, and the noise of its training."""
 
     title: str
-    config: TrainConfig
+    model: TarFlowConfig | FlowPPConfig
+    noise: Literal["uniform", "variational"] = "variational"
 
 
 ROWS = {
-    "realnvp-uniform": Row("RealNVP-style affine", replace(REALNVP, noise="uniform", filters=44)),
+    "realnvp-uniform": Row("RealNVP-style affine", replace(REALNVP, filters=44), "uniform"),
     "realnvp-variational": Row("RealNVP-style affine", REALNVP),
-    "flowpp-uniform": Row("Flow++", replace(FLOWPP, noise="uniform", filters=36)),
+    "flowpp-uniform": Row("Flow++", replace(FLOWPP, filters=36), "uniform"),
     "flowpp-variational": Row("Flow++", FLOWPP),
-    "tarflow-uniform": Row("TarFlow, affine", replace(TARFLOW, noise="uniform", channels=84, head_dim=42)),
+    "tarflow-uniform": Row("TarFlow, affine", replace(TARFLOW, channels=84, head_dim=42), "uniform"),
     "tarflow-variational": Row("TarFlow, affine", TARFLOW),
-    "tarflow-mixture-uniform": Row(
-        "TarFlow, mixture", replace(TARFLOW, coupling="mixture", noise="uniform", channels=82, head_dim=41)
-    ),
-    "tarflow-mixture-variational": Row(
-        "TarFlow, mixture", replace(TARFLOW, coupling="mixture", channels=78, head_dim=39)
-    ),
+    "tarflow-mixture-uniform": Row("TarFlow, mixture", replace(MIXTURE, channels=82, head_dim=41), "uniform"),
+    "tarflow-mixture-variational": Row("TarFlow, mixture", replace(MIXTURE, channels=78, head_dim=39)),
     "flowpp-affine": Row(
         "Flow++ with affine couplings",
-        replace(FLOWPP, coupling="affine", filters=40, dequantizer=replace(DEQUANTIZER, coupling="affine")),
+        replace(FLOWPP, coupling="affine", filters=40, dequantizer=DequantizerConfig(coupling="affine")),
     ),
     "flowpp-without-attention": Row("Flow++ without attention", replace(FLOWPP, attention="max")),
 }
@@ -74,13 +73,14 @@ ROWS = {
 
 def run(name: str, steps: int, seed: int, out: Path) -> None:
     """Train a row, score it, and write the result to ``results/``."""
-    config = replace(ROWS[name].config, max_steps=steps, seed=seed)
+    row = ROWS[name]
+    config = TrainConfig(DATA, row.model, replace(TRAINING, noise=row.noise, max_steps=steps, seed=seed))
     folder = out / f"{name}-{steps}-{seed}"
     began = time.perf_counter()
     finished = (folder / "trajectory.png").exists()  # a run writes it last
     model = ImageFlow.from_pretrained(folder) if finished else train(config, folder)
     seconds = time.perf_counter() - began
-    test = datasets.load(config.dataset, "test", config.data_dir)
+    test = datasets.load(DATA.dataset, "test", DATA.data_dir)
     pixels, _ = test.get_batch(datasets.evenly_spaced(len(test), NUM_IMAGES))
     one_sample, weighted = dequantized_bits_per_dim(model, pixels, num_samples=NUM_SAMPLES, generator=_generator(seed))
     result = {
@@ -120,7 +120,7 @@ def main() -> None:
     """Run the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--steps", type=int, default=COMMON["max_steps"])
+    parser.add_argument("--steps", type=int, default=TRAINING.max_steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     command = parser.parse_args()

@@ -12,7 +12,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fashion_mnist import COMMON, RESULTS, ROWS
+from fashion_mnist import RESULTS, ROWS, TRAINING
 from tarflow.evaluation import Estimate
 from tarflow.files import atomic_write
 
@@ -51,7 +51,7 @@ def table(results: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in ROWS.items():
-        title = f"| {row.title} | {row.config.noise}"
+        title = f"| {row.title} | {row.noise}"
         known = [result for result in results if result["name"] == name]
         lines += [f"{title} | – | not measured | not measured | – | – | `{name}` |"] * (not known)
         for result in known:
@@ -98,7 +98,8 @@ def errors(results: list[dict]) -> str:
 
 def steps_of(result: dict) -> int:
     """The number of steps of its training."""
-    return result["config"]["max_steps"]
+    config = result["config"]
+    return config.get("training", config)["max_steps"]  # once all settings lay side by side
 
 
 def draw(results: list[dict], path: Path) -> None:
@@ -108,11 +109,11 @@ def draw(results: list[dict], path: Path) -> None:
         figure = Figure(figsize=(6.2, 2.6), layout="constrained")
         axes = figure.subplots()
         for result in results:
-            if steps_of(result) != COMMON["max_steps"]:
+            if steps_of(result) != TRAINING.max_steps:
                 continue
             row = ROWS[result["name"]]
             estimate = Estimate.of(torch.tensor(result["weighted"]))
-            learned = row.config.noise == "variational"
+            learned = row.noise == "variational"
             color = "#0072b2" if learned else "#d55e00"
             place = titles.index(row.title) + (0.12 if learned else -0.12)
             axes.errorbar(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from .compatibility import renamed_arguments
 from .image_flow import ImageFlow, in_mode, log_mean_exp
 from .noise import add_gaussian_noise
 from .noise import bits_per_dim as to_bits_per_dim
@@ -190,10 +189,3 @@ def _score_batches(
             batch_labels = None if labels is None else labels[batch].to(device)
             scores.append(score(pixels[batch].to(device), batch_labels).cpu())
     return torch.cat(scores)
-
-
-# Old names, until all callers have the new ones.
-evaluate, bits_per_dim, dequantized_bits_per_dim = map(
-    renamed_arguments(draws="num_samples"), (evaluate, bits_per_dim, dequantized_bits_per_dim)
-)
-bits_per_dim_of_images = dequantized_bits_per_dim

@@ -76,8 +76,3 @@ def load(
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"image_size: expected None or {dataset.image_size} for {name}, got {image_size}")
     return dataset
-
-
-# Old names, until all callers have the new ones.
-Images, Folder = ImageDataset, ImageFolder
-ImageDataset.fetch, ImageFolder.fetch = ImageDataset.get_batch, ImageFolder.get_batch

@@ -229,7 +229,3 @@ class MultiScaleFlow(nn.Module):
         shape = None if context is None else tuple(context.shape)
         if shape != expected:
             raise ValueError(f"context: expected a tensor of shape {expected}, or None for None; got {shape}")
-
-
-# Old names, until all callers have the new ones.
-Norm, Pointwise, Stack, parse = ActNorm, InvertibleConv1x1, MultiScaleFlow, parse_stack
