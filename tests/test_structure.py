@@ -178,12 +178,21 @@ def test_nothing_is_loaded_that_is_not_used(program, unwanted, tmp_path):
     assert set(unwanted.split()) & set(loaded) == set()
 
 
+# Modules behind the public ones: kernels and their launchers, what adapters share, a former name.
+INTERNAL = (
+    "tarflow_kernels.triton",
+    "tarflow_kernels.adapters.common",
+    "tarflow_kernels.adapters.made",
+    "tarflow_kernels.inspect",
+)
+
+
 def is_public(name):
     return not any(word.startswith("_") for word in name.split("."))
 
 
 def public_modules():
-    return {name: tree for name, (tree, _) in sources().items() if is_public(name)}
+    return {name: tree for name, (tree, _) in sources().items() if is_public(name) and not name.startswith(INTERNAL)}
 
 
 def bound_names(tree):

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -208,7 +208,7 @@ class _Driver:
         return {"multiprocessor_count": 132}
 
 
-def resources(compiled) -> Resources:
+def resources(compiled: Any) -> Resources:
     """Read the resources of a compiled kernel off its binary."""
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     instruction = next((name for name in INSTRUCTIONS if name in assembly), "-")
