@@ -51,6 +51,7 @@ class Estimate:
         return f"{self.mean:.4f} ± {self.standard_error:.4f}"
 
 
+@renamed_arguments(draws="num_samples")
 def evaluate(
     model: ImageFlow,
     pixels: Tensor,
@@ -81,6 +82,7 @@ def evaluate(
     return scores
 
 
+@renamed_arguments(draws="num_samples")
 def bits_per_dim(
     model: ImageFlow,
     pixels: Tensor,
@@ -94,6 +96,7 @@ def bits_per_dim(
     return Estimate.of(weighted)
 
 
+@renamed_arguments(draws="num_samples")
 def dequantized_bits_per_dim(
     model: ImageFlow,
     pixels: Tensor,
@@ -190,10 +193,3 @@ def _score_batches(
             batch_labels = None if labels is None else labels[batch].to(device)
             scores.append(score(pixels[batch].to(device), batch_labels).cpu())
     return torch.cat(scores)
-
-
-# Old names, until all callers have the new ones.
-evaluate, bits_per_dim, dequantized_bits_per_dim = map(
-    renamed_arguments(draws="num_samples"), (evaluate, bits_per_dim, dequantized_bits_per_dim)
-)
-bits_per_dim_of_images = dequantized_bits_per_dim

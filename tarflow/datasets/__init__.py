@@ -9,11 +9,21 @@ from numbers import Integral
 from pathlib import Path
 
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
-from .formats import MAX_PIXELS, RESIZE, Unreadable
+from .formats import MAX_PIXELS, RESIZE, Resize, Unreadable
 from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
 from .streaming import batches
 
-__all__ = ["RESIZE", "ImageDataset", "ImageFolder", "Unreadable", "batches", "evenly_spaced", "fingerprint", "load"]
+__all__ = [
+    "RESIZE",
+    "ImageDataset",
+    "ImageFolder",
+    "Resize",
+    "Unreadable",
+    "batches",
+    "evenly_spaced",
+    "fingerprint",
+    "load",
+]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -76,8 +86,3 @@ def load(
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"image_size: expected None or {dataset.image_size} for {name}, got {image_size}")
     return dataset
-
-
-# Old names, until all callers have the new ones.
-Images, Folder = ImageDataset, ImageFolder
-ImageDataset.fetch, ImageFolder.fetch = ImageDataset.get_batch, ImageFolder.get_batch
