@@ -50,6 +50,7 @@ class Estimate:
         return f"{self.mean:.4f} ± {self.standard_error:.4f}"
 
 
+@renamed_arguments(draws="num_samples")
 def evaluate(
     model: ImageFlow,
     pixels: Tensor,
@@ -80,6 +81,7 @@ def evaluate(
     return scores
 
 
+@renamed_arguments(draws="num_samples")
 def bits_per_dim(
     model: ImageFlow,
     pixels: Tensor,
@@ -93,6 +95,7 @@ def bits_per_dim(
     return Estimate.of(weighted)
 
 
+@renamed_arguments(draws="num_samples")
 def dequantized_bits_per_dim(
     model: ImageFlow,
     pixels: Tensor,

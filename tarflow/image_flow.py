@@ -66,7 +66,7 @@ class ImageFlow(nn.Module):
         dequantizer: module of variational dequantization; None where noise is uniform (or Gaussian, for samples).
     """
 
-    config_class: type
+    config_class: type[Any]
     network_name: ClassVar[str] = "networks"
     """Name of the parts that run in low precision under autocast."""
     decoders: ClassVar[tuple[str, ...]] = ("auto",)

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import tyro
 
 from .. import hardware
 from ..decoding import TOLERANCE, Decoder, calibration
+from ..flow import TokenFlow
 from ..guidance import Guidance
 from ..image_flow import ImageFlow
 from ..training.folder import read_run
@@ -63,7 +64,7 @@ def run(arguments: Sequence[str]) -> None:
         )
 
     with autocast(model, command.precision, command.run):
-        timings = calibration.calibrate(model.flow, guidance, command.tolerance, command.batches, show)
+        timings = calibration.calibrate(cast(TokenFlow, model.flow), guidance, command.tolerance, command.batches, show)
     calibration.save(command.run, timings)
     print(f"wrote {command.run / calibration.FILE}")
 
@@ -74,7 +75,10 @@ def _guidance(command: Calibrate, model: ImageFlow, metadata: dict[str, Any]) ->
         guidance = read_run(command.run).sample_guidance or Guidance(0.0)
     else:
         guidance = Guidance(2.0 if model.config.num_classes else 0.0)
-    told = {"weight": command.guidance, "temperature": command.temperature}
-    guidance = replace(guidance, **{name: value for name, value in told.items() if value is not None})
+    guidance = replace(
+        guidance,
+        weight=guidance.weight if command.guidance is None else command.guidance,
+        temperature=guidance.temperature if command.temperature is None else command.temperature,
+    )
     guidance.check(model.config.num_classes)
     return guidance

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -35,7 +34,7 @@ class Evaluate:
     """folder with its files; by default that of training"""
     image_size: int | None = None
     """side to which a folder's images are resized and cropped; by default that of training"""
-    resize: Literal[tuple(datasets.RESIZE)] | None = None
+    resize: datasets.Resize | None = None
     """filter that resizes the images of a folder; by default that of training"""
     seed: int = 0
     device: str = "auto"

@@ -12,16 +12,19 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from ..compatibility import current_flags
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 __all__ = ["Flat", "UsageError", "flags_of", "parse"]
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 Flat = Annotated[Settings, tyro.conf.arg(name="")]
 """A field whose own fields are flags without its name before theirs."""
 
@@ -61,10 +64,11 @@ def parse(
     name, flags = kind.__name__.lower(), [*flags_of(kind, default, hides)]
     command, arguments = f"tarflow {name}", current_flags(name, arguments, flags)
     _check_flags(command, arguments, flags, elsewhere or {})
+    options: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), _registry(hides, build):
-            settings = tyro.cli(kind, args=arguments, prog=command, **({} if default is None else {"default": default}))
+            settings = tyro.cli(kind, args=arguments, prog=command, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -80,9 +84,10 @@ def flags_of(
     """The flags of settings of that kind."""
     for field, hint, value in _visible(kind, default, hides):
         name, inner = field.name.replace("_", "-"), get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if hint == tyro.conf.Positional[inner]:
+        is_nested = is_dataclass(inner)
+        if hint == cast(Any, tyro.conf.Positional)[inner]:
             continue
-        if is_dataclass(inner):
+        if is_nested:
             yield from flags_of(inner, value, hides, prefix if inner is not hint else f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
@@ -99,7 +104,7 @@ def _visible(kind: type, default: Any, hides: Hides) -> Iterator[tuple[Field, An
     for field in fields(kind):
         hint, value = hints[field.name], getattr(default, field.name, None)
         inner, *annotations = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        nested = [option for option in (inner, *get_args(inner)) if is_dataclass(option)]
+        nested: list[Any] = [option for option in (inner, *get_args(inner)) if is_dataclass(option)]
         if nested:
             value = nested[0]() if value is None else value
             hint = Annotated[(type(value), *annotations)] if annotations else type(value)
@@ -120,6 +125,7 @@ def _registry(hides: Hides, build: Callable[..., Any]) -> Iterator[None]:
         is_asking = True
         spec = ConstructorRegistry.get_struct_spec(info)  # by tyro's own rule for dataclasses, with the help texts
         is_asking = False
+        assert isinstance(spec, StructConstructorSpec)
         default = info.default if isinstance(info.default, info.type) else None
         told = {field.name: (hint, value) for field, hint, value in _visible(info.type, default, hides)}
         shown = tuple(_told(part, *told[part.name]) for part in spec.fields if part.name in told)

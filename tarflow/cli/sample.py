@@ -1,9 +1,9 @@
 """``tarflow sample``: draw samples from a trained model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import tyro
 from matplotlib.backend_bases import FigureCanvasBase
 from tqdm import tqdm
 
-from ..decoding import NAMES, BlockStatistics, Decoder, ProgressCallback
+from ..decoding import BlockStatistics, Decoder, DecoderName, ProgressCallback
 from ..files import atomic_write
 from ..guidance import Guidance
 from ..image_flow import ImageFlow
@@ -56,7 +56,7 @@ class Sample:
     """what to do about samples that are not finite"""
     trajectory: Path | None = None
     """also draw the image after every block, into this file"""
-    decoder: Literal[NAMES] = "auto"
+    decoder: DecoderName = "auto"
     """auto is the faster of the two for each block, where `tarflow calibrate` has timed them"""
     window: int | None = None
     """tokens of an image that the jacobi decoder updates at once; by default all of them"""
@@ -76,7 +76,9 @@ def run(arguments: Sequence[str]) -> None:
     command, flags = parse(Sample, arguments)
     given = {flag.removeprefix("--no-").removeprefix("--").replace("-", "_") for flag in flags}
     _check(command, given)
-    decoder = Decoder(command.decoder, command.window, command.tolerance)
+    decoder = Decoder(command.decoder, command.window)
+    if command.tolerance is not None:
+        decoder = replace(decoder, tolerance=command.tolerance)
     guidance = Guidance(command.guidance, command.schedule, command.temperature, command.guide, command.drop_label)
     model, metadata = load_model(command.run, command.device)
     _check_usable(command, given, model)
@@ -135,7 +137,7 @@ def _check(command: Sample, given: set[str]) -> None:
 
 def _check_usable(command: Sample, given: set[str], model: ImageFlow) -> None:
     """Raise ValueError for a flag that the model has no use for, and for classes that it does not have."""
-    useless = () if model.supports_guidance else ("sigma", "guidance", *GUIDANCE_FLAGS)
+    useless: tuple[str, ...] = () if model.supports_guidance else ("sigma", "guidance", *GUIDANCE_FLAGS)
     useless += ("decoder", "window", "tolerance") if model.decoders == ("auto",) else ()
     for name in useless:
         if name in given:
@@ -196,7 +198,7 @@ def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, progress: 
         classes = torch.tensor(command.labels or range(model.config.num_classes))
         labels = classes.repeat(-(-command.num // len(classes)))[: command.num]
     (images,) = gallery.draw_samples(model, command.num, labels, progress=progress)
-    arrays = {"images": to_pixels(images, gallery.quantization).permute(0, 2, 3, 1).cpu().numpy()}
+    arrays: dict[str, Any] = {"images": to_pixels(images, gallery.quantization).permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()
     with atomic_write(command.out) as path, path.open("wb") as file:

@@ -61,6 +61,7 @@ def check_writable(name: str, folder: Path) -> None:
 
 def load_model(run: Path, device: str) -> tuple[ImageFlow, dict[str, Any]]:
     """The model on a device, and what its config.json says besides its configuration."""
+    model: ImageFlow
     model, metadata = load_pretrained(run)
     return model.to(pick_device(device)), metadata
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..flowpp.config import FlowPPConfig
 from ..image_flow import ImageFlow
@@ -21,6 +21,13 @@ from .shared import check_new_folder, check_writable
 
 __all__ = ["Train", "read_flags", "run"]
 
+if TYPE_CHECKING:
+    ModelName = str
+    PresetName = str
+else:
+    ModelName = Literal[tuple(MODELS)]
+    PresetName = Literal[tuple(PRESETS)]
+
 
 @dataclass(frozen=True)
 class Train:
@@ -29,9 +36,9 @@ class Train:
     data: Flat[DataConfig]
     architecture: Flat[TarFlowConfig | FlowPPConfig]
     training: Flat[TrainingConfig]
-    model: Literal[tuple(MODELS)] = "tarflow"
+    model: ModelName = "tarflow"
     """the model, whose flags are the ones listed here"""
-    preset: Literal[tuple(PRESETS)] = "fashion-mnist"
+    preset: PresetName = "fashion-mnist"
     """the recipe whose settings the other flags change; by default the first one of the model"""
     out: Path | None = None
     """folder of the run; by default a new one under runs/"""
@@ -49,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
     command, given = read_flags(arguments)
     config = command.config
     if command.resume:
-        _check_resumed(command, given)
+        _check_resumed(command, command.resume, given)
     _check_useful(config, given)
     if command.out:
         check_new_folder("out", command.out)
@@ -89,7 +96,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Train, dict[str, str]]:
     )
 
 
-def _default(config: TrainConfig, **told: str) -> Train:
+def _default(config: TrainConfig, **told: Any) -> Train:
     return Train(config.data, config.model, config.training, **told)
 
 
@@ -140,9 +147,9 @@ def _check_useful(config: TrainConfig, given: dict[str, str]) -> None:
         training.guidance.check(int(config.data.conditional))
 
 
-def _check_resumed(command: Train, given: dict[str, str]) -> None:
+def _check_resumed(command: Train, run: Path, given: dict[str, str]) -> None:
     """Raise ValueError for flags that a run which goes on has no use for."""
-    run, max_steps = command.resume, command.training.max_steps
+    max_steps = command.training.max_steps
     if command.out:
         raise ValueError(f"out: expected no folder besides that of --resume, {run}; got {command.out}")
     if "--preset" in given:

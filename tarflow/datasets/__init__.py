@@ -9,11 +9,21 @@ from numbers import Integral
 from pathlib import Path
 
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
-from .formats import MAX_PIXELS, RESIZE, Unreadable
+from .formats import MAX_PIXELS, RESIZE, Resize, Unreadable
 from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
 from .streaming import batches
 
-__all__ = ["RESIZE", "ImageDataset", "ImageFolder", "Unreadable", "batches", "evenly_spaced", "fingerprint", "load"]
+__all__ = [
+    "RESIZE",
+    "ImageDataset",
+    "ImageFolder",
+    "Resize",
+    "Unreadable",
+    "batches",
+    "evenly_spaced",
+    "fingerprint",
+    "load",
+]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 

@@ -10,17 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["RESIZE", "Unreadable", "open_decompressed", "read_array", "read_idx", "read_image", "reading", "to_tensor"]
+__all__ = [
+    "RESIZE",
+    "Resize",
+    "Unreadable",
+    "open_decompressed",
+    "read_array",
+    "read_idx",
+    "read_image",
+    "reading",
+    "to_tensor",
+]
 
 # Pillow knows of many more formats, and hands some of them on to other programs.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-RESIZE = {
+Resize = Literal["lanczos", "bicubic", "bilinear", "box"]
+RESIZE: dict[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,

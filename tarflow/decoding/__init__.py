@@ -38,6 +38,6 @@ The files, in the order in which a sample passes them: :mod:`.decoder` (which de
 :mod:`.sequential` or :mod:`.jacobi`, :mod:`.step` (one pass of the transformer against its cache).
 """
 
-from .decoder import DISTANCE, NAMES, TOLERANCE, BlockStatistics, Decoder, ProgressCallback
+from .decoder import DISTANCE, NAMES, TOLERANCE, BlockStatistics, Decoder, DecoderName, ProgressCallback
 
-__all__ = ["DISTANCE", "NAMES", "TOLERANCE", "BlockStatistics", "Decoder", "ProgressCallback"]
+__all__ = ["DISTANCE", "NAMES", "TOLERANCE", "BlockStatistics", "Decoder", "DecoderName", "ProgressCallback"]

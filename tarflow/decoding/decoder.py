@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,20 @@ from ..transformer import CausalTransformer
 from .jacobi import jacobi
 from .sequential import sequential
 
-__all__ = ["DISTANCE", "NAMES", "TOLERANCE", "BlockStatistics", "Decoder", "ProgressCallback", "Timing", "choose"]
+__all__ = [
+    "DISTANCE",
+    "NAMES",
+    "TOLERANCE",
+    "BlockStatistics",
+    "Decoder",
+    "DecoderName",
+    "ProgressCallback",
+    "Timing",
+    "choose",
+]
 
-NAMES = ("auto", "sequential", "jacobi")
+DecoderName = Literal["auto", "sequential", "jacobi"]
+NAMES: tuple[DecoderName, ...] = get_args(DecoderName)
 
 TOLERANCE = 1e-2
 """Default of the largest difference between a latent and the one asked for; latents have a variance of about one."""
@@ -48,7 +59,7 @@ class Decoder:
             that has no use for it.
     """
 
-    name: Literal["auto", "sequential", "jacobi"] = "auto"
+    name: DecoderName = "auto"
     window: int | None = None
     tolerance: float = None  # type: ignore[assignment]  # it is a number once the decoder is made
 
@@ -118,7 +129,7 @@ class Timing:
     dtype: str
     rows: int
     block: int
-    decoder: str
+    decoder: DecoderName
     window: int | None
     passes: int
     seconds: float

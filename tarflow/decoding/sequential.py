@@ -32,12 +32,14 @@ def sequential(
     def advance_affine() -> None:
         """Decode the next token; the affine map, its guidance and the embedding of the token are one operator."""
         mu, alpha = step.run_layers(h)
-        conditional, reference = batch.split_branches((mu[:, 0], alpha[:, 0]))
+        (mu, alpha), (mu_ref, alpha_ref) = batch.split_branches((mu[:, 0], alpha[:, 0]))
         h[:, 0] = embed_next(
             x,
             z,
-            *conditional,
-            *reference,
+            mu,
+            alpha,
+            mu_ref,
+            alpha_ref,
             batch.weights,
             step.positions[: len(x)],
             step.proj_in,

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -66,6 +66,6 @@ def _dump(state: dict[str, Any], file) -> None:
             file.flush()
 
     try:
-        torch.save(state, Writer())
+        torch.save(state, cast(IO[bytes], Writer()))
     except Exception as error:
         raise failure[0] if failure else error from None

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from ..compatibility import current_settings
-from ..datasets import RESIZE, ImageDataset, ImageFolder
+from ..datasets import ImageDataset, ImageFolder, Resize
 from ..flowpp.config import DequantizerConfig, FlowPPConfig
 from ..flowpp.model import FlowPP
 from ..guidance import Guidance
@@ -40,7 +40,7 @@ def setting(default: Any, *, fixed: bool = False, only: type | None = None, leas
     return field(default=default, metadata={"fixed": fixed, "only": only, "least": least})
 
 
-def _check_declared(settings: object) -> None:
+def _check_declared(settings: Any) -> None:
     """Raise ValueError for a value that is not of its annotation, or below the ``least`` declared."""
     kinds = get_type_hints(type(settings))
     for declared in fields(settings):
@@ -67,7 +67,7 @@ class DataConfig:
     """folder with the files of the dataset"""
     image_size: int | None = setting(None, fixed=True)
     """side to which a folder's images are resized and cropped"""
-    resize: Literal[tuple(RESIZE)] = setting("lanczos", fixed=True)
+    resize: Resize = setting("lanczos", fixed=True)  # noqa: RUF009 (a Literal, which is immutable)
     """the filter that resizes them"""
     flip: bool | None = setting(None, fixed=True)
     """whether half of the images are mirrored in training; None where a mirrored image of the dataset means the same"""

@@ -20,8 +20,8 @@ from .config import DataConfig, TrainConfig
 
 try:
     import fcntl
-except ImportError:
-    fcntl = None
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "check_same_data",

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +49,12 @@ class Log:
             beside.write_text("".join(kept))
 
     def _is_kept(self, row: str, step: int) -> bool:
+        entries: Any = row
         try:
-            row = json.loads(row)
-            return row["step"] < step or (row["step"] == step and "loss" in row and self._writes(step))
+            entries = json.loads(row)
+            return entries["step"] < step or (entries["step"] == step and "loss" in entries and self._writes(step))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: expected rows with a step; got {row!r:.60}") from error
+            raise ValueError(f"{self.path}: expected rows with a step; got {entries!r:.60}") from error
 
     def _writes(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step >= self.config.max_steps

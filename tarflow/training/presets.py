@@ -1,6 +1,7 @@
 """The published recipes, and small ones that a CPU trains, by name."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..flowpp.config import FlowPPConfig
 from ..guidance import Guidance
@@ -10,11 +11,11 @@ from .config import DataConfig, TrainConfig, TrainingConfig
 __all__ = ["PRESETS"]
 
 _IMAGENET, _AFHQ = 1_281_167, 14_630
-_RARELY = {"log_every": 50, "evaluate_every": 5000, "sample_every": 5000, "checkpoint_every": 5000}
+_RARELY: dict[str, Any] = {"log_every": 50, "evaluate_every": 5000, "sample_every": 5000, "checkpoint_every": 5000}
 
 
 def _published(
-    data: DataConfig, patch_size: int, channels: int, epochs: int, num_images: int, batch_size: int, **training
+    data: DataConfig, patch_size: int, channels: int, epochs: int, num_images: int, batch_size: int, **training: Any
 ) -> TrainConfig:
     """The recipe that the published TarFlows share, with one epoch of warm-up and folders resized as by torchvision."""
     steps_per_epoch = num_images // batch_size
@@ -36,7 +37,7 @@ def _published(
 _FLOWPP = TrainingConfig(noise="variational", guidance=Guidance(0.0), label_drop=0.0)
 
 
-def _published_flowpp(dataset: str, model: FlowPPConfig, **training) -> TrainConfig:
+def _published_flowpp(dataset: str, model: FlowPPConfig, **training: Any) -> TrainConfig:
     """The recipe that the published Flow++ share: Adam on nats per image, in float32, without augmentation.
 
     Gradients are clipped at norm 1. Batches are the published ones, there split among the 8 (ImageNet 64: 6) GPUs of a

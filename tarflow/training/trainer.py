@@ -61,7 +61,7 @@ class Trainer:
         self.step = 0
         self.bad_steps = torch.zeros((), device=device)
         self.bad_in_a_row = torch.zeros((), device=device)
-        self._loss = torch.compile(self._loss, fullgraph=True) if config.training.compile else self._loss
+        self._run_loss = torch.compile(self._loss, fullgraph=True) if config.training.compile else self._loss
 
     @property
     def average(self) -> ImageFlow:
@@ -85,16 +85,17 @@ class Trainer:
         seed = derive_seed(config.seed, self.step)
         self.generator.manual_seed(seed)
         torch.manual_seed(seed)  # for dropout, which takes no generator
-        x, labels, eps = self.prepare(pixels, labels)
+        x, given, eps = self.prepare(pixels, labels)
         self.step += 1
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
         low = uses_bfloat16(config.precision, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-            loss, z, log_prob = self._loss(x, labels, eps)
+            loss, z, log_prob = self._run_loss(x, given, eps)
         (loss * self.model.config.num_dims if config.loss_per == "image" else loss).backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         bad = ~(loss.isfinite() & gradient_norm.isfinite())
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
+        optimizer: Any = self.optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_prior(z.detach(), 0.1 * ~bad)
@@ -117,7 +118,7 @@ class Trainer:
         """
         config = self.config.training
         pixels, labels = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        draw = {"generator": self.generator, "device": self.device}
+        draw: dict[str, Any] = {"generator": self.generator, "device": self.device}
         if self.flip:
             flipped = torch.rand(len(pixels), 1, 1, 1, **draw) < 0.5
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
@@ -176,8 +177,8 @@ class Trainer:
         """Set the scales of the layers that take them from data, if there are such layers."""
         if any(hasattr(module, "initialize") for module in self.model.modules() if module is not self.model):
             pixels, labels = self.dataset.get_batch(evenly_spaced(len(self.dataset), INITIAL_IMAGES))
-            labels = labels.to(self.device) if self.config.data.conditional else None
-            self.model.initialize(pixels.to(self.device), labels)
+            given = labels.to(self.device) if self.config.data.conditional else None
+            self.model.initialize(pixels.to(self.device), given)
 
     def _loss(self, x: Tensor, labels: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the latents, and the log-densities ``(B,)``.
@@ -188,6 +189,7 @@ class Trainer:
         """
         log_q = 0.0
         if eps is not None:
+            assert self.model.dequantizer is not None
             x, log_q = self.model.dequantizer(x, eps)
         z, logdet = self.model(x, labels)
         gain = logdet - log_q
@@ -213,6 +215,7 @@ class Trainer:
         for indices in evenly_spaced(len(self.dataset), PRIOR_IMAGES).split(config.batch_size):
             x, labels, eps = self.prepare(*self.dataset.get_batch(indices))
             if eps is not None:
+                assert self._average.dequantizer is not None
                 x, _ = self._average.dequantizer(x, eps)
             z, _ = self._average(x, labels)
             seen += len(indices)
