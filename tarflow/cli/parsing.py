@@ -128,7 +128,7 @@ def _registry(hides: Hides, build: Callable[..., Any]) -> Iterator[None]:
         assert isinstance(spec, StructConstructorSpec)
         default = info.default if isinstance(info.default, info.type) else None
         told = {field.name: (hint, value) for field, hint, value in _visible(info.type, default, hides)}
-        shown = tuple(_told(part, *told[part.name]) for part in spec.fields if part.name in told)
+        shown = tuple(_shown(part, info.type, *told[part.name]) for part in spec.fields if part.name in told)
         if default is None:
             return replace(spec, fields=shown)
 
@@ -142,7 +142,11 @@ def _registry(hides: Hides, build: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def _told(part: StructFieldSpec, hint: Any, value: Any) -> StructFieldSpec:
+def _shown(part: StructFieldSpec, kind: type, hint: Any, value: Any) -> StructFieldSpec:
+    """A field as tyro is to show it, with the help that its class has for several fields at once, ``a, b: ...``."""
+    together = re.search(rf"^ +(?:\w+, )*{part.name}(?:, \w+)*: (.*(?:\n {{12}} *\S.*)*)", kind.__doc__ or "", re.M)
+    if together and "," in together[0].partition(":")[0]:
+        part = replace(part, helptext=" ".join(together[1].split()))
     return replace(part, type=hint, default=value) if is_dataclass(value) else part
 
 

@@ -25,6 +25,8 @@ from .trainer import Trainer, build
 
 __all__ = ["Run", "summarize", "train"]
 
+Diverged = TrainingDiverged  # its name in the last release
+
 EVALUATED_IMAGES = 1000
 
 

@@ -116,7 +116,7 @@ def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows if "loss" in row]
-    assert [event.step for event in events.ImageDataset("samples")] == [4, 8]
+    assert [event.step for event in events.Images("samples")] == [4, 8]
 
 
 @pytest.mark.parametrize(
