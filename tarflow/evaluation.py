@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from .compatibility import renamed_arguments
 from .image_flow import ImageFlow, in_mode, log_mean_exp
 from .noise import add_gaussian_noise
 from .noise import bits_per_dim as to_bits_per_dim
