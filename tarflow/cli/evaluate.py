@@ -9,6 +9,7 @@ import tyro
 
 from .. import datasets, evaluation
 from ..files import atomic_write
+from ..image_flow import at_least_one
 from ..training.config import MAX_IMPORTANCE_SAMPLES, DataConfig
 from ..training.folder import check_scored, read_data
 from .parsing import parse
@@ -69,14 +70,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def _check(command: Evaluate) -> None:
     """Raise ValueError or OSError for what no model can be asked for, before one is read."""
-    counts = {
-        "num_images": command.num_images,
-        "importance_samples": command.importance_samples,
-        "batch_size": command.batch_size,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1; got {count}")
+    at_least_one("num_images", command.num_images)
+    at_least_one("importance_samples", command.importance_samples)
+    at_least_one("batch_size", command.batch_size)
     if command.importance_samples > MAX_IMPORTANCE_SAMPLES:
         most, got = MAX_IMPORTANCE_SAMPLES, command.importance_samples
         raise ValueError(f"importance_samples: expected at most {most}; got {got}")

@@ -123,7 +123,7 @@ def _registry(hides: Hides, build: Callable[..., Any]) -> Iterator[None]:
         if is_asking or not is_dataclass(info.type):
             return None
         is_asking = True
-        spec = ConstructorRegistry.get_struct_spec(info)  # by tyro's own rule for dataclasses, with the help texts
+        spec = registry.get_struct_spec(info)  # by tyro's own rule for dataclasses, with the help texts
         is_asking = False
         assert isinstance(spec, StructConstructorSpec)
         default = info.default if isinstance(info.default, info.type) else None
@@ -170,6 +170,7 @@ def _check_flags(command: str, arguments: Sequence[str], flags: Sequence[str], e
 _REPHRASED = (
     (r"Error parsing (\S+): [^'\"\[]*\[?(.+?)\]?", r"\1: expected {expected}; got \2"),
     (r"Error parsing \w+\.(\S+): (\w+: expected .*)", r"--\1.\2"),
+    (r"Error parsing \w+: (\w+: expected .*)", r"\1"),
     (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.", r"\2: expected one of \3; got \1"),
     (r"Argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1: expected one of \3; got \2"),
     (r"Missing value for argument '(.*)'\. Expected .*", r"\1: expected a value; got none"),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..decoding import BlockStatistics, Decoder, DecoderName, ProgressCallback
 from ..files import atomic_write
 from ..guidance import Guidance
-from ..image_flow import ImageFlow
+from ..image_flow import ImageFlow, at_least_one
 from ..noise import Quantization, quantization, to_pixels
 from ..pictures import Gallery
 from ..validation import check_sigma
@@ -119,8 +119,7 @@ def _check(command: Sample, given: set[str]) -> None:
         if command.trajectory.resolve() == command.out.resolve():
             raise ValueError(f"trajectory: expected another file than --out; got {command.trajectory} for both")
         check_file("trajectory", command.trajectory)
-    if command.num < 1:
-        raise ValueError(f"num: expected at least 1; got {command.num}")
+    at_least_one("num", command.num)
     check_seed(command.seed)
     if command.sigma is not None:
         check_sigma("sigma", command.sigma)
