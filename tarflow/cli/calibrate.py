@@ -14,7 +14,7 @@ from ..guidance import Guidance
 from ..image_flow import ImageFlow
 from ..training.folder import read_run
 from .parsing import parse
-from .shared import autocast, check_guidance_weight, check_writable, load_model
+from .shared import autocast, check_guidance_weight, check_tolerance, check_writable, load_model
 
 __all__ = ["Calibrate", "run"]
 
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
     if command.guidance is not None:
         check_guidance_weight(command.guidance)
     check_writable("run", command.run)
-    Decoder("jacobi", tolerance=command.tolerance)
+    check_tolerance(Decoder("jacobi", tolerance=command.tolerance))
     model, metadata = load_model(command.run, command.device)
     if model.decoders == ("auto",):
         kind = type(model).__name__

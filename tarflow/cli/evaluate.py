@@ -49,6 +49,8 @@ def run(arguments: Sequence[str]) -> None:
     dataset = _load_test_images(command, read_data(command.run, metadata))
     if model.config.num_classes and not dataset.num_classes:
         raise ValueError(f"dataset: expected labels for a model that is conditional on them; got {dataset.source}")
+    if (shape := (dataset.in_channels, *[dataset.image_size] * 2)) != model.config.image_shape:
+        raise ValueError(f"dataset: expected images of shape {model.config.image_shape}; got {shape}: {dataset.source}")
     chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
     check_scored(metadata.get("data"), dataset, chosen)
     scores = evaluation.evaluate(
@@ -82,8 +84,13 @@ def _check(command: Evaluate) -> None:
 
 def _load_test_images(command: Evaluate, trained: DataConfig) -> datasets.ImageDataset | datasets.ImageFolder:
     """The test images of the flags, or else of the data of training."""
+    name = trained.dataset if command.dataset is None else command.dataset
+    if command.resize and not name.startswith(("folder", "hub:")):
+        raise ValueError(
+            f"resize: expected with a folder or a hub alone, whose images are resized; got {command.resize}"
+        )
     return datasets.load(
-        trained.dataset if command.dataset is None else command.dataset,
+        name,
         "test",
         command.data_dir or trained.data_dir,
         trained.image_size if command.image_size is None else command.image_size,

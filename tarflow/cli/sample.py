@@ -19,7 +19,7 @@ from ..noise import Quantization, quantization, to_pixels
 from ..pictures import Gallery
 from ..validation import check_sigma
 from .parsing import parse
-from .shared import autocast, check_file, check_guidance_weight, check_seed, load_model
+from .shared import autocast, check_file, check_guidance_weight, check_seed, check_tolerance, load_model
 
 __all__ = ["Sample", "run"]
 
@@ -78,7 +78,7 @@ def run(arguments: Sequence[str]) -> None:
     _check(command, given)
     decoder = Decoder(command.decoder, command.window)
     if command.tolerance is not None:
-        decoder = replace(decoder, tolerance=command.tolerance)
+        decoder = check_tolerance(replace(decoder, tolerance=command.tolerance))
     guidance = Guidance(command.guidance, command.schedule, command.temperature, command.guide, command.drop_label)
     model, metadata = load_model(command.run, command.device)
     _check_usable(command, given, model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..decoding import Decoder
 from ..guidance import MAX_WEIGHT
 from ..hardware import pick_device
 from ..image_flow import ImageFlow
@@ -17,6 +18,7 @@ __all__ = [
     "check_guidance_weight",
     "check_new_folder",
     "check_seed",
+    "check_tolerance",
     "check_writable",
     "load_model",
 ]
@@ -32,6 +34,13 @@ def check_guidance_weight(weight: float) -> None:
     """Raise ValueError, by the name of the flag, for a weight that :class:`tarflow.Guidance` does not take."""
     if not 0 <= weight <= MAX_WEIGHT:
         raise ValueError(f"guidance: expected a number from 0 to {MAX_WEIGHT}; got {weight}")
+
+
+def check_tolerance(decoder: Decoder) -> Decoder:
+    """Return the decoder; raise ValueError for a tolerance with which any latent may pass for any other."""
+    if decoder.tolerance > 1:
+        raise ValueError(f"tolerance: expected at most 1, latents being about as large; got {decoder.tolerance}")
+    return decoder
 
 
 def check_file(name: str, path: Path) -> None:

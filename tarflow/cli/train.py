@@ -133,6 +133,7 @@ def _check_useful(config: TrainConfig, given: dict[str, str]) -> None:
     """Raise ValueError for a flag that says nothing beside the others."""
     training = config.training
     useless = {
+        "--resize": (not config.data.dataset.startswith(("folder", "hub:")), "--dataset folder"),
         "--label-drop": (not config.data.conditional, "--conditional"),
         "--num-mixtures": (config.model.coupling == "affine", "--coupling mixture"),
         "--sigma": (training.noise != "gaussian", "--noise gaussian"),

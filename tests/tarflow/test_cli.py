@@ -674,6 +674,8 @@ train --resume={broken}/bad-config    .*/bad-config/config\.json: noise: .* got 
 train --learning-rate=inf|nan|1e+300|-1.0  learning_rate: expected a number > 0, at most 3\.4e\+38; got {value}
 train --min-learning-rate=nan|inf|1.0|-1.0  min_learning_rate: .* from 0 to the learning rate, 0\.001; got {value}
 train --gradient-clip=inf|nan         gradient_clip: expected a number > 0, at most 3\.4e\+38; got {value}
+train --sigma=0                     sigma: expected more than 0 with Gaussian noise
+train --resize=box                  resize: expected with --dataset folder alone, .*; got --resize=box
 train --weight-decay=inf|nan          weight_decay: expected a number >= 0, at most 3\.4e\+38; got {value}
 train --sigma=inf|nan|1e+300          sigma: expected a number from 0 to 10, .* got {value}
 train --model=flowpp --dropout=-1.0|1.5|nan|inf  dropout: expected a number in \[0, 1\); got {value}
@@ -740,6 +742,12 @@ calibrate {run} --batches             batches: expected positive numbers; got \(
 calibrate {run} --batches 1{eighteen}  memory: expected batches of 1{eighteen} to take at most
 calibrate {run} --guidance=nan        guidance: expected a number from 0 to 100; got nan
 calibrate {run} --tolerance=nan       tolerance: expected a finite number >= 0; got nan
+sample {run} --tolerance=1e300        tolerance: expected at most 1, .*; got 1e\+300
+calibrate {run} --tolerance=3         tolerance: expected at most 1, .*; got 3
+convert /dev/zero new                 source: /dev/zero is .* not a state dict: it is no file
+convert {run} new                     source: .*/run is .* not a state dict: it is no file
+evaluate {run} --resize=box           resize: expected with a folder or a hub alone, .*; got box
+evaluate {run} --dataset=folder --data-dir={photos}/good --image-size=28  dataset: expected images of shape \(1
 evaluate {run} --num-images=0         num_images: expected at least 1; got 0
 evaluate {run} --draws=0              importance_samples: expected at least 1; got 0
 evaluate {run} --importance-samples=1{eighteen}  importance_samples: expected at most 100000; got 1{eighteen}

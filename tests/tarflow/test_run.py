@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -536,6 +536,23 @@ BAD_SETTINGS = {
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected an? (number|integer) .*; got {value}$"):
         TrainingConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, field.name) for kind in (DataConfig, TrainingConfig) for field in fields(kind)]
+)
+def test_a_setting_of_another_kind_is_named(kind, name):
+    """Someone may have edited ``config.json``."""
+    for value in ([], ["odd"], [1]):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*; got "):
+            kind(**{name: value})
+
+
+def test_gaussian_noise_of_no_size_is_refused():
+    """Levels of grey alone have densities without bound, and samples of them would be rounded as if they had bins."""
+    with pytest.raises(ValueError, match=r"^sigma: expected more than 0 with Gaussian noise"):
+        TrainingConfig(sigma=0.0)
+    assert TrainingConfig(sigma=0.0, noise="uniform").noise_sigma == 0
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sympy  # noqa: F401 (by PyTorch only when it is needed, from where another user may not read)
 import torch
+import torch._dynamo  # by PyTorch only when it is needed, from where another user may not read
 from safetensors.numpy import load
 
 from tarflow.cli import COMMANDS, main

@@ -28,7 +28,7 @@ MEANINGLESS = {
         --channels=1000000000000000000 --num-blocks=1000000000000000000 --layers-per-block=1000000000000000000
         --num-blocks=1000000000000000000000000000000 --batch-size=1000000000000000000 --batch-size=0 --patch-size=0
         --patch-size=5 --beta2=1 --ema-decay=1 --label-drop=nan --guidance=nan --guidance=1e300 --max-steps=nan
-        --preset=foo --nonsense|--help""",
+        --sigma=0 --resize=box --preset=foo --nonsense|--help""",
     TRAIN_FLOWPP: """
         --dropout=-1 --dropout=1.5 --dropout=nan --dropout=inf --filters=-1 --filters=1000000000000000000
         --num-mixtures=0 --num-mixtures=65 --stack=squeeze --stack=stripe0 --stack= --blocks-per-coupling=-1
@@ -36,16 +36,17 @@ MEANINGLESS = {
     SAMPLE: """
         --sigma=nan --sigma=-1 --sigma=inf --sigma=1e300 --seed=-1 --seed=99999999999999999999 --guidance=1e300
         --guidance=nan --guidance=inf --labels=-2 --labels=10 --labels --trajectory=drawn.png --trajectory=t.txt
-        --tolerance=0.1|--decoder=sequential --tolerance=nan --num=0 --num=-1 --num=1000000000 --out=
+        --tolerance=0.1|--decoder=sequential --tolerance=nan --tolerance=1e300 --num=0 --num=-1 --num=1000000000 --out=
         --out=nowhere/x.png --out=x.bmp --device=meta --device=cpu:7 --window=0|--decoder=jacobi --window=-5
         --temperature=nan|--guidance=1 --temperature=0|--guidance=1 --temperature=2 --decoder=foo
         --precision=float16 --nonsense|--help""",
     EVALUATE: """
         --num-images=0 --draws=0 --importance-samples=0 --batch-size=-1 --image-size=0 --dataset= --dataset=foo
-        --data-dir=nowhere --seed=-1 --seed=99999999999999999999 --device=meta --device=cpu:7 --nonsense|--help""",
+        --resize=box --data-dir=nowhere --seed=-1 --seed=99999999999999999999 --device=meta --device=cpu:7
+        --nonsense|--help""",
     CALIBRATE: """
         --guidance=nan --guidance=1e300 --guidance=inf --temperature=nan --tolerance=nan --tolerance=inf --tolerance=-1
-        --batches=0 --batches=-1 --batches --batches=1000000000000000000 --device=meta --device=cpu:7""",
+        --tolerance=3 --batches=0 --batches=-1 --batches --batches=1000000000000000000 --device=meta --device=cpu:7""",
     CONVERT: """
         --sigma=nan --sigma=inf --sigma=-1 --sigma=1e300 --in-channels=0 --in-channels=-3 --in-channels=5
         --in-channels=1000000000000000000""",
