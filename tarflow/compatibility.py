@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["current_flags", "current_settings", "renamed_arguments"]
+__all__ = ["current_flags", "current_settings", "renamed_arguments", "renamed_attributes"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -38,6 +38,24 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
         return renaming
 
     return decorate
+
+
+def renamed_attributes(module: dict[str, Any], **names: str) -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module, given by its globals, that finds attributes by their old names.
+
+    >>> find = renamed_attributes({"__name__": "shapes", "Circle": "a circle"}, Disk="Circle")
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     find("Disk")
+    'a circle'
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        warnings.warn(f"{module['__name__']}.{name}: is now called {names[name]}", DeprecationWarning, stacklevel=2)
+        return module[names[name]]
+
+    return find
 
 
 _FLAGS = {

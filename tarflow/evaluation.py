@@ -13,11 +13,12 @@ in force. These arguments are the same for every score:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from .compatibility import renamed_arguments
+from .compatibility import renamed_arguments, renamed_attributes
 from .image_flow import ImageFlow, in_mode, log_mean_exp
 from .noise import add_gaussian_noise
 from .noise import bits_per_dim as to_bits_per_dim
@@ -193,3 +194,7 @@ def _score_batches(
             batch_labels = None if labels is None else labels[batch].to(device)
             scores.append(score(pixels[batch].to(device), batch_labels).cpu())
     return torch.cat(scores)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_attributes(globals(), bits_per_dim_of_images="dequantized_bits_per_dim")

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -211,6 +212,12 @@ class ImageFlow(nn.Module):
                 x, log_q = self.dequantize(pixels, generator)
                 log_weights.append((self.log_prob(x, labels) - log_q).double())
         return torch.stack(log_weights) - self.config.num_dims * math.log(128)
+
+    @renamed_arguments(draws="num_samples")
+    def bounds(self, *arguments: Any, **options: Any) -> Tensor:
+        """Call :meth:`importance_log_weights`, whose former name this is, with a DeprecationWarning."""
+        warnings.warn("bounds: is now called importance_log_weights", DeprecationWarning, stacklevel=3)
+        return self.importance_log_weights(*arguments, **options)
 
     def initialize(
         self, pixels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None

@@ -5,11 +5,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .compatibility import renamed_attributes
 from .files import read_state
 from .model import TarFlow, TarFlowConfig
 from .pretrained import build_model
@@ -148,3 +149,7 @@ def _their_layout(name: str, tensor: Tensor) -> Tensor:
 def _in_other_order(name: str, tensor: Tensor) -> Tensor:
     """Reverse the positions of odd blocks, which generate from the last token to the first."""
     return tensor.flip(0) if re.search(r"blocks\.\d*[13579]\.(transformer\.)?pos_embed", name) else tensor
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_attributes(globals(), load="load_published")

@@ -7,7 +7,9 @@ files that anyone may have made, and :mod:`.streaming` the batches.
 import math
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..compatibility import renamed_attributes
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
 from .formats import MAX_PIXELS, RESIZE, Resize, Unreadable
 from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
@@ -86,3 +88,7 @@ def load(
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"image_size: expected None or {dataset.image_size} for {name}, got {image_size}")
     return dataset
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_attributes(globals(), Images="ImageDataset", Folder="ImageFolder")

@@ -38,6 +38,12 @@ The files, in the order in which a sample passes them: :mod:`.decoder` (which de
 :mod:`.sequential` or :mod:`.jacobi`, :mod:`.step` (one pass of the transformer against its cache).
 """
 
+from typing import TYPE_CHECKING
+
+from ..compatibility import renamed_attributes
 from .decoder import DISTANCE, NAMES, TOLERANCE, BlockStatistics, Decoder, DecoderName, ProgressCallback
 
 __all__ = ["DISTANCE", "NAMES", "TOLERANCE", "BlockStatistics", "Decoder", "DecoderName", "ProgressCallback"]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_attributes(globals(), Decoded="BlockStatistics", Report="ProgressCallback")

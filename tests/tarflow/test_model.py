@@ -1,6 +1,7 @@
 """A TarFlow scores, denoises, samples and stores images as it says, and says what is wrong with what it is given."""
 
 import contextlib
+import importlib
 import json
 import math
 import sys
@@ -547,3 +548,32 @@ def test_a_label_that_was_not_looked_at_names_no_other_class(label):
 @pytest.mark.parametrize("guidance", [Guidance(0.0), Guidance(1.0, temperature=0.5)], ids=str)
 def test_guidance_that_an_unconditional_model_can_follow(guidance):
     assert tarflow().sample(2, guidance=guidance).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("decoding", "Decoded", "BlockStatistics"),
+        ("decoding", "Report", "ProgressCallback"),
+        ("datasets", "Images", "ImageDataset"),
+        ("datasets", "Folder", "ImageFolder"),
+        ("evaluation", "bits_per_dim_of_images", "dequantized_bits_per_dim"),
+        ("published", "load", "load_published"),
+    ],
+)
+def test_a_name_of_the_last_release_is_found_with_a_warning(module, old, new):
+    module = importlib.import_module(f"tarflow.{module}")
+    with pytest.warns(DeprecationWarning, match=f"{old}: is now called {new}"):
+        assert getattr(module, old) is getattr(module, new)
+    with pytest.raises(AttributeError, match="nonsense"):
+        getattr(module, "nonsense")  # noqa: B009
+
+
+def test_methods_and_arguments_of_the_last_release_are_taken_with_a_warning():
+    model, pixels = tarflow(), X.byte()
+    new = model.importance_log_weights(pixels, num_samples=2, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(DeprecationWarning, match="bounds: is now called importance_log_weights"):
+        old = model.bounds(pixels, num_samples=2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(old, new)
+    with pytest.warns(DeprecationWarning, match="draws: is now called num_samples"):
+        model.discrete_log_prob(pixels, draws=2)
