@@ -74,6 +74,8 @@ class ImageFlow(nn.Module):
     """Names of the decoders that :meth:`sample` takes."""
     supports_guidance: ClassVar[bool] = False
     """Whether :meth:`sample` takes guidance and denoises."""
+    prior_adapts: bool = False
+    """Whether the prior follows the latents, see :meth:`update_prior`."""
     calibration: Sequence[Timing] = ()
     """Timings that the ``auto`` decoder follows."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,16 @@ class TarFlowConfig:
 
     Args:
         image_size, in_channels: size and channels of the images.
-        patch_size: P, the side of a patch.
+        patch_size: side of a patch.
         channels: width of the transformers.
-        num_blocks, layers_per_block: number of blocks, and of transformer layers in each.
+        num_blocks: number of blocks.
+        layers_per_block: number of transformer layers in a block.
         num_classes: number of classes, 0 for an unconditional model.
         head_dim: size of an attention head.
         expansion: factor of the hidden layer of the MLPs.
         volume_preserving: whether alpha is 0 throughout.
-        coupling: the transform of each value, ``"affine"`` or ``"mixture"`` of logistics; see
-            :mod:`tarflow.transforms`.
-        num_mixtures: number of components of the mixture.
+        coupling: the map of each value, an affine one or a mixture of logistics with an affine map behind it.
+        num_mixtures: number of logistics in a mixture.
         dequantizer: configuration of variational dequantization, Flow++'s; without one, the noise of training is
             uniform or Gaussian, and no part of the model.
 
@@ -58,7 +58,7 @@ class TarFlowConfig:
     head_dim: int = 64
     expansion: int = 4
     volume_preserving: bool = False
-    coupling: str = "affine"
+    coupling: Literal["affine", "mixture"] = "affine"
     num_mixtures: int = 8
     dequantizer: DequantizerConfig | None = None
 
@@ -160,6 +160,7 @@ class TarFlow(ImageFlow):
 
     def __init__(self, config: TarFlowConfig):
         super().__init__(config, Dequantizer.of(config.dequantizer, config.image_shape))
+        self.prior_adapts = config.volume_preserving
         self.flow = TokenFlow(
             config.num_tokens,
             config.token_dim,
@@ -199,7 +200,7 @@ class TarFlow(ImageFlow):
 
     def update_prior(self, z: Tensor, rate: float | Tensor) -> None:
         """Adapt the prior to the latents of a batch; only that of a volume-preserving flow adapts."""
-        if self.config.volume_preserving:
+        if self.prior_adapts:
             self.flow.update_prior(z, rate)
 
     def inverse(

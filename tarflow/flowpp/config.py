@@ -46,7 +46,8 @@ class DequantizerConfig(CouplingConfig):
 
     Args:
         stack: levels of its flow, all of them ``stripe<n>``.
-        context_filters, context_blocks: channels and number of the gated blocks in the network that reads the pixels.
+        context_filters: channels of the network that reads the pixels.
+        context_blocks: its gated blocks.
         context_norm: whether these blocks have layer norms.
         context_attention: the attention that they have.
 
@@ -83,11 +84,12 @@ class FlowPPConfig(CouplingConfig):
 
     Args:
         image_size, in_channels: side and channels of the images.
-        stack: levels of the flow, see :class:`tarflow.flowpp.layers.MultiScaleFlow`.
-        coupling: ``"mixture"`` of logistics, or ``"affine"``, its ablation.
-        num_mixtures: K, logistics in the mixture of a value.
-        filters, blocks_per_coupling: channels of a conditioner, and its gated blocks.
-        attention: ``"softmax"``; ``"max"``, its ablation with the same parameters; ``"none"``.
+        stack: levels of the flow: couplings of columns (stripe<n>) or channels (channel<n>), and squeezes.
+        coupling: a mixture of logistics for each value, or an affine map, its ablation.
+        num_mixtures: logistics in the mixture of a value.
+        filters: channels of a conditioner.
+        blocks_per_coupling: gated blocks of a conditioner.
+        attention: of pixels to each other; max is its ablation with the same parameters.
         pointwise: whether an invertible 1x1 convolution comes before every coupling.
         elu_output: whether a concat-ELU comes before the last convolution of a conditioner.
         weight_norm: whether convolutions are weight-normalized.

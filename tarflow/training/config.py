@@ -97,10 +97,15 @@ class TrainingConfig:
     """share of the labels that are dropped, which guidance needs"""
 
     max_steps: int = setting(2200, least=1)
+    """number of updates"""
     batch_size: int = setting(16, least=1, fixed=True)
+    """images in an update"""
     learning_rate: float = 1e-3
+    """peak of the learning rate"""
     min_learning_rate: float = 1e-6
+    """learning rate at the beginning of the warm-up and at the end of a cosine"""
     warmup_steps: int = setting(100, least=0)
+    """updates over which the learning rate rises to its peak"""
     schedule: Schedule = "cosine"
     """course of the learning rate after the warm-up"""
     loss_per: Literal["dimension", "image"] = setting("dimension", fixed=True)
@@ -108,6 +113,7 @@ class TrainingConfig:
     beta2: float = 0.95
     """decay of the squared gradients of Adam"""
     weight_decay: float = 1e-4
+    """decoupled weight decay of AdamW"""
     gradient_clip: float = 1.0
     """largest norm of the gradient"""
     ema_decay: float = 0.999
@@ -120,12 +126,19 @@ class TrainingConfig:
     """non-finite steps in a row, each skipped, after which training gives up"""
 
     seed: int = setting(0, least=0, fixed=True)
+    """seed of all randomness"""
     device: str = "auto"
+    """auto, or a device of PyTorch such as cpu or cuda:1"""
     log_every: int = setting(10, least=1)
+    """steps that a row of metrics.jsonl averages"""
     evaluate_every: int = setting(500, least=1)
+    """steps between evaluations"""
     sample_every: int = setting(500, least=1)
+    """steps between pictures of samples"""
     checkpoint_every: int = setting(500, least=1)
+    """steps between checkpoints"""
     keep_checkpoints: int = setting(3, least=1)
+    """number of the latest checkpoints that are kept"""
     importance_samples: int = setting(8, least=0)
     """importance-weighted samples of the bits/dim that a run ends with, where noise is within bins; 0 for no score"""
     guidance: Guidance = setting(Guidance(), only=TarFlowConfig)  # noqa: RUF009 (it is frozen)

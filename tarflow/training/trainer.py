@@ -70,8 +70,7 @@ class Trainer:
         The prior of a volume-preserving flow has the variance of its latents. Those of averaged weights differ from
         those of the weights in training, so that the variance is measured anew, once a step.
         """
-        adapts = getattr(self._average.config, "volume_preserving", False)
-        if adapts and self._prior_step != self.step:
+        if self._average.prior_adapts and self._prior_step != self.step:
             self._fit_prior()
             self._prior_step = self.step
         return self._average
