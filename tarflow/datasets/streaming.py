@@ -2,9 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from multiprocessing import AuthenticationError
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -48,7 +51,7 @@ def batches(
         sampler=indices,
         num_workers=min(8, os.cpu_count() or 1) if num_workers is None else num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_stop_signals,
+        worker_init_fn=_prepare_reader,
         generator=torch.Generator(),  # the global one is the caller's
     )
     return _stream(loader)
@@ -106,10 +109,18 @@ def _no_child_signals() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _outlive_stop_signals(worker: int) -> None:
-    """Let a reader outlive a stop signal by 30 seconds: stopping is the trainer's work, but every process may get it.
+def _prepare_reader(worker: int) -> None:
+    """Let a reader outlive a stop signal by 30 seconds, and be silent about lost connections.
 
-    Not for ever, because multiprocessing sends SIGTERM to the readers that are left, and waits for them.
+    Stopping is the trainer's work, but every process may get the signal. Not for ever, because multiprocessing sends
+    SIGTERM to the readers that are left, and waits for them. A connection is lost where the trainer ends, perhaps since
+    another reader was killed, while a thread of this one hands a batch over.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    sys.excepthook = _pass_over_lost_connections
+
+
+def _pass_over_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError | EOFError | AuthenticationError):
+        sys.__excepthook__(kind, error, trace)

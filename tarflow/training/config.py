@@ -50,7 +50,7 @@ def _check_declared(settings: Any) -> None:
         kind = float | int if kind is float else kind
         if get_origin(kind) is not Literal and least is None and not isinstance(value, kind):
             raise ValueError(f"{declared.name}: expected {getattr(kind, '__name__', kind)}; got {value!r}")
-        if least is not None and (not isinstance(value, int) or not least <= value < 2**63):
+        if least is not None and (type(value) is not int or not least <= value < 2**63):
             raise ValueError(f"{declared.name}: expected an integer from {least} to 2^63 - 1; got {value}")
 
 

@@ -532,7 +532,9 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [*BAD_SETTINGS.items(), ("label_drop", 1.0), ("ema_decay", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [*BAD_SETTINGS.items(), ("label_drop", 1.0), ("ema_decay", 1.0), ("seed", True)]
+)
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected an? (number|integer) .*; got {value}$"):
         TrainingConfig(**{name: value})
