@@ -12,6 +12,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+from tarflow import Guidance, TarFlow, TarFlowConfig
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"tarflow": ROOT / "tarflow", "tarflow_kernels": ROOT / "kernels" / "tarflow_kernels"}
@@ -180,6 +183,31 @@ def test_nothing_is_loaded_that_is_not_used(program, unwanted, tmp_path):
 
 # Modules behind the public ones: kernels and their launchers, and what adapters share.
 INTERNAL = ("tarflow_kernels.triton", "tarflow_kernels.adapters.common", "tarflow_kernels.adapters.made")
+
+
+def files_entered(run):
+    """The files of ours that a call enters."""
+    run()  # what the first call sets up is not on the way
+    entered = set()
+
+    def note(frame, event, argument):
+        if event == "call" and any(Path(frame.f_code.co_filename).is_relative_to(root) for root in SOURCES.values()):
+            entered.add(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def test_an_image_passes_few_files():
+    """Each more is one more that a reader has to open."""
+    model = TarFlow(TarFlowConfig(image_size=8, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)).eval()
+    x, labels = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
+    assert len(files_entered(lambda: model.log_prob(x, labels))) <= 9
+    assert len(files_entered(lambda: model.sample(2, labels, Guidance(2.0)))) <= 15
 
 
 def is_public(name):

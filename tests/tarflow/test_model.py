@@ -404,7 +404,9 @@ def test_weights_of_any_precision_score_denoise_and_sample(tmp_path, dtype):
     assert model.log_prob(X[:1].to(model.dtype), labels).isfinite().all()
     assert model.sample(2, TWO, denoise_sigma=0.1).isfinite().all()
     for sigma in (0.0, 0.1):
-        assert all(math.isfinite(score.mean) for score in evaluate(model, pixels, labels, sigma, num_samples=1).values())
+        assert all(
+            math.isfinite(score.mean) for score in evaluate(model, pixels, labels, sigma, num_samples=1).values()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
