@@ -302,9 +302,11 @@ def _read_rows(path: Path) -> list[dict]:
     for line in text[: text.rfind("\n") + 1].splitlines():
         try:
             rows.append(json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"metrics_path: expected JSON objects with a step in {path}, got {line!r}") from error
+            numbers = rows[-1]["step"], *rows[-1].values()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"metrics_path: expected JSON objects with a step in {path}, got {line!r:.200}") from error
+        if not all(isinstance(number, int | float | None) for number in numbers):
+            raise ValueError(f"metrics_path: expected rows of numbers in {path}, got {line!r:.200}")
     if not rows:
         raise ValueError(f"metrics_path: expected at least one row in {path}, got none")
     return rows

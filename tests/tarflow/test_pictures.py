@@ -188,7 +188,9 @@ def test_curves_fall_back_to_the_loss(tmp_path):
     assert len(find(curves_of(tmp_path, rows), (0, 0x72, 0xB2))[0])
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 1}\nstep 2\n', '{"loss": 1}\n', "[1]\n"])
+@pytest.mark.parametrize(
+    "text", ["", '{"step": 1}\nstep 2\n', '{"loss": 1}\n', "[1]\n", '{"step": 1, "loss": {}}\n', '{"step": "x"}\n']
+)
 def test_curves_name_the_file_they_cannot_read(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"metrics_path: expected .* in .*metrics\.jsonl, got"):
