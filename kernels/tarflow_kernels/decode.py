@@ -162,9 +162,8 @@ def _torch_scattered(q, k, v, cache_k, cache_v, positions, scale, clean):
         written = seen[:, :, -1, :, None]
         cache_k, cache_v = cache_k.masked_fill(~written, 0), cache_v.masked_fill(~written, 0)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
-    return (
-        out.transpose(1, 2).contiguous().transpose(1, 2)
-    )  # the layout that compilers were told of, and that a CPU's attention has anyway
+    # The layout that compilers were told of, and that a CPU's attention has anyway.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake(q, k, v, cache_k, cache_v, positions, temperature, scale):
