@@ -74,8 +74,6 @@ class ImageFlow(nn.Module):
     """Names of the decoders that :meth:`sample` takes."""
     supports_guidance: ClassVar[bool] = False
     """Whether :meth:`sample` takes guidance and denoises."""
-    prior_adapts: bool = False
-    """Whether the prior follows the latents, see :meth:`update_prior`."""
     calibration: Sequence[Timing] = ()
     """Timings that the ``auto`` decoder follows."""
 
@@ -97,6 +95,11 @@ class ImageFlow(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
         return next(self.parameters()).dtype
+
+    @property
+    def prior_adapts(self) -> bool:
+        """Whether the prior follows the latents, see :meth:`update_prior`."""
+        return False
 
     @property
     def stages(self) -> list[str]:

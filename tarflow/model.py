@@ -160,7 +160,6 @@ class TarFlow(ImageFlow):
 
     def __init__(self, config: TarFlowConfig):
         super().__init__(config, Dequantizer.of(config.dequantizer, config.image_shape))
-        self.prior_adapts = config.volume_preserving
         self.flow = TokenFlow(
             config.num_tokens,
             config.token_dim,
@@ -174,6 +173,11 @@ class TarFlow(ImageFlow):
             coupling=config.coupling,
             num_mixtures=config.num_mixtures,
         )
+
+    @property
+    def prior_adapts(self) -> bool:
+        """Whether the prior follows the latents: that of a volume-preserving flow does."""
+        return self.config.volume_preserving
 
     @property
     def stages(self) -> list[str]:
@@ -199,7 +203,7 @@ class TarFlow(ImageFlow):
         return self.flow.log_prior(z)
 
     def update_prior(self, z: Tensor, rate: float | Tensor) -> None:
-        """Adapt the prior to the latents of a batch; only that of a volume-preserving flow adapts."""
+        """Adapt the prior to the latents of a batch, where :attr:`prior_adapts`."""
         if self.prior_adapts:
             self.flow.update_prior(z, rate)
 
