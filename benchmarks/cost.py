@@ -9,7 +9,7 @@ pass over R rows of G tokens, of a block with L layers of width C, whose last to
 
     weights      12 L C^2 elements, once
     cache        2 L R n C elements, once
-    activations  34 L R G C elements, and 8 R G C in full precision for the residuals of each of the 2 L norms
+    activations  34 L R G C elements, and 4 L R G C in full precision: the residual
 
 with ``24 L C^2 R G`` operations by weights and ``4 L C R (G n - G (G - 1) / 2)`` by attention. A step of the sequential
 decoder is a pass with G = 1 and, on average, n = N / 2, of ``8 L + 3`` kernels. A pass of the Jacobi decoder has some
@@ -117,7 +117,7 @@ def limit(kernels: Iterable[Kernel], device: Device) -> float:
     return max(sum(k.bytes for k in kernels) / device.copy, sum(k.operations for k in kernels) / device.matrix)
 
 
-def layer(channels: int, rows: int, new: int, seen: float, size: int, split: bool = False) -> list[Kernel]:
+def layer(channels: int, rows: int, new: int, seen: float, size: int = BFLOAT16, split: bool = False) -> list[Kernel]:
     """List the kernels of a layer, for ``new`` tokens in each row, of which the last sees ``seen``.
 
     Args:
@@ -236,7 +236,10 @@ Shares = tuple[float, float]
 
 
 def in_halves(config: TarFlowConfig, batch: int, branches: int) -> bool:
-    """Tell whether a batch is decoded as two halves: where a mean step reads at least twice as much cache as weights."""
+    """Tell whether a batch is decoded as two halves: where a mean step reads twice as much cache as weights, at least.
+
+    That is ``R N C >= 2 * 12 C^2``, and a sample has to be left for each half.
+    """
     return batch > 1 and branches * batch * config.num_tokens >= 24 * config.channels
 
 
