@@ -1,6 +1,6 @@
 """Predict how long the decoders take, from bytes, operations and launches: a model, and no measurement.
 
-    python benchmarks/cost.py            # a step and a pass of the published models, as predicted for each card
+    python benchmarks/cost.py            # a step and a pass of 2-768-8-8, as predicted for each card
     python benchmarks/cost.py --check    # the same formulas against what the decoders take on the CPU at hand
 
 A pass is a chain of kernels, and a kernel takes ``launch + max(bytes / copy, operations / matrix)``: a time for being
@@ -77,13 +77,12 @@ class Device:
 _H100 = Device("NVIDIA H100 80GB HBM3", 3.0e12, 0.65 * 989e12, 3e-6, processors=132, streams=2)
 DEVICES = {"H100 SXM": _H100, "H200": replace(_H100, name="NVIDIA H200", copy=4.8 / 3.35 * _H100.copy)}
 SOURCES = {
-    "copy, H100 SXM": "3.0 TB/s, assumed: 90 % of the 3.35 TB/s of the data sheet",
-    "copy, H200": "4.3 TB/s, assumed: the same share of the 4.8 TB/s of its data sheet",
-    "products in bfloat16, both": "643 TFLOP/s, assumed: 65 % of the 989 TFLOP/s, dense, of the data sheet",
-    "a kernel, both": "3 us, assumed: 2 us from one kernel of a CUDA graph to the next, 1 us to fill and drain it",
-    "multiprocessors, both": "132, of the data sheet",
+    "copy": "assumed: 90 % of what the data sheets say, 3.35 and 4.8 TB/s",
+    "matrix": "assumed: 65 % of what the data sheets say of dense bfloat16, 989 TFLOP/s",
+    "launch": "assumed: 2 us from one kernel of a CUDA graph to the next, 1 us to fill the card and to drain it",
+    "processors": "of the data sheets",
 }
-"""What each constant is and where it is from; none has been measured."""
+"""Where the constants of the devices are from: none has been measured."""
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ def layer(channels: int, rows: int, new: int, seen: float, size: int = BFLOAT16,
             operations=2 * weights * rows * new,
         )
 
-    # It adds to the residual, and reads it again, and normalizes the sum.
+    # It reads the residual and what is added to it, and writes the sum, as it is and normalized.
     norm = Kernel("residual and norm", activations=2 * (_FULL + size) * values)
     attention = Kernel(
         "append and attend",
@@ -193,7 +192,7 @@ def step(config: TarFlowConfig, rows: int, device: Device, size: int = BFLOAT16)
     return [*run_layers(config, rows, 1, config.num_tokens / 2, device, size), embedding]
 
 
-# Around the layers of a Jacobi pass, by branches: gathering the window, its embedding, and what may be frozen of it.
+# Around the embedding and the layers of a Jacobi pass, by branches: gathering a window, deciding what of it is frozen.
 _UPDATES = {1: 35, 2: 41}
 
 
@@ -206,7 +205,7 @@ def jacobi_pass(
     values, tokens = rows * new * config.channels, batch * new * config.token_dim
     embedding = [
         Kernel("positions", activations=2 * _FULL * values),
-        Kernel("classes", activations=2 * _FULL * values),
+        Kernel("classes", activations=2 * _FULL * values),  # of a model that has them
         Kernel(
             "tokens",
             weights=_FULL * config.token_dim * config.channels,

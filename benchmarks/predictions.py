@@ -6,6 +6,7 @@ The page is put together from :data:`SECTIONS`, functions that return markdown.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import cost
+import models
 import plots
 import records
 from cost import DEVICES, Device, Shares
@@ -35,7 +37,7 @@ BRANCHES = {"guided": 2, "not guided": 1}
 OPS = {2: "guided sampling", 1: "sampling without guidance"}
 SHARES = (0.05, 0.1, 0.2)
 LARGE = "ImageNet64 2-768-8-8"
-# Of the published code: batch, guided, seconds.
+# Of the published code, on an A100: a guided batch, and seconds.
 REPORTED = {LARGE: (32, 120.0)}
 
 
@@ -64,9 +66,10 @@ def families() -> dict[str, tuple[TarFlowConfig, list[str]]]:
         if isinstance(config, TarFlowConfig):
             shape = config.num_tokens, config.channels, config.num_blocks, config.layers_per_block
             found.setdefault(shape, (config, []))[1].append(preset)
-    return {_name(config): family for family in found.values() for config in family[:1]}
+    return {_name(config): (config, presets) for config, presets in found.values()}
 
 
+@functools.cache
 def measured_shares(branches: int) -> dict[int | None, Shares]:
     """Return the passes of the trained model, as shares of the steps, by window; measured with 16 samples on a CPU."""
     name = f"{OPS[branches]}, Fashion-MNIST 2-128-4-2, trained, B=16 N=196, float32"
@@ -110,33 +113,59 @@ def draw_decoding(path: Path) -> None:
 
 
 def _assumptions() -> str:
-    windows = {None: "over whole sequences", 64: "over windows of 64"}
-    passes = "; ".join(
-        f"{windows[window]}, {first:.0%} of the steps in the block that is generated first, {others:.1%} in others"
-        for window, (first, others) in measured_shares(2).items()
+    config, h100 = models.imagenet64(), DEVICES["H100 SXM"]
+    steps = config.num_blocks * (config.num_tokens - 1)
+    times = (
+        cost.floor(config, 32, 2, h100) / steps,
+        cost.step_seconds(config, 32, 2, replace(h100, streams=1)),
+        cost.step_seconds(config, 32, 2, h100),
     )
+    limit, chain, halves = (f"{1e6 * taken:.0f} us" for taken in times)
     return f"""## Decoding
 
 How long it takes to sample by the sequential decoder, by the Jacobi decoder and by `auto`, the better of them for each
 block, in bfloat16. The model is [`benchmarks/cost.py`](../benchmarks/cost.py): a kernel takes some time for being
 launched, and beside it that of moving its bytes or that of multiplying, whichever is longer. What it leaves out stands
-there too, such as capturing the graph of a block, which a small model would notice most. Its constants are assumptions:
+there too, such as capturing the graph of a block, which a small model would notice most. Flow++, which has no tokens to
+wait for, is not here. The constants are assumptions:
 
-{table(("constant", "value and source"), cost.SOURCES.items())}
+{table(("constant", *DEVICES, "source"), _constants())}
 
 *Limit*: weights and cache of every step of the sequential decoder, each read once, at the assumed copy rate. A parallel
 pass reads them for many tokens, and may go beyond. *Halves*: a large batch is decoded as two halves on two streams,
-without which it is *one chain*; `auto` chooses between halves, where there are any, and Jacobi.
+without which it is *one chain*; `auto` chooses between halves, where there are any, and Jacobi. A step of {LARGE}
+for 32 guided samples on an H100, for example: limit {limit}, one chain {chain}, halves {halves}.
 
-*Passes.* How many the Jacobi decoder takes depends on trained weights. Assumed is what the trained model of
-Fashion-MNIST took for 16 samples on a CPU ([rows](benchmarks.md#sampling)), guided and not; when guided, {passes}.
-Other models, longer sequences and larger batches have other shares.
+*Passes.* How many the Jacobi decoder takes depends on trained weights. Assumed are the shares of the steps that the
+trained model of Fashion-MNIST took for 16 samples on a CPU ([rows](benchmarks.md#sampling)). Other models, longer
+sequences and larger batches have others.
+
+{table(("passes over steps", "block generated first", "each other block"), _passes())}
 
 *Published code.* Two minutes for 32 guided images of 64 x 64 on an A100 is the time that is quoted of the TarFlow paper
 (arXiv 2412.06329), here at second hand. GS-Jacobi (arXiv 2505.12849) reports gains over the published code of 4.53x
 (ImageNet128), 5.32x (AFHQ), 2.96x and 2.51x (ImageNet64, without and with classes).
 
 <img src="predicted-decoding.png" width="720" alt="predicted seconds per image over batch, by decoder">"""
+
+
+def _constants() -> Iterator[list[str]]:
+    shown = {
+        "copy": ("copy rate", 1e-12, "TB/s"),
+        "matrix": ("products in bfloat16", 1e-12, "TFLOP/s"),
+        "launch": ("a kernel, beside its bytes and operations", 1e6, "us"),
+        "processors": ("multiprocessors", 1, ""),
+    }
+    for field, (name, scale, unit) in shown.items():
+        values = (f"{scale * getattr(device, field):.3g} {unit}".strip() for device in DEVICES.values())
+        yield [name, *values, cost.SOURCES[field]]
+
+
+def _passes() -> Iterator[list[str]]:
+    for guided, branches in BRANCHES.items():
+        for window, shares in measured_shares(branches).items():
+            windows = "whole sequences" if window is None else f"windows of {window}"
+            yield [f"{windows}, {guided}", *(f"{share:.1%}" for share in shares)]
 
 
 def _tables() -> Iterator[str]:
@@ -153,13 +182,10 @@ def _tables() -> Iterator[str]:
 def _lines(name: str, config: TarFlowConfig, device: Device) -> Iterator[list[str]]:
     for guided, branches in BRANCHES.items():
         for batch in BATCHES:
-            times = predict(config, batch, branches, device)
-            halves = cost.in_halves(config, batch, branches)
+            limit, sequential, *parallel, auto = predict(config, batch, branches, device).values()
             chain = cost.sequential(config, batch, branches, replace(device, streams=1))
-            shown = [times["limit"], chain, times["sequential"], times["jacobi"], times["jacobi, window 64"]]
-            cells = [_seconds(taken) for taken in (*shown, times["auto"], times["auto"] / batch)]
-            if not halves:
-                cells[2] = "–"
+            halves = _seconds(sequential) if cost.in_halves(config, batch, branches) else "–"
+            cells = [_seconds(limit), _seconds(chain), halves, *map(_seconds, (*parallel, auto, auto / batch))]
             if name in REPORTED:
                 reported = branches == 2 and batch == REPORTED[name][0]
                 cells.append(f"about {REPORTED[name][1]:.0f} s (A100)" if reported else "–")
@@ -170,19 +196,12 @@ def _sensitivity() -> str:
     """Write what follows from other numbers of passes, in all blocks alike, and from which number on Jacobi loses."""
     title, device = next(iter(DEVICES.items()))
     config, _ = families()[LARGE]
-    shares = [f"{share:.0%}" for share in SHARES]
-    head = (
-        "batch",
-        "sequential",
-        *(f"Jacobi, {s}" for s in shares),
-        "even",
-        *(f"window 64, {s}" for s in shares),
-        "even",
-    )
+    shares, windows = [f"{share:.0%}" for share in SHARES], {"Jacobi": None, "window 64": 64}
+    head = ("batch", "sequential", *(f"{name}, {share}" for name in windows for share in (*shares, "even")))
     lines = []
     for batch in BATCHES:
         cells = [f"{batch}, guided", _seconds(cost.sequential(config, batch, 2, device))]
-        for window in (None, 64):
+        for window in windows.values():
             cells += [_seconds(cost.jacobi(config, batch, 2, window, (share, share), device)) for share in SHARES]
             parallel = cost.seconds(cost.jacobi_pass(config, batch, 2, window, device), device)
             cells.append(f"{cost.step_seconds(config, batch, 2, device) / parallel:.1%}")
@@ -202,15 +221,12 @@ def _name(config: TarFlowConfig) -> str:
 
 def _wider(presets: list[str], config: TarFlowConfig, device: Device) -> str:
     """Say what tokens that are wider than those of the table's configuration add at most."""
-    models = [PRESETS[preset].model for preset in presets]
-    added = {
-        batch: max(cost.step_seconds(model, batch, 2, device) for model in models)
-        / cost.step_seconds(config, batch, 2, device)
+    added = max(
+        cost.step_seconds(PRESETS[preset].model, batch, 2, device) / cost.step_seconds(config, batch, 2, device) - 1
+        for preset in presets
         for batch in BATCHES
-    }
-    if max(added.values()) == 1:
-        return ""
-    return f" Those of wider tokens take up to {max(added.values()) - 1:.1%} longer in a step."
+    )
+    return f" A step of those with wider tokens takes up to {added:.1%} longer." if added else ""
 
 
 def _seconds(taken: float) -> str:
@@ -232,19 +248,18 @@ predicted is 1. The factor is the geometric mean of measured over predicted."""
         return f"{text} No CPU has been measured yet."
     checked = json.loads(cost.CHECK.read_text())
     machine, constants, points = checked["machine"], checked["constants"], checked["points"]
-    slope, factor = cost.fit(points)
     where = (
         f"{machine['device']}, {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}: copy "
         f"{constants['copy'] / 1e9:.3g} GB/s, products {constants['matrix'] / 1e12:.3g} TFLOP/s in float32, a launch "
-        f"{1e6 * constants['launch']:.3g} us. Over all {len(points)} points: slope {slope:.2f}, factor {factor:.2f}."
+        f"{1e6 * constants['launch']:.3g} us. Slope and factor over all {len(points)} points: {_fit(points)}."
     )
-    decoders = list(dict.fromkeys(point["decoder"] for point in points))
+    varied, decoders = (list(dict.fromkeys(point[key] for point in points)) for key in ("varied", "decoder"))
     lines = [
-        [varied, *(_fit([p for p in points if (p["varied"], p["decoder"]) == (varied, d)]) for d in decoders)]
-        for varied in dict.fromkeys(point["varied"] for point in points)
+        [size, *(_fit([p for p in points if (p["varied"], p["decoder"]) == (size, name)]) for name in decoders)]
+        for size in varied
     ]
-    lines.append(["all", *(_fit([p for p in points if p["decoder"] == decoder]) for decoder in decoders)])
-    fits = table(("varied: slope, factor", *decoders), lines)
+    lines.append(["all", *(_fit([p for p in points if p["decoder"] == name]) for name in decoders)])
+    fits = table(("slope and factor, with varied", *decoders), lines)
     plot = '<img src="predicted-check.png" width="460" alt="measured over predicted times of the decoders on a CPU">'
     return "\n\n".join([text, where, fits, plot])
 

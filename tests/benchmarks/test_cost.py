@@ -268,7 +268,7 @@ def test_the_page_begins_by_saying_that_nothing_was_measured(tmp_path, monkeypat
 
 
 def test_the_rows_of_sampling_on_a_gpu_are_all_predicted():
-    assert {row.model for row in sampling.sampling_rows(torch.device("cuda"))} == set(cost.covered())
+    assert {row.model for row in sampling.sampling_rows(torch.device("cuda"))} <= cost.covered().keys()
 
 
 def measured(device, **contenders):
