@@ -25,10 +25,11 @@ reads several times; attention, which multiplies more slowly than a large produc
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -361,41 +362,39 @@ VARIED = {
 }
 # With so much tolerance a pass settles its whole window: there are as many passes as there are windows.
 CHECKED = (SEQUENTIAL, Decoder("jacobi", 16, 1e30), Decoder("jacobi", None, 1e30))
+# Next to nothing to compute: its steps take as long as their launches do.
+_THIN = {"batch": 1, "tokens": 64, "channels": 8, "layers": 8}
+
+Sizes = Mapping[str, int]
 
 
 def check(
-    path: Path = CHECK, base: Mapping[str, int] = BASE, varied: Mapping[str, Iterable[int]] = VARIED, wait: float = 1.0
+    path: Path = CHECK, base: Sizes = BASE, varied: Mapping[str, Iterable[int]] = VARIED, duration: float = 60.0
 ) -> None:
     """Measure this CPU and the decoders on it, one size varied at a time, and write both with what is predicted.
 
     Args:
-        wait: seconds of timing for each model.
+        duration: seconds for which everything is timed in turn, since the speed of a machine drifts.
     """
-    device = measured_cpu()
-    constants = {"copy": device.copy, "matrix": device.matrix, "launch": device.launch}
-    points = [
-        point | {"varied": name}
-        for name, values in varied.items()
-        for value in values
-        for point in _points({**base, name: value}, device, wait)
-    ]
+    copy, matrix = devices.copy_rate(CPU), devices.matrix_rate(CPU, torch.float32)
+    sizes = [(name, {**base, name: value}) for name, values in varied.items() for value in values]
+    cases = [(name, size, decoder) for name, size in sizes for decoder in CHECKED]
+    (taken, steps), *measured = _measure([(_THIN, SEQUENTIAL), *(case[1:] for case in cases)], duration)
+    cpu = Device("CPU", copy, matrix, launch=taken / steps / (8 * _THIN["layers"] + 3))
+    points = []
+    for (name, size, decoder), (taken, passes) in zip(cases, measured, strict=True):
+        predicted = block_seconds(_one_block(size), size["batch"], 1, decoder, passes, cpu, FLOAT32)
+        point = {"varied": name, **size, "decoder": str(decoder), "passes": passes}
+        points.append(point | {"predicted": predicted, "measured": taken})
+    constants = {"copy": cpu.copy, "matrix": cpu.matrix, "launch": cpu.launch}
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": devices.describe(CPU), "constants": constants, "points": points}
     with atomic_write(path) as beside:
+        result = {"machine": devices.describe(CPU), "constants": constants, "points": points}
         beside.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measured_cpu() -> Device:
-    """Measure the constants of this CPU; a launch is a kernel of a step that has next to nothing to compute."""
-    thin = _one_block(tokens=64, channels=8, layers=8)
-    taken, steps = _measure(thin, 1, [SEQUENTIAL], wait=1.0)[SEQUENTIAL]
-    launches = sum(kernel.launches for kernel in step(thin, 1, Device("", 1, 1, 0), FLOAT32))
-    launch = taken / steps / launches
-    return Device("CPU", devices.copy_rate(CPU), devices.matrix_rate(CPU, torch.float32), launch)
-
-
 def fit(points: Iterable[Record]) -> tuple[float, float]:
-    """Return the slope of log measured over log predicted, by least squares, and the mean ratio, geometrically.
+    """Return the slope of log measured over log predicted, by least squares, and the geometric mean of their ratio.
 
     >>> slope, factor = fit([{"predicted": t, "measured": 3 * t} for t in (1.0, 2.0, 5.0)])
     >>> round(slope, 6), round(factor, 6)
@@ -406,35 +405,30 @@ def fit(points: Iterable[Record]) -> tuple[float, float]:
     return float(slope), float(np.exp((measured - predicted).mean()))
 
 
-def _points(sizes: Record, device: Device, wait: float) -> Iterator[Record]:
-    """Predict and measure every decoder on a model, each as one point."""
-    config = _one_block(sizes["tokens"], sizes["channels"], sizes["layers"], head_dim=min(64, sizes["channels"]))
-    for decoder, (taken, passes) in _measure(config, sizes["batch"], CHECKED, wait).items():
-        predicted = block_seconds(config, sizes["batch"], 1, decoder, passes, device, FLOAT32)
-        yield {**sizes, "decoder": str(decoder), "passes": passes, "predicted": predicted, "measured": taken}
-
-
-def _one_block(tokens: int, channels: int, layers: int, head_dim: int = 8) -> TarFlowConfig:
-    """Configure one block over so many tokens."""
-    side = 2 * math.isqrt(tokens)
-    return TarFlowConfig(side, 1, 2, channels, num_blocks=1, layers_per_block=layers, head_dim=head_dim)
-
-
-def _measure(
-    config: TarFlowConfig, batch: int, decoders: Iterable[Decoder], wait: float
-) -> dict[Decoder, tuple[float, int]]:
-    """Time decoders in turn on a model with random weights; return the median and the passes of each."""
-    model = models.build(config, CPU)
-    z = model.flow.sample_prior(batch, torch.Generator().manual_seed(1))
-    (block,) = model.flow.blocks
+def _measure(cases: Iterable[tuple[Sizes, Decoder]], duration: float) -> list[tuple[float, int]]:
+    """Time decoders in turn, each on one block of random weights; return the median and the passes of each."""
+    runs, passes = {}, []
     with torch.inference_mode():
-        passes = {decoder: block.inverse(z, None, None, decoder)[1] for decoder in decoders}
-        runs = {
-            str(decoder): devices.Timed(lambda decoder=decoder: block.inverse(z, None, None, decoder))
-            for decoder in decoders
-        }
-        times = devices.interleave(runs, CPU, wait, flush=False)
-    return {decoder: (devices.percentiles(times[str(decoder)])["p50"], passes[decoder]) for decoder in decoders}
+        for place, (size, decoder) in enumerate(cases):
+            flow = models.build(_one_block(size), CPU).flow
+            z = flow.sample_prior(size["batch"], torch.Generator().manual_seed(1))
+            run = functools.partial(flow.blocks[0].inverse, z, None, None, decoder)
+            passes.append(run()[1])
+            runs[str(place)] = devices.Timed(run)
+        times = devices.interleave(runs, CPU, duration, flush=False)
+    return [(devices.percentiles(taken)["p50"], count) for taken, count in zip(times.values(), passes, strict=True)]
+
+
+def _one_block(size: Sizes) -> TarFlowConfig:
+    """Configure a model of one block."""
+    return TarFlowConfig(
+        image_size=2 * math.isqrt(size["tokens"]),
+        patch_size=2,
+        channels=size["channels"],
+        num_blocks=1,
+        layers_per_block=size["layers"],
+        head_dim=min(64, size["channels"]),
+    )
 
 
 # Command --------------------------------------------------------------------------------------------------------------

@@ -173,15 +173,6 @@ def test_no_step_is_faster_than_its_weights_and_cache_are_read(config, batch, br
 @every_model
 @every_batch
 @every_branch
-def test_no_pass_is_faster_than_its_bytes_and_its_operations(config, batch, branches):
-    for window in (16, 64, None):
-        kernels = cost.jacobi_pass(config, batch, branches, window, H100)
-        assert cost.seconds(kernels, H100) > cost.limit(kernels, H100)
-
-
-@every_model
-@every_batch
-@every_branch
 def test_auto_is_no_slower_than_any_decoder(config, batch, branches):
     times = decoders(config, batch, branches, H100)
     assert times["auto"] <= min(times.values())
@@ -229,7 +220,7 @@ def test_a_guided_step_of_the_large_model_agrees_with_a_simulation_of_its_compil
 
 def test_the_check_measures_what_it_predicts_one_size_varied_at_a_time(tmp_path):
     path, base = tmp_path / "new" / "check.json", {"batch": 2, "tokens": 16, "channels": 8, "layers": 1}
-    cost.check(path, base, {"batch": (1, 3), "tokens": (36,)}, wait=0)
+    cost.check(path, base, {"batch": (1, 3), "tokens": (36,)}, duration=0)
     checked = json.loads(path.read_text())
     assert set(checked["constants"]) == {"copy", "matrix", "launch"}
     assert "commit" in checked["machine"]
@@ -303,10 +294,8 @@ def test_the_report_has_prediction_and_measurement_side_by_side(tmp_path, monkey
         assert f"| guided sampling, ImageNet64 2-768-1-8, B=8 | {name} | {times} |" in section
 
 
-@pytest.mark.parametrize("unknown", [
-    {"model": "another"}, {"dtype": "float32"}, {"machine": {"device": "Some GPU", "driver": "1", "torch": "2",
-                                                             "triton": "3", "commit": "abc"}}
-], ids=str)  # fmt: skip
-def test_the_report_predicts_nothing_of_what_the_model_does_not_know(tmp_path, monkeypatch, unknown):
-    row = measured(H100.name, sequential="1023/1023") | unknown
-    assert "Predicted" not in written_report(tmp_path, monkeypatch, row)
+@pytest.mark.parametrize("device", [H100.name, "Some GPU"])
+@pytest.mark.parametrize("unknown", [{"model": "another"}, {"dtype": "float32"}, {}], ids=str)
+def test_the_report_predicts_nothing_of_what_the_model_does_not_know(tmp_path, monkeypatch, device, unknown):
+    page = written_report(tmp_path, monkeypatch, measured(device, sequential="1023/1023") | unknown)
+    assert ("Predicted" in page) == (device == H100.name and not unknown)
