@@ -28,25 +28,14 @@ def sequential(
     batch = GuidedBatch(transformer, z, labels, guidance)
     step = CachedStep(transformer, batch, z.dtype)
     h = step.embed(batch.repeat(x[:, :1]))
+    tickets = torch.zeros(len(x), dtype=torch.int32, device=x.device)
 
     def advance_affine() -> None:
         """Decode the next token; the affine map, its guidance and the embedding of the token are one operator."""
         mu, alpha = step.run_layers(h)
         (mu, alpha), (mu_ref, alpha_ref) = batch.split_branches((mu[:, 0], alpha[:, 0]))
-        h[:, 0] = embed_next(
-            x,
-            z,
-            mu,
-            alpha,
-            mu_ref,
-            alpha_ref,
-            batch.weights,
-            step.positions[: len(x)],
-            step.proj_in,
-            step.embedding,
-            step.context,
-        )
-        step.positions.add_(1)
+        tables = step.proj_in, step.embedding, step.context
+        embed_next(x, z, mu, alpha, mu_ref, alpha_ref, batch.weights, step.positions, *tables, h[:, 0], tickets)
 
     def advance_mixture() -> None:
         """Decode the next token; guidance, mixture and embedding are one operator after the other."""

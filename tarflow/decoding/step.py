@@ -103,9 +103,9 @@ class CachedStep:
 
     *Launches on a GPU.* Eight per layer: residual and norm, qkv, append and attend (one more where rows and heads are
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
-    and the GELU between them. Around the L layers five more: the last residual, the projection to mu and alpha, the
-    guided affine map with the embedding of the next token, its copy, the positions: ``8 L + 5``, 69 for eight layers.
-    With a mixture transform guidance, map and embedding are operators of their own, and 20 in place of five.
+    and the GELU between them. Around the L layers three more: the last residual, the projection to mu and alpha, the
+    guided affine map with the embedding of the next token and its position: ``8 L + 3``, 67 for eight layers. With a
+    mixture transform guidance, map and embedding are operators of their own, and 20 in place of three.
 
     *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
