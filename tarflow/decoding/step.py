@@ -1,25 +1,22 @@
 """One pass of a block's transformer over the next G tokens of every row, against a key-value cache made beforehand.
 
-:class:`GuidedBatch` says which rows there are, :class:`CachedStep` is the pass, :class:`GraphRunner` repeats it without
-launching its kernels one by one.
+:class:`GuidedBatch` says which rows there are, :class:`StepWeights` what all of them share, :class:`CachedStep` is the
+pass.
 """
 
-import functools
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow_kernels import KVCache, decode_attention, dispatch, residual_norm
+from tarflow_kernels import KVCache, decode_attention, residual_norm
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer, TransformerLayer
 from ..transforms import Parameters
 
-__all__ = ["CachedStep", "GraphRunner", "GuidedBatch", "count_branches", "gather_tokens", "scatter_tokens"]
+__all__ = ["CachedStep", "GuidedBatch", "StepWeights", "count_branches", "gather_tokens", "scatter_tokens"]
 
 FEW_ROWS = 8
 
@@ -94,12 +91,35 @@ class GuidedBatch:
         return conditional, reference
 
 
+class StepWeights:
+    """The weights of a :class:`CausalTransformer` as a step reads them: cast and laid out once, whatever the rows.
+
+    The layers run in the dtype of the autocast in force, or else in that of the weights; residuals, norms and the
+    projections at both ends in that of the tokens.
+
+    Args:
+        transformer: the transformer of the block.
+        dtype: dtype of the tokens, float32 or float64.
+    """
+
+    def __init__(self, transformer: CausalTransformer, dtype: torch.dtype):
+        weight, layers = transformer.proj_in.weight, list[Any](transformer.layers)
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        self.dtype = dtype
+        self.layer_dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        self.head_dim, self.hidden_channels = layers[0].head_dim, layers[0].mlp[0].out_features
+        self.split = transformer.transform.split
+        self.layers = [_LayerWeights(layer, dtype, self.layer_dtype) for layer in layers]
+        self.proj_in, bias = _prepare(transformer.proj_in, dtype)
+        self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
+        self.embedding = transformer.pos_embed.to(dtype) + bias
+
+
 class CachedStep:
     """The pass of a :class:`CausalTransformer` over G new tokens per row, given all the earlier ones.
 
-    Weights are cast and laid out once; the cache and the activations that outlive an operator have fixed buffers, so
-    that a step allocates nothing but what its operators return. The layers run in the dtype of the autocast in force,
-    or else in that of the weights; residuals, norms and the projections at both ends in that of the tokens.
+    The cache and the activations that outlive an operator have fixed buffers, so that a step allocates nothing but what
+    its operators return.
 
     *Launches on a GPU.* Eight per layer: residual and norm, qkv, append and attend (one more where rows and heads are
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
@@ -111,38 +131,27 @@ class CachedStep:
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
 
     Args:
-        transformer: the transformer of the block.
+        weights: those of the transformer.
         batch: the rows that are decoded.
-        dtype: dtype of the tokens, float32 or float64.
         window: the largest G.
 
     Attributes:
         positions: int32 ``(R,)``, where the first new token of each row stands, from 0; whoever decodes moves it.
     """
 
-    def __init__(self, transformer: CausalTransformer, batch: GuidedBatch, dtype: torch.dtype, window: int = 1):
-        weight, rows = transformer.proj_in.weight, batch.rows
-        device, (num_tokens, channels) = weight.device, transformer.pos_embed.shape
-        autocast = torch.is_autocast_enabled(device.type)
-        low = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        layers: Any = transformer.layers
-        head_dim, hidden_channels = layers[0].head_dim, layers[0].mlp[0].out_features
-        heads = channels // head_dim
-
-        self.split = transformer.transform.split
-        self.heads, self.head_dim = heads, head_dim
-        self.context = None if batch.context is None else batch.context.to(dtype)
+    def __init__(self, weights: StepWeights, batch: GuidedBatch, window: int = 1):
+        (num_tokens, channels), device, low = weights.embedding.shape, weights.embedding.device, weights.layer_dtype
+        rows, num_layers = batch.rows, len(weights.layers)
+        self.weights = weights
+        self.heads, self.head_dim = channels // weights.head_dim, weights.head_dim
+        self.context = None if batch.context is None else batch.context.to(weights.dtype)
         self.temperature = batch.temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low)
+        cache = KVCache.allocate(num_layers, rows, self.heads, num_tokens, self.head_dim, device=device, dtype=low)
         self.caches = list(cache)
-        self.layers = [_LayerWeights(layer, dtype, low) for layer in layers]
-        self.proj_in, bias = _prepare(transformer.proj_in, dtype)
-        self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
-        self.embedding = transformer.pos_embed.to(dtype) + bias
         self.offsets = torch.arange(window, dtype=torch.int32, device=device)
         self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=low)
-        self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=low)
+        self.hidden = torch.empty(rows * window, weights.hidden_channels, device=device, dtype=low)
         self.shape: tuple[int, int] | None = None
 
     def __call__(self, tokens: Tensor) -> Parameters:
@@ -154,19 +163,19 @@ class CachedStep:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens ``(R, G, D)`` at ``positions``: the first activations, ``(R, G, C)``."""
-        h = F.embedding(self.positions[:, None] + self.offsets[: tokens.shape[1]], self.embedding)
+        h = F.embedding(self.positions[:, None] + self.offsets[: tokens.shape[1]], self.weights.embedding)
         if self.context is not None:
             h += self.context[:, None]
-        h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.proj_in)
+        h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.weights.proj_in)
         return h
 
     def run_layers(self, h: Tensor) -> Parameters:
         """Map the first activations, which are overwritten, to the parameters of the transform."""
-        rows, new, _ = h.shape
+        (rows, new, _), weights = h.shape, self.weights
         qkv, hidden, activation, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
         delta: Tensor | None = None
-        for layer, (cache_k, cache_v) in zip(self.layers, self.caches, strict=True):
+        for layer, (cache_k, cache_v) in zip(weights.layers, self.caches, strict=True):
             y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             attended = decode_attention(q, k, v, cache_k, cache_v, self.positions, temperature=self.temperature)
@@ -176,7 +185,8 @@ class CachedStep:
             torch.ops.aten.gelu_(activation)
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
         assert delta is not None, "a transformer has a layer at least"
-        return self.split(torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new)))
+        outputs = torch.addmm(weights.proj_out_bias, h.add_(delta), weights.proj_out)
+        return weights.split(outputs.unflatten(0, (rows, new)))
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -231,55 +241,3 @@ def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
 def scatter_tokens(tokens: Tensor, positions: Tensor, new: Tensor) -> None:
     """Write ``new`` ``(B, G, D)`` to ``positions`` ``(B, G)`` of the tokens ``(B, N, D)``."""
     tokens.scatter_(1, positions[..., None].expand_as(new), new)
-
-
-class GraphRunner:
-    """``runner(run)`` calls ``run``, which returns nothing and never waits for the device; on CUDA, as a graph.
-
-    It is the same ``run`` every time, and whatever changes from one call to the next is in tensors that stay where they
-    are. The first calls, in which libraries and compilers set themselves up, run kernel by kernel; then one is
-    captured. No reference to ``run`` is kept, so that its owner may hold this object.
-    """
-
-    WARM_UP = 2
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.on_graph = device.type == "cuda" and dispatch.can_be_captured()
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, run: Callable[[], None]) -> None:
-        """Call ``run``, or replay it."""
-        if not self.on_graph:
-            run()
-            return
-        self.calls += 1
-        if self.calls <= self.WARM_UP:
-            self.run_on_side_stream(run)
-            return
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Work of other threads is not captured, and does not disturb the capture.
-            with torch.cuda.graph(graph, stream=side_stream(self.device), capture_error_mode="thread_local"):
-                run()
-            self.graph = graph
-        self.graph.replay()
-
-    def run_on_side_stream(self, run: Callable[[], None]) -> None:
-        """Call ``run`` on another stream, as warming up for a capture requires."""
-        stream, current = side_stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()
-        current.wait_stream(stream)
-
-
-def side_stream(device: torch.device) -> "torch.cuda.Stream":
-    """Return the one stream on which this thread warms up and captures: libraries keep a workspace for every stream."""
-    return _side_stream(device, threading.get_ident())
-
-
-@functools.cache
-def _side_stream(device: torch.device, thread: int) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device)
