@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from .decoding import BlockStatistics, Decoder, ProgressCallback
 from .decoding.decoder import Timing, choose
-from .decoding.graphs import GraphMemory
-from .decoding.step import count_branches
+from .decoding.step import GraphMemory, count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
 from .transforms import MixtureTransform, make_transform

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
-from .graphs import GraphMemory
 from .jacobi import jacobi
 from .sequential import sequential
+from .step import GraphMemory
 
 __all__ = [
     "DISTANCE",

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
-from .graphs import GraphMemory, GraphRunner
-from .step import CachedStep, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
+from .step import CachedStep, GraphMemory, GraphRunner, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
 
 __all__ = ["JacobiIteration", "jacobi"]
 

@@ -20,8 +20,16 @@ from tarflow_kernels import embed_next
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from ..transforms import MixtureTransform
-from .graphs import GraphMemory, GraphRunner
-from .step import CachedStep, GuidedBatch, StepWeights, count_branches, gather_tokens, scatter_tokens
+from .step import (
+    CachedStep,
+    GraphMemory,
+    GraphRunner,
+    GuidedBatch,
+    StepWeights,
+    count_branches,
+    gather_tokens,
+    scatter_tokens,
+)
 
 __all__ = ["count_chains", "sequential"]
 

@@ -17,10 +17,9 @@ from helpers import draw, randomize, tarflow
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, TOLERANCE, calibration
 from tarflow.decoding.decoder import Timing, choose, device_and_precision
-from tarflow.decoding.graphs import GraphRunner
 from tarflow.decoding.jacobi import JacobiIteration
 from tarflow.decoding.sequential import count_chains
-from tarflow.decoding.step import CachedStep, StepWeights
+from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights
 from tarflow.model import unpatchify
 from tarflow_kernels import dispatch
 

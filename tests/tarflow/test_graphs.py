@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers import draw, randomize
 from tarflow import Decoder, Guidance, TokenFlow
-from tarflow.decoding import graphs
-from tarflow.decoding.graphs import GraphMemory, GraphRunner
+from tarflow.decoding.step import GraphMemory, GraphRunner, side_streams
 from tarflow_kernels import dispatch
 
 CUDA = torch.device("cuda", 0)
@@ -37,7 +36,7 @@ class Card:
         self.caller = self.Stream()
         for name in ("Stream", "CUDAGraph", "stream", "current_stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        graphs.side_streams.cache_clear()
+        side_streams.cache_clear()
 
     def Stream(self, device=None):
         self.streams.append(Stream())

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from op_cases import MIXTURE, every_op, inputs_of
-from tarflow.decoding.graphs import GraphRunner
+from tarflow.decoding.step import GraphRunner
 from tarflow_kernels import affine_forward, dispatch, mixture_logistic, use_backend
 
 pytestmark = pytest.mark.usefixtures("on_device")

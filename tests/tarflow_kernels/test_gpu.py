@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import tarflow_kernels
 from helpers import DEVICE, randomize
 from tarflow import Decoder, FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig
-from tarflow.decoding.graphs import GraphRunner
+from tarflow.decoding.step import GraphRunner
 from tarflow_kernels import (
     affine_forward,
     affine_inverse,
