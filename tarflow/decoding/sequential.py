@@ -49,12 +49,9 @@ def sequential(
     x, num_steps = z.clone(), z.shape[1] - 1
     weights = StepWeights(transformer, z.dtype)
     num_chains = count_chains(z.device, len(z), len(z) * count_branches(guidance), *weights.embedding.shape)
-    parts = (
-        x.chunk(num_chains),
-        z.chunk(num_chains),
-        [None] * num_chains if labels is None else labels.chunk(num_chains),
-    )
-    chains = [_chain(transformer, weights, *part, guidance) for part in zip(*parts, strict=True)]
+    labels_of_parts = [None] * num_chains if labels is None else labels.chunk(num_chains)
+    parts = zip(x.chunk(num_chains), z.chunk(num_chains), labels_of_parts, strict=True)
+    chains = [_chain(transformer, weights, *part, guidance) for part in parts]
     runner = GraphRunner(z.device, memory)
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False):
@@ -66,10 +63,9 @@ def sequential(
 def count_chains(device: torch.device, samples: int, rows: int, num_tokens: int, channels: int) -> int:
     """Return 2 where two halves of a batch are to be decoded side by side, else 1.
 
-    Each half reads all weights, ``12 L C^2`` elements per step, but only its own cache, so that both read the weights
-    twice and the cache once: ``L R N C`` elements in the average step, of R rows in all. So there are halves where that
-    is twice as much as the weights at least, ``R N >= 24 C``, on a GPU, from two samples on. The rule is a prediction,
-    made by counting bytes and latencies; nobody has measured it yet.
+    Halves read all weights twice, ``12 L C^2`` elements per step, but the cache once as before: ``L R N C`` elements in
+    the average step of R rows. So there are two on a GPU, from two samples on, where the cache is at least twice as
+    much as the weights, ``R N >= 24 C``. The rule is a prediction, made by counting; nobody has measured it yet.
     """
     return 2 if device.type == "cuda" and samples > 1 and rows * num_tokens >= 24 * channels else 1
 

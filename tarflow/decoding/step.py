@@ -24,7 +24,7 @@ the layers, f of the tokens:
     cache          ``2 L R N C s``
     buffers        ``7 R G C s`` for qkv and the hidden layer, and ``R G C f`` for h of the sequential decoder
     pool           ``4 R G C s``, ``R G C f`` more where a pass embeds its tokens anew (Jacobi, mixtures), and
-                   ``4 S R G C`` where few rows and heads have their cache cut in S splits; from 2 MB on, per stream
+                   ``4 S R G C`` where few rows and heads have their cache cut in S splits; at least 2 MB per stream
     ============== =================================================================================================
 
 How the rules of capture are kept:
@@ -33,8 +33,8 @@ How the rules of capture are kept:
   libraries have their workspaces, of which they keep one for every stream.
 - *Nothing waits for the device*, and no pass draws random numbers, for which a generator would have to be registered.
 - *Any stream may call.* The work begins after what the caller's stream holds, and that stream goes on after it.
-- *Other threads go on.* Their work is not captured and does not disturb. Two threads of ours capture in turn: PyTorch
-  allows one capture at a time. A thread that synchronizes the whole device meanwhile gets an error, as CUDA has it.
+- *Other threads go on.* Their work is not captured and does not disturb, and captures of several threads take turns. A
+  thread that synchronizes the whole device meanwhile, or empties PyTorch's cache of memory, gets an error.
 - *Errors leave nothing behind.* Where a pass raises, all streams are joined and the caller's is current again; the next
   call captures anew. (After a call that CUDA forbids in a capture, PyTorch's allocator would stay in it. There is none
   in a pass, and the reference, which reads positions, is never captured.)
@@ -69,6 +69,8 @@ __all__ = [
 ]
 
 FEW_ROWS = 8
+
+# Held during a capture: another that begins meanwhile empties PyTorch's cache of memory, which is refused then.
 _one_at_a_time = threading.Lock()
 
 
@@ -351,12 +353,12 @@ class GraphRunner:
         streams = side_streams(self.device, threading.get_ident())
         launch = functools.partial(_run_side_by_side, runs, streams)
         self.calls += 1
-        if self.calls > self.WARM_UP:
+        if self.calls <= self.WARM_UP:
+            with _forked(streams[0], torch.cuda.current_stream(self.device)):
+                launch()
+        else:
             self.graph = self.memory.capture(launch, streams[0])
             self.graph.replay()
-            return
-        with _forked(streams[0], torch.cuda.current_stream(self.device)):
-            launch()
 
 
 @functools.cache

@@ -36,7 +36,6 @@ class Card:
         self.caller = self.Stream()
         for name in ("Stream", "CUDAGraph", "stream", "current_stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        side_streams.cache_clear()
 
     def Stream(self, device=None):
         self.streams.append(Stream())
@@ -123,7 +122,9 @@ class Graph:
 
 @pytest.fixture
 def card(monkeypatch):
-    return Card(monkeypatch)
+    side_streams.cache_clear()
+    yield Card(monkeypatch)
+    side_streams.cache_clear()
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 7])

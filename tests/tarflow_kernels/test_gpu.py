@@ -300,6 +300,19 @@ def test_replayed_graphs_decode_as_launched_kernels_do(monkeypatch, coupling, de
     assert reports[True] == reports[False]
 
 
+@pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
+def test_two_halves_on_two_streams_decode_as_the_whole_batch(monkeypatch, coupling, guidance):
+    flow = small_model(num_classes=3, coupling=coupling).flow
+    z, labels = torch.randn(5, 16, 48), torch.tensor([0, 1, 2, -1, 0])
+    tokens = []
+    for chains in (1, 2, 2):
+        monkeypatch.setattr("tarflow.decoding.sequential.count_chains", lambda *sizes, chains=chains: chains)
+        tokens.append(flow.inverse(z, labels, guidance, "sequential"))
+    assert_close(tokens[1], tokens[0], atol=1e-4, rtol=1e-4)
+    assert_close(tokens[2], tokens[1], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
 def test_decoders_agree_with_float64_on_the_reference(decoder, dtype):
