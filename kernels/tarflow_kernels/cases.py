@@ -115,10 +115,12 @@ def embedding(
     (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in halves)
     others: tuple[Tensor | None, Tensor | None] = (mu_ref, alpha_ref) if guided else (None, None)
     weights = torch.ones(length, device=device) if guided else None
-    positions = torch.zeros(rows, dtype=torch.int32, device=device)
-    tables = ((token_dim, channels), (length, channels), ((1 + guided) * rows, channels))
-    projection, embedding, context = (torch.randn(shape, device=device) for shape in tables)
-    return functools.partial(embed_next, x, z, mu, alpha, *others, weights, positions, projection, embedding, context)
+    all_rows = (1 + guided) * rows
+    tables = (token_dim, channels), (length, channels), (all_rows, channels)
+    positions, tickets = (torch.zeros(count, dtype=torch.int32, device=device) for count in (all_rows, rows))
+    h = torch.empty(all_rows, channels, device=device)
+    rest = positions, *(torch.randn(shape, device=device) for shape in tables), h, tickets
+    return functools.partial(embed_next, x, z, mu, alpha, *others, weights, *rest)
 
 
 def normalization(device: str, dtype: torch.dtype, rows: int, channels: int, *, residual: bool) -> Launch:

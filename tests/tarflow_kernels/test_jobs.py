@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 import triton
 from packaging.version import Version
+
+from tarflow_kernels import cases, resources
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -98,3 +101,15 @@ def test_matrices_are_multiplied_by_tensor_cores(compiled, target, instruction):
     assert [used for *_, used in training] == [instruction] * 3
     attention = [row for name, row in rows.items() if "attention" in name]
     assert "-" not in {used for *_, used in attention}
+
+
+def test_no_position_is_moved_before_all_threads_have_read_it():
+    """No interpreter shows a race, and no card shows it surely: the order of the instructions excludes it."""
+    launch = cases.embedding("meta", torch.bfloat16, 64, 1024, 12, 768, guided=True)
+    [kernel] = resources.compile_only(resources.TARGETS["sm_90"], launch)
+    kinds = {"ld.global": "read", "bar.sync": "wait", "atom.global.gpu.acq_rel": "count", "st.global": "write"}
+    lines = kernel.asm["ptx"].splitlines()
+    order = [kind for line in lines for instruction, kind in kinds.items() if instruction in line]
+    reads = len(order) - order[::-1].index("read")
+    assert order[reads:].index("wait") < order[reads:].index("count") < order[reads:].index("write")
+    assert order.count("count") == 1
