@@ -100,6 +100,8 @@ class TrainingConfig:
     """number of updates"""
     batch_size: int = setting(16, least=1, fixed=True)
     """images in an update"""
+    optimizer: Literal["adamw", "muon"] = setting("adamw", fixed=True, only=TarFlowConfig)
+    """adamw; or muon for the matrices of the transformers' layers, beside AdamW for the rest, under the same rates"""
     learning_rate: float = 1e-3
     """peak of the learning rate"""
     min_learning_rate: float = 1e-6
@@ -113,7 +115,7 @@ class TrainingConfig:
     beta2: float = 0.95
     """decay of the squared gradients of Adam"""
     weight_decay: float = 1e-4
-    """decoupled weight decay of AdamW"""
+    """decoupled weight decay"""
     gradient_clip: float = 1.0
     """largest norm of the gradient"""
     ema_decay: float = 0.999
@@ -202,6 +204,8 @@ class TrainConfig:
                 raise ValueError(
                     "noise: expected uniform or variational for flowpp, which ends at 0 and 255; got gaussian"
                 )
+            if self.training.optimizer == "muon":
+                raise ValueError("optimizer: expected adamw for flowpp, which has no transformers; got muon")
             if self.sample_guidance is not None:
                 raise ValueError(f"guidance: expected weight 0 for flowpp, which is never guided; got {guidance}")
         elif self.sample_guidance is not None:

@@ -116,7 +116,7 @@ def assert_same_run(resumed, whole):
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """What there is to train, as settings: two precisions, and a folder of pictures streamed from the disk."""
+    """Settings of what there is to train: two precisions, another optimizer, a folder of pictures, another model."""
     folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(60):
         path = folder / f"class-{number % 2}" / f"{number}.png"
@@ -125,6 +125,7 @@ def kinds(tmp_path_factory):
     return {
         "float32": {"precision": "float32"},
         "bfloat16": {"precision": "bfloat16"},
+        "muon": {"optimizer": "muon", "precision": "float32"},
         "folder": {"dataset": "folder", "data_dir": folder, "image_size": 14},
         "Flow++": {
             "model": "flowpp",
@@ -141,6 +142,7 @@ def kinds(tmp_path_factory):
     [
         ("float32", 5),
         ("bfloat16", 5),
+        ("muon", 5),
         ("folder", 5),
         ("Flow++", 5),
         pytest.param("float32", 1000, id="before its first checkpoint"),
@@ -508,6 +510,7 @@ REFUSED = {
     "out holds a run": (None, ["--out={run}", "--max-steps=1"], r"out: .*/run already holds a run; .* or --resume it"),
     "another width": (None, ["--resume={run}", "--channels=128"], "channels: .* expected 64 as in .*/run, got 128"),
     "another seed": (None, ["--resume={run}", "--seed=1"], "seed: .* expected 0 .* got 1"),
+    "another optimizer": (None, ["--resume={run}", "--optimizer=muon"], "optimizer: .* expected 'adamw' .* got 'muon'"),
     "truncated": (truncate, ["--resume={run}"], rf"{CORRUPT}; delete it to go on from step-00000004\.pt"),
     "damaged": (damage, ["--resume={run}"], CORRUPT),
     "empty and the only one": (empty_the_last, ["--resume={run}"], f"{CORRUPT}; there is none before it"),
@@ -605,6 +608,11 @@ def test_guidance_that_can_have_no_effect_is_refused(settings, message):
     data, model, guidance = settings
     with pytest.raises(ValueError, match=message):
         TrainConfig(data, model, TrainingConfig(noise="uniform", guidance=guidance))
+
+
+def test_muon_is_refused_where_there_are_no_transformers():
+    with pytest.raises(ValueError, match="^optimizer: expected adamw for flowpp, which has no transformers; got muon"):
+        TrainConfig(DataConfig(conditional=False), FlowPPConfig(), TrainingConfig(noise="uniform", optimizer="muon"))
 
 
 GUIDED = {
