@@ -134,9 +134,9 @@ class TrainingConfig:
     log_every: int = setting(10, least=1)
     """steps that a row of metrics.jsonl averages"""
     evaluate_every: int = setting(500, least=1)
-    """steps between evaluations"""
+    """steps between evaluations; there is an early one after a quarter of the first so many"""
     sample_every: int = setting(500, least=1)
-    """steps between pictures of samples"""
+    """steps between pictures of samples; there is an early one after a quarter of the first so many"""
     checkpoint_every: int = setting(500, least=1)
     """steps between checkpoints"""
     keep_checkpoints: int = setting(3, least=1)

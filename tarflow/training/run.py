@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import datasets, evaluation, hardware, pictures
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
@@ -21,6 +22,7 @@ from .config import TrainConfig
 from .folder import check_same_data, lock_folder, refuse_taken
 from .interruptions import TrainingDiverged, name_memory_errors, stop_signals
 from .log import Log
+from .timetable import is_due
 from .trainer import Trainer, build
 
 __all__ = ["Run", "summarize", "train"]
@@ -142,7 +144,7 @@ class Run:
         self.write_settings()
         print(f"run     {self.folder}, steps {trainer.step} to {settings.max_steps}", flush=True)
         with stop_signals() as is_stopped, self.log.open(trainer.step):
-            if trainer.step and trainer.step % settings.evaluate_every == 0 and not self.is_complete:
+            if trainer.step and is_due(trainer.step, settings.evaluate_every) and not self.is_complete:
                 self.evaluate()
             while not self.is_complete and not is_stopped():
                 measures = trainer.train_step(*self._next_batch(batches))
@@ -181,12 +183,14 @@ class Run:
         A step that was not finite is not worth a checkpoint, and training may be about to give up.
         """
         step, settings = self.trainer.step, self.settings
-        with self.log.clock_stopped():
-            if step % settings.evaluate_every == 0:
+        if is_due(step, settings.evaluate_every):
+            with self.log.timed("evaluate"):
                 self.evaluate()
-            if step % settings.sample_every == 0:
+        if is_due(step, settings.sample_every):
+            with self.log.timed("sample"):
                 self.sample()
-            if step % settings.checkpoint_every == 0 and not self.trainer.bad_in_a_row:
+        if step % settings.checkpoint_every == 0 and not self.trainer.bad_in_a_row:
+            with self.log.timed("save"):
                 self.save()
 
     def finish(self) -> None:
@@ -213,6 +217,7 @@ class Run:
         self.gallery.save_samples(self.trainer.average, path, f"Samples after {step:,} steps")
         self.log.write_picture(step, "samples", path)
         pictures.curves(self.log.path, self.folder / "curves.png", f"Training of {self.folder.name}")
+        tqdm.write(f"drew    {path} after {step:,} steps")
 
     def score(self) -> None:
         """Print the bounds on bits/dim of the test images that were looked at during training."""
