@@ -143,6 +143,8 @@ class TrainingConfig:
     """number of the latest checkpoints that are kept"""
     importance_samples: int = setting(8, least=0)
     """importance-weighted samples of the bits/dim that a run ends with, where noise is within bins; 0 for no score"""
+    calibrate: bool = setting(True, only=TarFlowConfig)
+    """time the decoders for some seconds at the end, so that samples are drawn by the fastest"""
     guidance: Guidance = setting(Guidance(), only=TarFlowConfig)  # noqa: RUF009 (it is frozen)
     """guidance of the sample grids; weight 0 for none, and without labels the default is none"""
 

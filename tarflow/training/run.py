@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from tqdm import tqdm
 
 from .. import datasets, evaluation, hardware, pictures
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
+from ..decoding import calibration
+from ..decoding.step import count_branches
 from ..files import remove_abandoned
+from ..flow import TokenFlow
 from ..hardware import pick_device, uses_bfloat16
 from ..image_flow import ImageFlow
 from ..noise import quantization
@@ -30,6 +34,10 @@ __all__ = ["Run", "summarize", "train"]
 Diverged = TrainingDiverged  # its name in the last release
 
 EVALUATED_IMAGES = 1000
+
+CALIBRATED_BATCHES = 1, 6, 80
+"""Numbers of images that decoders are timed on: one, and those of the pictures of a run."""
+CALIBRATION_SECONDS = 20.0
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
@@ -194,13 +202,15 @@ class Run:
                 self.save()
 
     def finish(self) -> None:
-        """Save first, since all else can be made again from that; then score and draw."""
+        """Save first, since all else can be made again from that; then score, draw and time."""
         self.save()
         self.evaluate()
         self.sample()
         self.gallery.save_trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
         if self.settings.importance_samples and not self.settings.noise_sigma:
             self.score()
+        if self.settings.calibrate and len(self.trainer.average.decoders) > 1:
+            self.calibrate()
 
     def evaluate(self) -> None:
         """Log the bits/dim of test images with the noise of training, under the averaged weights."""
@@ -232,6 +242,17 @@ class Run:
             f"{weighted} by {num_samples} importance-weighted ones; {self.test_source}",
             flush=True,
         )
+
+    def calibrate(self) -> None:
+        """Time the decoders, once each and in the precision in which they draw pictures, into ``calibration.json``."""
+        model, guidance = self.trainer.average, self.config.sample_guidance
+        largest = hardware.chunk_size(model.config.decoding_bytes(branches=2), model.device)
+        batches = {min(size, largest) for size in CALIBRATED_BATCHES}
+        flow = cast(TokenFlow, model.flow)
+        timings = calibration.calibrate(flow, guidance, batches=batches, rounds=1, seconds=CALIBRATION_SECONDS)
+        calibration.save(self.folder, timings)
+        sizes = sorted({timing.rows // count_branches(guidance) for timing in timings})
+        print(f"timed   the decoders on batches of {', '.join(map(str, sizes))} images", flush=True)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator(self.trainer.device).manual_seed(self.settings.seed)

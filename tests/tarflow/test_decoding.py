@@ -581,6 +581,23 @@ def test_what_is_hopeless_on_a_small_batch_is_not_tried_on_a_larger_one(monkeypa
     assert tried == {1: {0, 1}, 5: {0}}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.0, {1}), (39.0, {1}), (40.0, {1, 4}), (119.0, {1, 4}), (120.0, {1, 4, 10})]
+)
+def test_batches_are_left_out_that_would_take_longer_than_is_left(monkeypatch, seconds, expected):
+    """A clock by which an image takes 8 seconds: one for each of two decoders, blocks and rounds."""
+    now = [0.0]
+
+    def timed(block, tokens, labels, guidance, decoder):
+        now[0] += len(tokens)
+        return tokens, 1, 1.0
+
+    monkeypatch.setattr(calibration, "time_block", timed)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    timings = calibration.calibrate(token_flow(), batches=(10, 1, 4), rounds=2, seconds=seconds)
+    assert {timing.rows for timing in timings} == expected
+
+
 def test_a_calibration_that_is_none_is_refused(tmp_path):
     assert calibration.load(tmp_path) == ()
     for text in ("{", "{}", "1", "[1]", '[{"device": "cpu"}]', "[" * 10**5):
