@@ -28,15 +28,17 @@ __all__ = [
 ]
 
 
-def add_gaussian_noise(pixels: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return ``pixels / 127.5 - 1 + sigma * eps`` with eps ~ N(0, 1): uint8 (B, C, H, W) to float32."""
+def add_gaussian_noise(
+    pixels: Tensor, sigma: float, generator: torch.Generator | None = None, eps: Tensor | None = None
+) -> Tensor:
+    """Return ``pixels / 127.5 - 1 + sigma * eps``: uint8 (B, C, H, W) to float32; unless given, eps ~ N(0, 1)."""
     x = pixels.float() / 127.5 - 1
-    return x + sigma * torch.randn(x.shape, generator=generator, device=x.device)
+    return x + sigma * (torch.randn(x.shape, generator=generator, device=x.device) if eps is None else eps)
 
 
-def add_uniform_noise(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return ``2 (pixels + u) / 256 - 1`` with u ~ U[0, 1): uint8 (B, C, H, W) to float32 in [-1, 1)."""
-    u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+def add_uniform_noise(pixels: Tensor, generator: torch.Generator | None = None, u: Tensor | None = None) -> Tensor:
+    """Return ``2 (pixels + u) / 256 - 1``: uint8 (B, C, H, W) to float32 in [-1, 1); unless given, u ~ U[0, 1)."""
+    u = torch.rand(pixels.shape, generator=generator, device=pixels.device) if u is None else u
     # Added to a pixel, u keeps 16 bits in float32; rounding up at the end of a bin would lead into the next bin.
     u = (u * 2**16).floor() / 2**16
     return to_image(pixels, u)

@@ -20,12 +20,20 @@ __all__ = ["batches"]
 
 
 def batches(
-    dataset: ImageDataset | ImageFolder, batch_size: int, seed: int, start: int = 0, num_workers: int | None = None
+    dataset: ImageDataset | ImageFolder,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    num_workers: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield endless batches of (images, labels), shuffled anew each epoch, with no image twice in an epoch.
 
     The order of epoch e depends on (seed, e) alone. So a run that resumes at step n passes start=n and sees the batches
     that it would have seen. The len(dataset) % batch_size images left at the end of an epoch are dropped.
+
+    Of several processes, rank r reads the places r, r + num_ranks, ... of each batch, which is that of a single one.
 
     Args:
         dataset: an ImageFolder is read ahead by other processes, which end when the generator is closed.
@@ -33,16 +41,19 @@ def batches(
         seed: seed of the order.
         start: number of the first batch.
         num_workers: number of these processes; by default one a core, at most 8.
+        rank, num_ranks: which of how many processes this is, each of which reads its share of a batch.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the batch has no equal shares.
         ChildProcessError: (from a batch) a process that reads was killed.
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(f"batch_size: expected 1 to {len(dataset)}, the size of the dataset, got {batch_size}")
     if seed < 0 or start < 0:
         raise ValueError(f"seed, start: expected at least 0, got {seed} and {start}")
-    indices = _batch_indices(len(dataset), batch_size, seed, start)
+    if not 0 <= rank < num_ranks or batch_size % num_ranks:
+        raise ValueError(f"batch_size: expected a multiple of the {num_ranks} processes, got {batch_size}, rank {rank}")
+    indices = (chosen[rank::num_ranks] for chosen in _batch_indices(len(dataset), batch_size, seed, start))
     if isinstance(dataset, ImageDataset):
         return (dataset.get_batch(chosen) for chosen in indices)
     loader = DataLoader(

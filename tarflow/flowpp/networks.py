@@ -164,8 +164,8 @@ class Conditioner(nn.Module):
         super().__init__()
         channels, self.elu_output = config.filters, config.elu_output
         self.proj_in = DataInitConv2d(inputs, channels, 3, weight_norm=config.weight_norm)
-        # Without attention nothing reads it: it is there because the published model counts it.
-        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size))
+        # Without attention nothing reads it: it is there because the published model counts it, and is not trained.
+        self.pos_embed = nn.Parameter(0.01 * torch.randn(channels, *size), requires_grad=config.attention != "none")
         self.blocks = nn.ModuleList(
             GatedBlock(channels, config, context_channels) for _ in range(config.blocks_per_coupling)
         )
