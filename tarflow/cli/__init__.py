@@ -1,6 +1,7 @@
 """The commands: train, sample, calibrate, evaluate, convert, each in a file that is imported when it runs."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command.run(arguments)
     except (ValueError, OSError, ImportError, TrainingDiverged) as error:
-        _print_error(name, str(error))
+        # Of several processes, which torchrun numbers, all raise the same; but memory may be short in one alone.
+        if os.environ.get("RANK", "0") == "0" or (error.__cause__ and is_out_of_memory(error.__cause__)):
+            _print_error(name, str(error))
         return 2 if isinstance(error, UsageError) else 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

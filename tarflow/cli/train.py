@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, replace
 from inspect import signature
@@ -12,7 +13,7 @@ from ..decoding import calibration
 from ..flowpp.config import FlowPPConfig
 from ..image_flow import ImageFlow
 from ..model import TarFlow, TarFlowConfig
-from ..training import checkpoints
+from ..training import checkpoints, parallel
 from ..training.config import MODELS, DataConfig, TrainConfig, TrainingConfig
 from ..training.folder import new_folder, read_run
 from ..training.presets import PRESETS
@@ -61,10 +62,20 @@ def run(arguments: Sequence[str]) -> None:
     _check_useful(config, given)
     if command.out:
         check_new_folder("out", command.out)
-    out = command.resume or command.out or new_folder(Path("runs"), command.preset)
-    model = train(config, out, resume=command.resume is not None)
-    print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
-    print(f"next    {_next_commands(model, out)}")
+    with parallel.connected(config.training.device):
+        out = command.resume or command.out or parallel.of_main(lambda: new_folder(Path("runs"), command.preset))
+        try:
+            model = train(config, out, resume=command.resume is not None or parallel.is_restarted())
+        except KeyboardInterrupt as stop:
+            if parallel.num_ranks() == 1 or not str(stop):
+                raise
+            # The status of a failure would have torchrun start all processes again.
+            if parallel.is_main():
+                print(f"tarflow train: {stop}", file=sys.stderr)
+            return
+        if parallel.is_main():
+            print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
+            print(f"next    {_next_commands(model, out)}")
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Train, dict[str, str]]:

@@ -99,7 +99,13 @@ class TrainingConfig:
     max_steps: int = setting(2200, least=1)
     """number of updates"""
     batch_size: int = setting(16, least=1, fixed=True)
-    """images in an update"""
+    """images in an update, of all devices together"""
+    accumulate: int = setting(1, least=1)
+    """parts of an update, one after the other, that each device takes for its images to fit in memory"""
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """of weights and averages over all devices, or over those of each machine; none is a copy of all on each"""
+    activation_checkpointing: bool = False
+    """compute the activations of a layer again in the backward pass, which takes less memory and more time"""
     optimizer: Literal["adamw", "muon"] = setting("adamw", fixed=True, only=TarFlowConfig)
     """adamw; or muon for the matrices of the transformers' layers, beside AdamW for the rest, under the same rates"""
     learning_rate: float = 1e-3
@@ -123,7 +129,7 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """number format of the transformers; auto is bfloat16 where the device gains from it"""
     compile: bool = False
-    """train through torch.compile"""
+    """train through torch.compile, of several devices layer by layer"""
     max_bad_steps: int = setting(20, least=1)
     """non-finite steps in a row, each skipped, after which training gives up"""
 
@@ -170,6 +176,12 @@ class TrainingConfig:
         for name in ("label_drop", "ema_decay", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 0 and below 1; got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of the batch size {self.batch_size}; got {self.accumulate}"
+            )
+        if self.optimizer == "muon" and self.sharding != "none":
+            raise ValueError(f"sharding: expected none with muon, which needs whole matrices; got {self.sharding}")
         check_sigma("sigma", self.sigma)
         if self.noise == "gaussian" and not self.sigma:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..files import atomic_write, name_full_disk
+from . import parallel
 from .config import TrainingConfig
 from .interruptions import raise_thread_errors_once
 from .timetable import TimeLeft, work_left
@@ -27,14 +28,18 @@ __all__ = ["Log"]
 class Log:
     """The metrics of a run, of which :meth:`add` averages those of several steps into a row.
 
+    Of several processes, all of which have the same measures, the main one writes them.
+
     Attributes:
         pending: the measures of each step that no row holds yet.
+        waited: the seconds for which training has waited for images since the last row.
     """
 
     def __init__(self, folder: Path, config: TrainingConfig):
         self.folder, self.config = folder, config
         self.path = folder / "metrics.jsonl"
         self.pending: list[dict[str, Tensor]] = []
+        self.waited = 0.0
 
     def forget_after(self, step: int) -> None:
         """Drop the rows that a run which goes on from a step would not have logged by now, had it not been interrupted.
@@ -65,6 +70,9 @@ class Log:
         """Keep the events and the progress bar open, from a step on."""
         self._since, self._since_step = time.perf_counter(), step
         self._time_left, self._rows = TimeLeft(), 0
+        if not parallel.is_main():
+            yield
+            return
         with (
             name_full_disk(self.folder),
             raise_thread_errors_once(),
@@ -106,19 +114,28 @@ class Log:
         now = time.perf_counter()
         steps, seconds = step - self._since_step, now - self._since
         row["images_per_second"] = steps * self.config.batch_size / seconds
+        row["images_per_second_per_device"] = row["images_per_second"] / parallel.num_ranks()
+        row["share_of_time_waiting_for_data"] = self.waited / seconds
+        if torch.accelerator.is_available():
+            row["peak_memory_gib"] = torch.accelerator.max_memory_allocated() / 2**30
         row["learning_rate"] = learning_rate
-        self._since, self._since_step = now, step
+        self._since, self._since_step, self.waited = now, step, 0.0
         self._note_steps(steps, seconds)
         if step % self.config.log_every == 0:  # else a run that is made longer goes on with them
             self.pending = []
-        self.write(step, row)
+        if parallel.is_main():
+            self.write(step, row)
+            self._show(step, row)
+        return last["bad_in_a_row"]
+
+    def _show(self, step: int, row: dict[str, float]) -> None:
+        """Move the progress bar."""
         self._bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['bits_per_dim']:.3f} bits/dim, {row['images_per_second']:.0f} images/s, "
             f"{tqdm.format_interval(self.seconds_left(step))} left",
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
-        return last["bad_in_a_row"]
 
     def _note_steps(self, steps: int, seconds: float) -> None:
         """Take account of the time of steps; that of the first row, in which all is set up, counts until the second."""

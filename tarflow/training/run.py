@@ -1,7 +1,8 @@
 """A training run: steps, and between them evaluation, samples and checkpoints, each when its time has come."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
@@ -16,13 +17,13 @@ from ..decoding import calibration
 from ..decoding.step import count_branches
 from ..files import remove_abandoned
 from ..flow import TokenFlow
-from ..hardware import pick_device, uses_bfloat16
+from ..hardware import uses_bfloat16
 from ..image_flow import ImageFlow
 from ..noise import quantization
 from ..pictures import Gallery
 from ..pretrained import read_config, write_config
-from . import checkpoints
-from .config import TrainConfig
+from . import checkpoints, parallel
+from .config import TrainConfig, TrainingConfig
 from .folder import check_same_data, lock_folder, refuse_taken
 from .interruptions import TrainingDiverged, name_memory_errors, stop_signals
 from .log import Log
@@ -57,27 +58,61 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
     """
     if config.data.data_dir is not None:  # so that the run finds it from wherever it is resumed or evaluated
         config = replace(config, data=replace(config.data, data_dir=config.data.data_dir.absolute()))
-    with lock_folder(out):
-        if not resume:
-            refuse_taken(out)
-        remove_abandoned(out)
-        remove_abandoned(out / "checkpoints")
-        data = config.data
-        train_set, test_set = (
-            datasets.load(data.dataset, split, data.data_dir, data.image_size, data.resize)
-            for split in ("train", "test")
-        )
-        device = pick_device(config.training.device)
-        print(summarize(config, train_set, device), flush=True)
+    device = parallel.pick_device(config.training.device)
+    with contextlib.ExitStack() as stack:
+        with parallel.together():
+            if parallel.is_main():
+                stack.enter_context(lock_folder(out))
+                _tidy(out, resume)
+        parallel.check_same("settings", f"{config} {out}")
+        with parallel.together():
+            data, num_ranks = config.data, parallel.num_ranks()
+            train_set, test_set = (
+                datasets.load(data.dataset, split, data.data_dir, data.image_size, data.resize)
+                for split in ("train", "test")
+            )
+            _check_shares(config)
+            summary = summarize(config, train_set, device)
+        parallel.by_main(lambda: print(summary, flush=True))
         with name_memory_errors(config.training.batch_size):
-            trainer = Trainer(config, train_set, device)
-            run = Run(out, trainer, test_set)
+            with parallel.together():
+                trainer = Trainer(config, train_set, device)
+                run = Run(out, trainer, test_set)
+            parallel.check_same("data", str(run.data))
             if resume:
-                run.resume()
-            batches = datasets.batches(train_set, config.training.batch_size, config.training.seed, trainer.step)
+                with parallel.together():
+                    run.resume()
+            batches = datasets.batches(
+                train_set,
+                config.training.batch_size,
+                config.training.seed,
+                trainer.step,
+                num_workers=parallel.num_readers(),
+                rank=parallel.rank(),
+                num_ranks=num_ranks,
+            )
             with contextlib.closing(batches):
                 run.train(batches)
     return trainer.average
+
+
+def _tidy(out: Path, resume: bool) -> None:
+    """Refuse a folder that is taken, and remove what is half-written in it."""
+    if not resume:
+        refuse_taken(out)
+    remove_abandoned(out)
+    remove_abandoned(out / "checkpoints")
+    checkpoints.remove_abandoned(out / "checkpoints")
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """Raise ValueError where a batch has no equal shares for all processes and their parts of an update."""
+    batch_size, accumulate, num_ranks = config.training.batch_size, config.training.accumulate, parallel.num_ranks()
+    if batch_size % (accumulate * num_ranks):
+        raise ValueError(
+            f"batch_size: expected a multiple of {accumulate * num_ranks}, of {num_ranks} processes and "
+            f"{accumulate} parts that each accumulates; got {batch_size}"
+        )
 
 
 class Run:
@@ -114,7 +149,7 @@ class Run:
         Raises:
             ValueError: it is damaged, or of another configuration or other data; nothing has changed then.
         """
-        state = checkpoints.load_latest(self.checkpoints)
+        state = checkpoints.load_latest(self.checkpoints, self.trainer.expected_state())
         if state is None:
             if (self.folder / "model.safetensors").exists():
                 raise ValueError(f"resume: expected a checkpoint in {self.checkpoints}; got none")
@@ -148,13 +183,11 @@ class Run:
     def train(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Do all steps that are left, and what is to be done between and after them."""
         trainer, settings = self.trainer, self.settings
-        self.log.forget_after(trainer.step)
-        self.write_settings()
-        print(f"run     {self.folder}, steps {trainer.step} to {settings.max_steps}", flush=True)
+        parallel.by_main(self._begin)
         with stop_signals() as is_stopped, self.log.open(trainer.step):
             if trainer.step and is_due(trainer.step, settings.evaluate_every) and not self.is_complete:
-                self.evaluate()
-            while not self.is_complete and not is_stopped():
+                self._by_main(self.evaluate)
+            while not self.is_complete and not parallel.anywhere(is_stopped()):
                 measures = trainer.train_step(*self._next_batch(batches))
                 bad_in_a_row = self.log.add(trainer.step, measures, trainer.optimizer.param_groups[0]["lr"])
                 if bad_in_a_row >= settings.max_bad_steps:
@@ -166,15 +199,31 @@ class Run:
                 raise KeyboardInterrupt(f"stopped at step {trainer.step}; go on with --resume {self.folder}")
             self.finish()
 
+    def _begin(self) -> None:
+        self.log.forget_after(self.trainer.step)
+        self.write_settings()
+        print(f"run     {self.folder}, steps {self.trainer.step} to {self.settings.max_steps}", flush=True)
+
+    def _by_main(self, *works: Callable[[], None]) -> None:
+        """Do work that looks at the average, which all processes gather for it, in the main one."""
+        assert self.trainer.average is not None
+        for work in works:
+            parallel.by_main(work)
+
     def _next_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The next batch; where it cannot be read, what was learned is saved first."""
+        """The next batch; where a process cannot read its share, what was learned is saved first."""
+        began = time.perf_counter()
         try:
-            return next(batches)
+            with parallel.together():
+                batch = next(batches)
         except (ValueError, OSError):
             if self.trainer.step:
                 self.save()
-                print(f"saved   step {self.trainer.step}; go on with --resume {self.folder}", flush=True)
+                saved = f"saved   step {self.trainer.step}; go on with --resume {self.folder}"
+                parallel.by_main(lambda: print(saved, flush=True))
             raise
+        self.log.waited += time.perf_counter() - began
+        return batch
 
     def _diverged(self, bad: int) -> TrainingDiverged:
         saved = map(checkpoints.step_of, checkpoints.checkpoints(self.checkpoints))
@@ -193,10 +242,10 @@ class Run:
         step, settings = self.trainer.step, self.settings
         if is_due(step, settings.evaluate_every):
             with self.log.timed("evaluate"):
-                self.evaluate()
+                self._by_main(self.evaluate)
         if is_due(step, settings.sample_every):
             with self.log.timed("sample"):
-                self.sample()
+                self._by_main(self.sample)
         if step % settings.checkpoint_every == 0 and not self.trainer.bad_in_a_row:
             with self.log.timed("save"):
                 self.save()
@@ -204,13 +253,11 @@ class Run:
     def finish(self) -> None:
         """Save first, since all else can be made again from that; then score, draw and time."""
         self.save()
-        self.evaluate()
-        self.sample()
-        self.gallery.save_trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
+        self._by_main(self.evaluate, self.sample, self._draw_trajectory)
         if self.settings.importance_samples and not self.settings.noise_sigma:
-            self.score()
-        if self.settings.calibrate and len(self.trainer.average.decoders) > 1:
-            self.calibrate()
+            self._by_main(self.score)
+        if self.settings.calibrate and len(self.trainer.model.decoders) > 1:
+            self._by_main(self.calibrate)
 
     def evaluate(self) -> None:
         """Log the bits/dim of test images with the noise of training, under the averaged weights."""
@@ -228,6 +275,10 @@ class Run:
         self.log.write_picture(step, "samples", path)
         pictures.curves(self.log.path, self.folder / "curves.png", f"Training of {self.folder.name}")
         tqdm.write(f"drew    {path} after {step:,} steps")
+
+    def _draw_trajectory(self) -> None:
+        path, title = self.folder / "trajectory.png", "From latent to image"
+        self.gallery.save_trajectory(self.trainer.average, path, title)
 
     def score(self) -> None:
         """Print the bounds on bits/dim of the test images that were looked at during training."""
@@ -263,9 +314,13 @@ class Run:
         None is deleted while steps are not finite, so that those from before remain.
         """
         trainer = self.trainer
-        checkpoints.save(self.checkpoints, trainer.step, trainer.state_dict() | {"measures": self.log.state_dict()})
-        trainer.average.save_weights(self.folder / "model.safetensors")
-        if not trainer.bad_in_a_row:
+        with parallel.together():
+            checkpoints.save(self.checkpoints, trainer.step, trainer.state_dict() | {"measures": self.log.state_dict()})
+        self._by_main(self._save_weights)
+
+    def _save_weights(self) -> None:
+        self.trainer.average.save_weights(self.folder / "model.safetensors")
+        if not self.trainer.bad_in_a_row:
             checkpoints.rotate(self.checkpoints, self.settings.keep_checkpoints)
 
     def write_settings(self) -> None:
@@ -290,14 +345,25 @@ def summarize(config: TrainConfig, dataset: ImageDataset | ImageFolder, device: 
         model = build(config, dataset)
     settings, parameters = config.training, sum(parameter.numel() for parameter in model.parameters())
     bfloat16 = uses_bfloat16(settings.precision, device)
-    total = hardware.training_bytes(
-        model.config.activation_bytes(2 if bfloat16 else 4), parameters, settings.batch_size
-    )
+    activations = model.config.activation_bytes(2 if bfloat16 else 4)
+    if settings.activation_checkpointing:
+        activations //= model.config.num_layers
+    shards = {"none": 1, "full": parallel.num_ranks(), "hybrid": parallel.num_local_ranks()}[settings.sharding]
+    images = settings.batch_size // (settings.accumulate * parallel.num_ranks())
+    total = hardware.training_bytes(activations, parameters // shards, images)
     hardware.check_memory(total, device, f"training at batch size {settings.batch_size}")
     noise = f"Gaussian noise of sigma {settings.sigma}" if settings.noise == "gaussian" else f"{settings.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"
         f"model   {model.config.summary}, {parameters / 1e6:.1f}M parameters\n"
         f"memory  about {total / 2**30:.1f} GiB at batch {settings.batch_size}\n"
-        f"device  {device}, {model.network_name} in {'bfloat16' if bfloat16 else 'float32'}"
+        f"device  {_describe(device, settings)}, {model.network_name} in {'bfloat16' if bfloat16 else 'float32'}"
     )
+
+
+def _describe(device: torch.device, settings: TrainingConfig) -> str:
+    """The devices, in words: ``cpu``, or ``8 x cuda, weights sharded (full)``."""
+    if parallel.num_ranks() == 1:
+        return str(device)
+    weights = "a copy of the weights on each" if settings.sharding == "none" else f"{settings.sharding} sharding"
+    return f"{parallel.num_ranks()} x {device.type}, {weights}"

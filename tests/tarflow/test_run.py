@@ -230,9 +230,12 @@ main(arguments)
 UNEVEN = TINY | {"max_steps": 14, "log_every": 4, "evaluate_every": 5, "checkpoint_every": 5}
 
 
+TIMES = ("images_per_second", "share_of_time")
+
+
 def metrics(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
 
 def half_written(out):

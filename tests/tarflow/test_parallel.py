@@ -1,0 +1,238 @@
+"""A run is the same on one device and on several, however its weights are shared; and one that fails, fails whole."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tarflow.cli import main
+from tarflow.training import checkpoints
+
+PROGRAM = Path(__file__).parents[1] / "support" / "several.py"
+TARFLOW = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "guidance.weight": 0.0}
+TARFLOW |= {"no_calibrate": None, "learning_rate": 1e-3}
+FLOWPP = {"model": "flowpp", "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze channel2"}
+FLOWPP |= {"importance_samples": 1, "learning_rate": 1e-3}
+VOLUME_PRESERVING = TARFLOW | {"volume_preserving": None, "noise": "uniform"}
+MUON = TARFLOW | {"optimizer": "muon", "noise": "variational"}
+COMMON = {"batch_size": 16, "device": "cpu", "precision": "float32", "schedule": "constant", "warmup_steps": 5}
+COMMON |= {"max_steps": 20, "log_every": 1, "checkpoint_every": 8}
+FULL, ACCUMULATE = {"sharding": "full"}, {"accumulate": 4}
+
+
+def train(out, *settings, **more):
+    """The arguments of ``tarflow train``."""
+    told = COMMON | {name: value for part in settings for name, value in part.items()} | more
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in told.items()]
+    where = "resume" if "resume" in told else "out"
+    return ["train", *([f"--out={out}"] if where == "out" else []), *(f if v is None else f"{f}={v}" for f, v in flags)]
+
+
+def torchrun(jobs, processes, *options):
+    """Start torchrun, which runs the jobs in so many processes; returns it."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]
+    return subprocess.Popen(
+        [*command, PROGRAM, jobs],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_all(folder, name, processes, jobs, *options):
+    """Run jobs, each a name, a command and perhaps more, in one torchrun; returns all that was printed."""
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps([{"name": job, "command": command, **more} for job, command, more in jobs]))
+    started = torchrun(path, processes, *(options or ["--standalone"]))
+    printed, _ = started.communicate(timeout=300)
+    return printed
+
+
+class Runs:
+    """All runs, by name: their folders, the statuses of their processes, and what was printed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.printed = []
+
+    def statuses(self, name):
+        """The status of each process."""
+        found = defaultdict(list)
+        for path in sorted(self.folder.glob("*.[0-9]")):
+            for line in path.read_text().splitlines():
+                job, status = json.loads(line)
+                found[job].append(status)
+        return found[name]
+
+    def rows(self, name):
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def weights(self, name):
+        return load_file(self.folder / name / "model.safetensors")
+
+
+# The run of one process that each is compared with, and its settings.
+ONE = {
+    "one": (TARFLOW,),
+    "one Flow++": (FLOWPP,),
+    "one volume-preserving": (VOLUME_PRESERVING,),
+    "one Muon": (MUON,),
+}
+BY_TWO = {
+    "two": ("one", TARFLOW),
+    "two sharded": ("one", TARFLOW, FULL),
+    "two accumulating": ("one", TARFLOW, ACCUMULATE),
+    "two Flow++": ("one Flow++", FLOWPP),
+    "two Flow++ sharded": ("one Flow++", FLOWPP, FULL),
+    "two volume-preserving accumulating": ("one volume-preserving", VOLUME_PRESERVING, ACCUMULATE),
+    "two volume-preserving sharded": ("one volume-preserving", VOLUME_PRESERVING, FULL),
+    "two Muon": ("one Muon", MUON),
+}
+BY_FOUR = {
+    "four": ("one", TARFLOW),
+    "four sharded": ("one", TARFLOW, FULL, {"activation_checkpointing": None}),
+}
+HYBRID = {"hybrid": ("one", TARFLOW, {"sharding": "hybrid"})}
+# Harm, further settings, further ones of the last process alone, and the error.
+FAILING = {
+    "unreadable": ("unreadable", {}, [], r"data_dir: expected the folder .* \(process 1 of 2\)"),
+    "another seed": (None, {}, ["--seed=1"], "settings: expected the same in all processes; process 1 has others"),
+    "no equal shares": (None, {"batch_size": 15}, [], "batch_size: expected a multiple of 2, of 2 processes and 1"),
+    "one machine": (None, {"sharding": "hybrid"}, [], "sharding: expected full; hybrid shards within machines of"),
+    "without space": ("full_disk", FULL, [], r"\[Errno 28\] No space left .* while writing .*step-00000008; what was"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of one process, of two, of four, and of two on each of two machines."""
+    folder = tmp_path_factory.mktemp("parallel")
+    runs = Runs(folder)
+    for name, settings in ONE.items():
+        assert main(train(folder / name, *settings)) == 0
+
+    def jobs(table):
+        return [(name, train(folder / name, *settings), {}) for name, (_, *settings) in table.items()]
+
+    by_four = [*jobs(BY_FOUR), ("resumed", train(folder / "resumed", TARFLOW, FULL, max_steps=8), {})]
+    runs.printed.append(run_all(folder, "four", 4, by_four))
+    by_two = [
+        *jobs(BY_TWO),
+        ("two again", train(folder / "two again", TARFLOW), {}),
+        ("resumed by two", ["train", f"--resume={folder / 'resumed'}", "--max-steps=14"], {}),
+        ("nan", train(folder / "nan", TARFLOW), {"harm": "nan"}),
+        ("nan sharded", train(folder / "nan sharded", TARFLOW, FULL), {"harm": "nan"}),
+        ("terminated", train(folder / "terminated", TARFLOW), {"harm": "stop"}),
+        ("interrupted", train(folder / "interrupted", TARFLOW, FULL), {"harm": "interrupt"}),
+    ]
+    for name, (harm, settings, of_the_last, _) in FAILING.items():
+        more = {"of_the_last": of_the_last} | ({"harm": harm} if harm else {})
+        by_two.append((name, train(folder / name, TARFLOW, settings), more))
+    runs.printed.append(run_all(folder, "two", 2, by_two))
+    assert main(["train", f"--resume={folder / 'resumed'}", "--max-steps=20", "--sharding=none"]) == 0
+    return runs
+
+
+def assert_same(runs, name, as_name):
+    """Rows are equal to rounding, and so are all weights that the loss depends on; Muon rounds to bfloat16."""
+    tolerance = 1e-3 if "Muon" in name else 1e-5
+    rows, expected = runs.rows(name), runs.rows(as_name)
+    assert len(rows) == len(expected) == 21
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for measure in row.keys() & {"loss", "bits_per_dim", "grad_norm", "bad_steps", "eval_bits_per_dim"}:
+            assert row[measure] == pytest.approx(other[measure], abs=tolerance, rel=tolerance), (measure, row)
+    weights = runs.weights(as_name)
+    for key, value in runs.weights(name).items():
+        assert_close(felt(key, value), felt(key, weights[key]), atol=tolerance, rtol=tolerance, msg=key)
+
+
+def felt(key, value):
+    """The weights without biases of keys: attention does not depend on them, and Adam makes steps of their rounding."""
+    return torch.cat(value.chunk(3)[::2]) if key.endswith("qkv.bias") else value
+
+
+@pytest.mark.parametrize(("name", "as_name"), [(name, settings[0]) for name, settings in (BY_TWO | BY_FOUR).items()])
+def test_a_run_on_several_devices_is_that_on_one(runs, name, as_name):
+    assert runs.statuses(name) == [0] * (4 if name in BY_FOUR else 2), runs.printed
+    assert_same(runs, name, as_name)
+
+
+def test_a_run_on_as_many_devices_again_is_the_same_to_the_bit(runs):
+    files = [(runs.folder / name / "model.safetensors").read_bytes() for name in ("two", "two again")]
+    assert files[0] == files[1]
+    losses = [[row.get("loss") for row in runs.rows(name)] for name in ("two", "two again")]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_with_other_numbers_of_devices_and_another_sharding(runs):
+    assert_same(runs, "resumed", "one")
+    names = [path.name for path in checkpoints.checkpoints(runs.folder / "resumed" / "checkpoints")]
+    assert names == ["step-00000014", "step-00000016.pt", "step-00000020.pt"]
+
+
+@pytest.mark.parametrize("name", ["nan", "nan sharded"])
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(runs, name):
+    assert runs.statuses(name) == [0, 0]
+    rows = [row for row in runs.rows(name) if "loss" in row]
+    assert [row["step"] for row in rows if row["loss"] != row["loss"]] == [7]
+    assert [row["bad_steps"] for row in rows] == [0] * 6 + [1] * 14
+    assert all(weight.isfinite().all() for weight in runs.weights(name).values())
+
+
+@pytest.mark.parametrize("name", ["terminated", "interrupted"])
+def test_a_signal_to_one_process_stops_all_after_the_step_with_a_checkpoint(runs, name):
+    assert runs.statuses(name) == [0, 0]
+    (path,) = checkpoints.checkpoints(runs.folder / name / "checkpoints")
+    assert checkpoints.step_of(path) == 7
+    line = f"tarflow train: stopped at step 7; go on with --resume {runs.folder / name}"
+    assert "\n".join(runs.printed).count(line) == 1
+
+
+@pytest.mark.parametrize(("name", "message"), [(name, case[-1]) for name, case in FAILING.items()])
+def test_a_failure_of_one_process_is_one_line_and_the_end_of_all(runs, name, message):
+    assert runs.statuses(name) == [1, 1]
+    assert len(re.findall(f"tarflow train: error: {message}", "\n".join(runs.printed))) == 1
+    assert not [*(runs.folder / name).glob("checkpoints/*")]
+
+
+def test_weights_are_sharded_within_machines_and_copied_between_them(runs):
+    name, (as_name, *settings) = next(iter(HYBRID.items()))
+    path = runs.folder / "hybrid.json"
+    path.write_text(json.dumps([{"name": name, "command": train(runs.folder / name, *settings)}]))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]
+    machines = [torchrun(path, 2, *where, f"--node-rank={node}") for node in range(2)]
+    printed = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert runs.statuses(name) == [0] * 4, printed
+    assert_same(runs, name, as_name)
+
+
+def test_a_run_of_which_a_process_is_killed_while_it_saves_is_restarted_and_loses_nothing(runs):
+    job = ("killed", train(runs.folder / "killed", TARFLOW, FULL), {"harm": "die_in_a_save"})
+    printed = run_all(runs.folder, "killed", 2, [job], "--standalone", "--max-restarts=1")
+    assert runs.statuses("killed") == [0, 0], printed
+    assert "steps 8 to 20" in printed
+    assert_same(runs, "killed", "one")
+    left = [path.name for path in (runs.folder / "killed" / "checkpoints").iterdir()]
+    assert sorted(left) == ["step-00000008", "step-00000016", "step-00000020"]
+
+
+def test_a_process_that_does_not_begin_is_named(runs):
+    printed = run_all(runs.folder, "late", 2, [("late", train(runs.folder / "late", TARFLOW), {"harm": "late"})])
+    assert (
+        "tarflow train: error: torchrun: expected all 2 processes to begin within 0:00:08; got none of number 1"
+        in printed
+    )
