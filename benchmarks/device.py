@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,20 @@ _FLUSHED_BYTES = 2**30
 def pick() -> torch.device:
     """Pick the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_alive(failure: Exception) -> None:
+    """End this process where an error has cost it its GPU: nothing works any more, and the next would be blamed.
+
+    Raises:
+        SystemExit: the GPU takes no more work.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        sys.exit(f"the GPU is lost to this process: {type(failure).__name__}: {failure}")
 
 
 # Timing ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""The tasks of the processes that ``gpu.py`` starts; they tell what they find at once, and :mod:`stages` listens."""
+
+import faulthandler
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import fallbacks
+import profiles
+import records
+import smoke
+from processes import tell
+from rows import all_rows
+
+
+def main(task: str, device: str, known: dict[str, int], **options: Any) -> None:
+    """Do a task on a device, where kernels are known to work at these levels."""
+    # Whoever is interrupted says where it stands, even if that is inside of a driver.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGINT, chain=True)
+    fallbacks.known.update(known)
+    TASKS[task](torch.device(device), **options)
+
+
+def run_case(device: torch.device, case: str, level: int) -> None:
+    """Run a case of the smoke test with configurations of some level."""
+    with fallbacks.at(level):
+        smoke.run(case, device)
+
+
+def measure_rows(device: torch.device, pasts: dict[str, dict[str, Any]], compiled: bool) -> None:
+    """Measure rows, each with what happened to it before."""
+    fallbacks.watch(lambda name, config: tell(launching=name, config=config))
+    by_name = {row.name: row for row in all_rows(device)}
+    for name, past in pasts.items():
+        tell(row=name)
+        begun = partial(_tell_contender, name)
+        record = records.attempt(
+            by_name[name], device, compiled=compiled, past=records.Past(**past), begun=begun
+        ).record
+        for entry in record.get("contenders", {}).values():
+            fallbacks.learn(entry.get("configs", ()), entry.get("level", 0))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        tell(record=record)
+
+
+def _tell_contender(row: str, contender: str) -> None:
+    tell(contender=contender)
+
+
+def compile_ahead(device: torch.device, part: int, parts: int) -> None:
+    """Compile one part of what will be measured, as politely as can be; Triton's cache keeps it for all processes."""
+    import warm
+
+    os.nice(10)
+    for launch in warm.launches()[part::parts]:
+        warm.compile(launch, device)
+
+
+def tune(device: torch.device, problems: list[str], seconds: float, workers: int) -> None:
+    """Tune problems in the order given."""
+    from tarflow_kernels import tune
+
+    fallbacks.watch()
+    named = [argument for problem in problems for argument in ("--problem", problem)]
+    tune.main([*named, "--seconds", str(seconds), "--workers", str(workers)])
+
+
+def profile(device: torch.device, names: list[str]) -> None:
+    """Find where whole steps spend their time."""
+    fallbacks.watch()
+    for name in names:
+        tell(profile=name, table=profiles.PROFILES[name](device))
+
+
+TASKS: dict[str, Callable[..., None]] = {
+    "smoke": run_case,
+    "rows": measure_rows,
+    "warm": compile_ahead,
+    "tune": tune,
+    "profile": profile,
+}
