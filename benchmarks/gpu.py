@@ -19,12 +19,12 @@ TARFLOW_COMMIT.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +39,10 @@ import device as devices
 import processes
 import records
 import stages
-import tasks
 
 SECONDS = 560
+# What does the tasks of the stages.
+TASKS = Path(__file__).with_name("tasks.py")
 
 
 class Stage(NamedTuple):
@@ -66,9 +67,6 @@ STAGES = {
 
 def main() -> int:
     """Run the stages, each in its time; what one leaves is for those behind it."""
-    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):  # a process that a stage has started
-        tasks.main(**json.loads(sys.argv[1]))
-        return 0
     arguments = _arguments()
     if arguments.rehearse:
         _rehearse(arguments.out)
@@ -80,13 +78,18 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; a CPU is measured with --device cpu", file=sys.stderr)
         return 1
-    script = [sys.executable, str(Path(sys.argv[0]).resolve())]
     run = stages.Run(
-        device, records.path_of(device, arguments.out), script, arguments.compiled, tuple(arguments.rows or ())
+        device,
+        records.path_of(device, arguments.out),
+        [sys.executable, str(TASKS)],
+        compiled=arguments.compiled,
+        named=tuple(arguments.rows),
+        go_on=arguments.go_on,
+        silence=stages.SILENCE if device.type == "cuda" else {},  # a CPU may take its time
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run_stages(run, arguments.skip, arguments.seconds, arguments.go_on)
+        return run_stages(run, arguments.skip, arguments.seconds)
     except KeyboardInterrupt:
         print("interrupted; --continue goes on from here", flush=True)
         return 130
@@ -101,10 +104,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what was found at this commit")
     parser.add_argument("--skip", type=lambda names: names.split(","), default=[], help=f"of {','.join(STAGES)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
-    parser.add_argument("--out", type=Path, help=f"folder of the results; {records.FOLDER.name}/, unless given")
+    parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder of the results")
     parser.add_argument("--published", type=Path, metavar="PATH", help=checkout.HELP)
     parser.add_argument("--compiled", action="store_true", help="measure contenders under torch.compile too")
-    parser.add_argument("--rows", nargs="+", help="measure the rows whose names contain one of these, and nothing else")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], help="measure the rows whose names contain one of these, and nothing else"
+    )
     parser.add_argument("--rehearse", action="store_true", help="run all stages on a CPU, interpreted, on tiny shapes")
     arguments = parser.parse_args()
     if unknown := set(arguments.skip) - set(STAGES):
@@ -114,24 +119,26 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _rehearse(out: Path | None) -> None:
-    """Become the rehearsal, whose results are never mixed with others."""
-    script = Path(__file__).with_name("rehearsal.py")
+def _rehearse(out: Path) -> None:
+    """Become the rehearsal, whose results and configurations are never mixed with others."""
+    folder = tempfile.mkdtemp(prefix="rehearsal-") if out == records.FOLDER else str(out.resolve())
     options = [option for option in sys.argv[1:] if option != "--rehearse"]
-    if out is None:
-        options += ["--out", tempfile.mkdtemp(prefix="rehearsal-")]
     os.execve(
         sys.executable,
-        [sys.executable, str(script), "--device", "cpu", *options],
-        os.environ | {"TRITON_INTERPRET": "1"},
+        [sys.executable, str(Path(__file__).with_name("rehearsal.py")), *options, "--device", "cpu", "--out", folder],
+        os.environ | {"TRITON_INTERPRET": "1", "TARFLOW_REHEARSAL": folder},
     )
 
 
 def schedule(skip: list[str], seconds: float) -> dict[str, float]:
-    """How many seconds each stage has; the first are needed in full, however few there are."""
+    """How many seconds each stage has, in proportion; smoke is content with what it has by default."""
     parts = {name: stage.seconds for name, stage in STAGES.items() if name not in skip}
-    share = seconds / sum(parts.values())
-    return {name: part * share for name, part in parts.items()}
+    shares = {name: part * seconds / sum(parts.values()) for name, part in parts.items()}
+    spared = max(0.0, shares.get("smoke", 0.0) - STAGES["smoke"].seconds)
+    if not spared or len(parts) == 1:
+        return shares
+    rest = sum(parts.values()) - parts["smoke"]
+    return {n: shares[n] + spared * (parts[n] / rest if n != "smoke" else -1) for n in parts}
 
 
 def plan(skip: list[str], seconds: float) -> str:
@@ -149,12 +156,11 @@ def plan(skip: list[str], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def run_stages(run: stages.Run, skip: list[str], seconds: float, go_on: bool) -> int:
+def run_stages(run: stages.Run, skip: list[str], seconds: float) -> int:
     """Run the stages that are left, and keep how far each came."""
     print(f"{devices.describe(run.device)}\n{plan(skip, seconds)}", flush=True)
-    done = _begin(run, go_on)
-    if run.on_gpu:
-        stages.compile_ahead(run, seconds)
+    done = _begin(run)
+    stages.compile_ahead(run, seconds)
     end = time.monotonic()
     for name, part in schedule(skip, seconds).items():
         end += part
@@ -163,19 +169,23 @@ def run_stages(run: stages.Run, skip: list[str], seconds: float, go_on: bool) ->
             print(f"== {name}: {'done before' if done.get(name) else 'no time left'}", flush=True)
             continue
         print(f"== {name}: at most {left:.0f} s", flush=True)
-        done[name] = STAGES[name].run(run, left)
+        try:
+            done[name] = STAGES[name].run(run, left)
+        except Exception:  # a mistake of ours in one stage is no reason to lose the others
+            traceback.print_exc()
+            done[name] = False
         run.keep(stages=done)
     print(f"results: {run.path}")
     return 0
 
 
-def _begin(run: stages.Run, go_on: bool) -> dict[str, bool]:
+def _begin(run: stages.Run) -> dict[str, bool]:
     """Return which stages are done, where the call goes on with what was found here at this commit."""
     results, machine = run.results(), devices.describe(run.device)
-    if go_on and results.get("machine") == machine:
+    if run.go_on and results.get("machine") == machine:
         stages.restore(results)
         return results.get("stages", {}) | ({"rows": False} if run.compiled or run.named else {})
-    fresh = {"smoke": {}, "check": {}, "tune": {}, "stages": {}}
+    fresh = {"smoke": {}, "check": {}, "tune": {}, "stages": {}, "profiles_machine": {}}
     run.keep(machine=machine, **({} if run.named else fresh))
     return {}
 

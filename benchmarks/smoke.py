@@ -138,7 +138,7 @@ def affine(device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
 
 def mixture(device: torch.device, dtype: torch.dtype, order: str) -> Iterator[Finding]:
     """Map a mixture in both directions, channels first or last, and compute the gradients."""
-    x, outputs = torch.randn(2, 3, 8, 16), torch.randn(2, 3, 8, 16, 96).to(dtype)
+    x, outputs = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16, 96).to(dtype)
     if order == "elements":
         outputs = outputs.movedim(-1, 2).contiguous().movedim(2, -1)
     theta = outputs.chunk(3, dim=-1)

@@ -33,7 +33,7 @@ from smoke import cases
 ROOT = Path(__file__).resolve().parents[1]
 # Those that only a card can run come first, in case time runs out.
 TESTS = tuple(
-    f"tests/tarflow_kernels/test_{name}.py" for name in ("gpu", "triton", "ops", "mixture", "dispatch", "scales")
+    ROOT / f"tests/tarflow_kernels/test_{name}.py" for name in ("gpu", "triton", "ops", "mixture", "dispatch", "scales")
 )
 # How many seconds a case, a contender, a test or a problem may be silent before it counts as hung.
 SILENCE = {"smoke": 45, "rows": 90, "check": 120, "tune": 60, "profile": 60}
@@ -50,6 +50,7 @@ class Run:
         script: the command that does a task, but for the task.
         compiled: whether to measure contenders that are compiled first.
         named: measure rows whose names contain one of these alone; all, where it is empty.
+        go_on: whether rows that an earlier call has measured at this commit are left out.
         tests: the files with the tests.
         silence: how long a process of a stage may be silent, in seconds.
     """
@@ -59,7 +60,8 @@ class Run:
     script: list[str]
     compiled: bool = False
     named: tuple[str, ...] = ()
-    tests: tuple[str, ...] = TESTS
+    go_on: bool = False
+    tests: tuple[Path, ...] = TESTS
     silence: dict[str, float] = field(default_factory=lambda: dict(SILENCE))
 
     def __post_init__(self) -> None:
@@ -143,7 +145,7 @@ def smoke(run: Run, seconds: float) -> bool:
     """Run every case, several side by side, and one that fails again with ever safer configurations."""
     deadline = time.monotonic() + seconds
     left = [case for case in cases(run.device) if case not in run.results().get("smoke", {})]
-    processes.side_by_side(lambda case: _run_case(run, case, deadline), left, max(1, min(8, run.cpus // 2)))
+    processes.side_by_side(lambda case: _run_case(run, case, deadline), left, max(2, min(8, run.cpus // 2)))
     found = run.results().get("smoke", {})
     print(f"smoke: {sum(case['passed'] for case in found.values())} of {len(cases(run.device))} cases passed")
     return found.keys() >= set(cases(run.device))
@@ -189,12 +191,12 @@ def _outcome(entry: Record, failed: dict[str, str]) -> str:
 
 
 def rows(run: Run, seconds: float) -> bool:
-    """Measure the rows that have not been measured at this commit."""
+    """Measure the rows, those left that an earlier call has measured at this commit where this one goes on."""
     known = run.results()["rows"]
     wanted = [
         row.name
         for row in all_rows(run.device)
-        if _is_wanted(run, row.name) and not _is_measured(run, known.get(row.name))
+        if _is_wanted(run, row.name) and not (run.go_on and _is_measured(run, known.get(row.name)))
     ]
     return _measure(run, wanted, seconds)
 
@@ -211,8 +213,9 @@ def rows_to_repeat(run: Run) -> list[str]:
         name
         for name, row in run.results()["rows"].items()
         if _is_measured(run, row) and _is_wanted(run, name)
-        for used in [(records.timed(row).get(records.ours(row) or "") or {}).get("configs", {})]
-        if any(best.get(kernel, config) != config for kernel, config in used.items())
+        for entry in [records.timed(row).get(records.ours(row) or "", {})]
+        if not entry.get("level")
+        and any(best.get(kernel, config) != config for kernel, config in entry.get("configs", {}).items())
     ]
 
 
@@ -322,7 +325,7 @@ def summary(record: Record) -> str:
 
 
 def check(run: Run, seconds: float) -> bool:
-    """Run the tests of the kernels in several processes, each a share; one that is lost goes on behind its last test."""
+    """Run the tests of the kernels, a share in each process; one that is lost goes on behind its last test."""
     shares = max(1, min(12, run.cpus - 2))
     found = _Tests(run)
     with tempfile.TemporaryDirectory() as folder:
@@ -367,7 +370,7 @@ def _run_share(run: Run, found: _Tests, share: str, ended_tests: Path, deadline:
     """Run a share of the tests, in a new process after each one that was lost."""
     ended_tests.touch()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "told", "-p", "no:cacheprovider", "--no-header"]
-    command += ["-o", "faulthandler_timeout=60", *run.tests]
+    command += ["-o", "faulthandler_timeout=60", *map(str, run.tests)]
     while (left := deadline - time.monotonic()) > 0:
         current = ""
 
@@ -381,7 +384,9 @@ def _run_share(run: Run, found: _Tests, share: str, ended_tests: Path, deadline:
                     file.write(message["ended"] + "\n")
 
         where = {"TARFLOW_SHARE": share, "TARFLOW_ENDED": str(ended_tests)}
-        ended = processes.run(command, left, hear, silence=run.silence["check"], environment=_environment() | where)
+        ended = processes.run(
+            command, left, hear, silence=run.silence.get("check", math.inf), environment=_environment() | where
+        )
         if ended.exit in (0, 1, 5) and not ended.stopped:  # all passed, some failed, there were none
             return
         if ended.stopped == "out of time":
@@ -405,7 +410,7 @@ def tune(run: Run, seconds: float) -> bool:
     while left and (seconds := deadline - time.monotonic()) > 0:
         before = len(found)
         hear = functools.partial(_hear_tuner, run, left, found)
-        options = {"problems": left, "seconds": 0.9 * seconds, "workers": max(1, run.cpus - 2)}
+        options = {"problems": left, "budget": 0.9 * seconds, "workers": max(1, run.cpus - 2)}
         ended = run.do("tune", seconds, show=hear, **options)
         lost = len(found) > before and ended.failure and ended.stopped != "out of time"
         if lost:
@@ -453,11 +458,13 @@ def tuned() -> dict[str, dict[str, fallbacks.Config]]:
 
 def restore(results: Record) -> None:
     """Put what an earlier call has tuned where launchers look, if it was made elsewhere."""
+    if not results.get("tuned"):
+        return
     from tarflow_kernels import tune as tuner
     from tarflow_kernels.triton import configs
 
     present = tuned()
-    for kernel, table in results.get("tuned", {}).items():
+    for kernel, table in results["tuned"].items():
         for key in table.keys() - present.get(kernel, {}).keys():
             tuner.save(configs.FOLDER, kernel, str(configs.device_name()), key, table[key])
 
@@ -485,6 +492,8 @@ def profile(run: Run, seconds: float) -> bool:
 
 def compile_ahead(run: Run, seconds: float) -> None:
     """Start processes that compile what will be measured, and leave some processors to what is measured meanwhile."""
+    if not (run.on_gpu or os.environ.get("TRITON_INTERPRET") == "1"):
+        return
     parts = max(1, min(6, run.cpus // 3))
     for part in range(parts):
         options = {"part": part, "parts": parts, "environment": {"TRITON_INTERPRET": "0"}}

@@ -1,20 +1,20 @@
-"""The tasks of the processes that ``gpu.py`` starts; they tell what they find at once, and :mod:`stages` listens."""
+"""The tasks of the processes that ``gpu.py`` starts; they tell what they find at once, and :mod:`stages` listens.
+
+Each imports what it needs itself: most of what a small one takes is imports.
+"""
 
 import faulthandler
+import json
 import os
 import signal
+import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 import fallbacks
-import profiles
-import records
-import smoke
 from processes import tell
-from rows import all_rows
 
 
 def main(task: str, device: str, known: dict[str, int], **options: Any) -> None:
@@ -28,30 +28,29 @@ def main(task: str, device: str, known: dict[str, int], **options: Any) -> None:
 
 def run_case(device: torch.device, case: str, level: int) -> None:
     """Run a case of the smoke test with configurations of some level."""
+    import smoke
+
     with fallbacks.at(level):
         smoke.run(case, device)
 
 
 def measure_rows(device: torch.device, pasts: dict[str, dict[str, Any]], compiled: bool) -> None:
     """Measure rows, each with what happened to it before."""
+    import records
+    import rows
+
     fallbacks.watch(lambda name, config: tell(launching=name, config=config))
-    by_name = {row.name: row for row in all_rows(device)}
+    by_name = {row.name: row for row in rows.all_rows(device)}
     for name, past in pasts.items():
         tell(row=name)
-        begun = partial(_tell_contender, name)
-        record = records.attempt(
-            by_name[name], device, compiled=compiled, past=records.Past(**past), begun=begun
-        ).record
+        options = {"past": records.Past(**past), "begun": lambda contender: tell(contender=contender)}
+        record = records.attempt(by_name[name], device, compiled, **options).record
         for entry in record.get("contenders", {}).values():
             fallbacks.learn(entry.get("configs", ()), entry.get("level", 0))
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         tell(record=record)
-
-
-def _tell_contender(row: str, contender: str) -> None:
-    tell(contender=contender)
 
 
 def compile_ahead(device: torch.device, part: int, parts: int) -> None:
@@ -63,17 +62,19 @@ def compile_ahead(device: torch.device, part: int, parts: int) -> None:
         warm.compile(launch, device)
 
 
-def tune(device: torch.device, problems: list[str], seconds: float, workers: int) -> None:
+def tune(device: torch.device, problems: list[str], budget: float, workers: int) -> None:
     """Tune problems in the order given."""
     from tarflow_kernels import tune
 
     fallbacks.watch()
     named = [argument for problem in problems for argument in ("--problem", problem)]
-    tune.main([*named, "--seconds", str(seconds), "--workers", str(workers)])
+    tune.main([*named, "--seconds", str(budget), "--workers", str(workers)])
 
 
 def profile(device: torch.device, names: list[str]) -> None:
     """Find where whole steps spend their time."""
+    import profiles
+
     fallbacks.watch()
     for name in names:
         tell(profile=name, table=profiles.PROFILES[name](device))
@@ -86,3 +87,7 @@ TASKS: dict[str, Callable[..., None]] = {
     "tune": tune,
     "profile": profile,
 }
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
