@@ -125,7 +125,10 @@ def _rehearse(out: Path) -> None:
     options = [option for option in sys.argv[1:] if option != "--rehearse"]
     os.execve(
         sys.executable,
-        [sys.executable, str(Path(__file__).with_name("rehearsal.py")), *options, "--device", "cpu", "--out", folder],
+        [
+            *(sys.executable, str(Path(__file__).with_name("rehearsal.py")), "--seconds", "240"),
+            *(*options, "--device", "cpu", "--out", folder),
+        ],
         os.environ | {"TRITON_INTERPRET": "1", "TARFLOW_REHEARSAL": folder},
     )
 

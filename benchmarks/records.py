@@ -351,4 +351,6 @@ def reasons(records: Iterable[Record]) -> list[str]:
         for name, result in record.get("contenders", {}).items():
             if reason := why_untimed(result):
                 lines[f"{name}: {reason}"] = None
+            for level, failure in result.get("failed", {}).items():
+                lines[f"{name}, {level}, in {record['name']}: {failure}"] = None
     return list(lines)

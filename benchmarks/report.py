@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import plots
 import records
+from fallbacks import LEVELS
 from profiles import summary
 from records import Record, three_digits
 from tarflow.files import atomic_write
@@ -108,8 +109,8 @@ def _lines(row: Record) -> Iterator[list[str]]:
     for name, result in timed.items():
         yield [
             what,
-            (f"**{name}**" if name == own else name) + _passes(result),
-            _milliseconds(result["p50"]),
+            (f"**{name}**" if name == own else name) + _passes(result) + _configuration(result),
+            _milliseconds(result["p50"]) + (_tuned(row) if name == own else ""),
             f"{_milliseconds(result['p20'])[:-3]} to {_milliseconds(result['p80'])}",
             _rate(row, result),
             f"{result['percent_of_limit']:.0f} % ({row['bound']})",
@@ -134,6 +135,16 @@ def _profile(name: str, profile: Record) -> Iterator[str]:
 def _passes(result: Record) -> str:
     """How many passes a decoder took, if it counted them."""
     return f", {result['passes']} passes for {result['steps']} steps" if "passes" in result else ""
+
+
+def _configuration(result: Record) -> str:
+    """Say which configuration of our kernels it is, if it is not the one that was chosen."""
+    return f", {LEVELS[result['level']]}" if result.get("level") else ""
+
+
+def _tuned(row: Record) -> str:
+    """Say what it was before its kernels were tuned, if it was measured then."""
+    return f" (before tuning {_milliseconds(row['before']['p50'])})" if "before" in row else ""
 
 
 def _milliseconds(seconds: float) -> str:

@@ -61,7 +61,7 @@ class Run:
     compiled: bool = False
     named: tuple[str, ...] = ()
     go_on: bool = False
-    tests: tuple[Path, ...] = TESTS
+    tests: tuple[Path, ...] = field(default_factory=lambda: TESTS)
     silence: dict[str, float] = field(default_factory=lambda: dict(SILENCE))
 
     def __post_init__(self) -> None:
@@ -170,7 +170,13 @@ def _run_case(run: Run, case: str, deadline: float) -> None:
             entry["lost"] = bool(ended.stopped) or ended.exit < 0
         run.add("smoke", **{case: entry | ({"failed": failed} if failed else {})})
         print(f"{case}: {_outcome(entry, failed)}  [{ended.seconds:.0f} s]", flush=True)
-        level = fallbacks.next_level(configs, level) if ended.failure else None
+        level = _next_level(configs, level, ended) if ended.failure else None
+
+
+def _next_level(configs: dict[str, fallbacks.Config], level: int, ended: Ended) -> int | None:
+    """The level to try next; since a hang costs much time, the last resort comes next then."""
+    last = len(fallbacks.LEVELS) - 1
+    return fallbacks.next_level(configs, max(level, last - 1) if ended.stopped else level)
 
 
 def _hear_case(configs: dict, found: dict, message: Record) -> None:
@@ -297,9 +303,7 @@ def _blame(past: Past, at: _Position, ended: Ended, has_triton: bool) -> str | N
         past.skipped[at.contender] = ended.failure
         return None
     past.failed[fallbacks.LEVELS[past.level]] = ended.failure
-    # A hang costs much time: the last resort comes next.
-    hung = len(fallbacks.LEVELS) - 2 if ended.stopped else past.level
-    level = fallbacks.next_level(at.configs, max(past.level, hung))
+    level = _next_level(at.configs, past.level, ended)
     if level is None:
         past.skipped["triton"] = "; ".join(f"{level}: {reason}" for level, reason in past.failed.items())
     else:
