@@ -162,7 +162,7 @@ def plan(skip: list[str], seconds: float) -> str:
 def run_stages(run: stages.Run, skip: list[str], seconds: float) -> int:
     """Run the stages that are left, and keep how far each came."""
     print(f"{devices.describe(run.device)}\n{plan(skip, seconds)}", flush=True)
-    done = _begin(run)
+    done = _begin(run, skip)
     stages.compile_ahead(run, seconds)
     end = time.monotonic()
     for name, part in schedule(skip, seconds).items():
@@ -182,14 +182,14 @@ def run_stages(run: stages.Run, skip: list[str], seconds: float) -> int:
     return 0
 
 
-def _begin(run: stages.Run) -> dict[str, bool]:
+def _begin(run: stages.Run, skip: list[str]) -> dict[str, bool]:
     """Return which stages are done, where the call goes on with what was found here at this commit."""
     results, machine = run.results(), devices.describe(run.device)
     if run.go_on and results.get("machine") == machine:
         stages.restore(results)
         return results.get("stages", {}) | ({"rows": False} if run.compiled or run.named else {})
-    fresh = {"smoke": {}, "check": {}, "tune": {}, "stages": {}, "profiles_machine": {}}
-    run.keep(machine=machine, **({} if run.named else fresh))
+    entries = {"smoke": "smoke", "check": "check", "tune": "tune", "profile": "profiles_machine"}
+    run.keep(machine=machine, stages={}, **{entry: {} for name, entry in entries.items() if name not in skip})
     return {}
 
 

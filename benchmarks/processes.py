@@ -27,6 +27,7 @@ MARK = "@@ "
 GRACE = 8.0
 _KEPT_LINES = 60
 _running: set[subprocess.Popen] = set()
+_stopped = threading.Event()
 
 _GUARD = """
 import os, signal, sys
@@ -132,12 +133,15 @@ def side_by_side(work: Callable[[Any], None], parts: Iterable[Any], workers: int
 
 
 def stop_all() -> None:
-    """Kill all processes that run."""
+    """Kill all processes that run, and let no other begin."""
+    _stopped.set()
     for process in list(_running):
         _signal(process, signal.SIGKILL)
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+    if _stopped.is_set():
+        raise RuntimeError("all processes were stopped")
     process = subprocess.Popen(
         command,
         env=os.environ | environment,

@@ -64,12 +64,14 @@ def run(name: str, device: torch.device) -> None:
 
 def cases(device: torch.device) -> dict[str, Callable[[torch.device], Iterator[Finding]]]:
     """Name the cases of a device, in the precisions in which models use them there."""
-    dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
-    return {
-        f"{name}, {str(dtype).removeprefix('torch.')}": partial(case, dtype=dtype)
-        for dtype in dtypes
-        for name, case in CASES.items()
-    } | ({"decoding step in a graph": graph} if device.type == "cuda" else {})
+    if device.type != "cuda":
+        return _in_precision(torch.float32)
+    return _in_precision(torch.bfloat16) | {"decoding step in a graph": graph} | _in_precision(torch.float32)
+
+
+def _in_precision(dtype: torch.dtype) -> dict[str, Callable[[torch.device], Iterator[Finding]]]:
+    name = str(dtype).removeprefix("torch.")
+    return {f"{case}, {name}": partial(run_case, dtype=dtype) for case, run_case in CASES.items()}
 
 
 def compare(op: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], names: str) -> Iterator[Finding]:

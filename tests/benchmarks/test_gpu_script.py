@@ -20,6 +20,7 @@ import fallbacks
 import gpu
 import processes
 import records
+import report
 import smoke
 import stages
 from row import Contender, Row
@@ -472,6 +473,26 @@ def test_a_mistake_in_a_stage_leaves_the_others(run, monkeypatch, capsys):
     assert this.results()["stages"] == {"a": False, "b": True}
 
 
+def test_a_run_takes_the_place_of_what_it_repeats_and_of_nothing_else(run, monkeypatch):
+    this = run("")
+    this.keep(smoke={"case": {}}, check={"counts": {}}, stages={"smoke": True}, machine=MACHINE)
+    monkeypatch.setattr(gpu, "STAGES", {name: gpu.Stage(lambda run, seconds: True, 1, "") for name in gpu.STAGES})
+    gpu.run_stages(this, ["smoke", "rows", "tune", "again", "profile"], 2)
+    assert this.results()["smoke"] == {"case": {}}
+    assert this.results()["check"] == {}
+
+
+def test_the_report_says_which_configuration_a_number_is_of_and_what_was_before():
+    entry = {"gigabytes_per_second": 1.0, "level": 2, "failed": {"as chosen": "error 1.0e+00"}}
+    row = timed("row", 1e-3, **entry) | {"before": {"p50": 2e-3}, "model": "model", "shape": {"B": 1}, "op": "op"}
+    row |= {"dtype": "bfloat16", "note": "", "bound": "copy", "bytes": 1.0}
+    row["ceilings"] = {"copy_bytes_per_second": 1e12, "matrix_operations_per_second": 1e12}
+    page = report.page({"a-card": {"rows": {"row": row}}})
+    assert "| **triton**, four warps | 1.00 ms (before tuning 2.00 ms) |" in page
+    assert "- triton, as chosen, in row: error 1.0e+00" in page
+    assert "| training step, of the matrix rate | ≥ 50 % | not measured |" in page
+
+
 DRIVER = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}, {str(ROOT / "benchmarks")!r}]
@@ -542,17 +563,28 @@ def _wait_until_quiet(path):
         time.sleep(0.5)
 
 
-def test_an_interruption_is_survived_too(command, tmp_path):
+def interrupt(command, at):
+    """Interrupt a run when it prints a line that begins so, and return what it printed afterwards."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("-- row 2"):
+        if line.startswith(at):
             break
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--continue goes on from here" in output
+
+
+def test_an_interrupted_run_keeps_what_it_measured(command, tmp_path):
+    interrupt(command, at="-- row 2")
     (path,) = (tmp_path / "out").glob("*.json")
     assert len(json.loads(path.read_text())["rows"]) >= 2
+
+
+def test_an_interruption_ends_what_runs_side_by_side_and_begins_nothing_else(command, tmp_path):
+    hang = f"tell(kernel={KERNEL!r}, config={CONFIG})\nprint('hangs', flush=True)\ntime.sleep(600)"
+    (tmp_path / "play.py").write_text(PLAYER + hang)
+    interrupt(command, at="[case] hangs")
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
