@@ -134,14 +134,13 @@ def _rehearse(out: Path) -> None:
 
 
 def schedule(skip: list[str], seconds: float) -> dict[str, float]:
-    """How many seconds each stage has, in proportion; smoke is content with what it has by default."""
+    """How many seconds each stage has, in proportion; smoke needs no more than it has by default."""
     parts = {name: stage.seconds for name, stage in STAGES.items() if name not in skip}
-    shares = {name: part * seconds / sum(parts.values()) for name, part in parts.items()}
-    spared = max(0.0, shares.get("smoke", 0.0) - STAGES["smoke"].seconds)
-    if not spared or len(parts) == 1:
-        return shares
-    rest = sum(parts.values()) - parts["smoke"]
-    return {n: shares[n] + spared * (parts[n] / rest if n != "smoke" else -1) for n in parts}
+    first = {}
+    if smoke := parts.pop("smoke", None):
+        first["smoke"] = min(smoke, seconds * smoke / (smoke + sum(parts.values())))
+        seconds -= first["smoke"]
+    return first | {name: seconds * part / sum(parts.values()) for name, part in parts.items()}
 
 
 def plan(skip: list[str], seconds: float) -> str:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import device as devices
-import fallbacks
 from processes import tell
 from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
 from tarflow_kernels import (
@@ -38,19 +37,11 @@ LABELS = torch.tensor([0, 1, 2, -1])
 
 
 def run(name: str, device: torch.device) -> None:
-    """Run a case, telling each configuration before it is launched, and each finding.
+    """Run a case, and tell each finding.
 
     Raises:
         SystemExit: something is wrong.
     """
-    told: set[str] = set()
-
-    def tell_once(kernel: str, config: fallbacks.Config) -> None:
-        if kernel not in told:
-            told.add(kernel)
-            tell(kernel=kernel, config=config)
-
-    fallbacks.watch(tell_once)
     torch.manual_seed(0)
     wrong = []
     with device:

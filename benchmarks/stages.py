@@ -116,7 +116,7 @@ class Run:
 
 def _environment() -> dict[str, str]:
     """Where our code is, and which commit it is of, which need not be asked again."""
-    folders = (ROOT / "kernels", ROOT, ROOT / "benchmarks")
+    folders = (ROOT / "kernels", ROOT, ROOT / "benchmarks", os.environ.get("PYTHONPATH", ""))
     commit = devices.describe(torch.device("cpu"))["commit"]
     return {"PYTHONPATH": os.pathsep.join(map(str, folders)), "TARFLOW_COMMIT": commit, "PYTHONUNBUFFERED": "1"}
 
@@ -127,7 +127,8 @@ def known_levels(results: Record) -> dict[str, int]:
     A kernel that brought its process down at every level, and passed nowhere else, is launched no more.
     """
     levels: dict[str, int] = {}
-    entries = [entry for row in results["rows"].values() for entry in records.timed(row).values()]
+    rows = [row for row in results["rows"].values() if row["machine"] == results.get("machine")]
+    entries = [entry for row in rows for entry in records.timed(row).values()]
     for entry in (*entries, *(case for case in results.get("smoke", {}).values() if case["passed"])):
         for name in entry.get("configs", ()):
             family = fallbacks.family(name)
@@ -180,8 +181,8 @@ def _next_level(configs: dict[str, fallbacks.Config], level: int, ended: Ended) 
 
 
 def _hear_case(configs: dict, found: dict, message: Record) -> None:
-    if "kernel" in message:
-        configs[message["kernel"]] = message["config"]
+    if "launching" in message:
+        configs[message["launching"]] = message["config"]
     else:
         found[message["found"]] = [message["error"], message["allowed"]]
 
@@ -262,12 +263,12 @@ def _measure(run: Run, names: list[str], seconds: float, repeated: bool = False)
         )
         if not ended.failure or ended.stopped == "out of time":
             break
-        lost = [at.row] if at.row in pending else list(pending)
         print(f"lost at {at.row or 'the start'}, {at.contender}: {ended.failure}", flush=True)
-        for name in lost:
-            if reason := _blame(pending[name], at, ended, "triton" in table[name].contenders):
-                run.keep([records.left_out(table[name], run.device, reason).record])
-                del pending[name]
+        if at.row not in pending:  # no row is to blame, and another process would fare no better
+            return False
+        if reason := _blame(pending[at.row], at, ended, "triton" in table[at.row].contenders):
+            run.keep([records.left_out(table[at.row], run.device, reason).record])
+            del pending[at.row]
     run.keep([records.left_out(table[name], run.device, records.LATE).record for name in pending])
     return not pending
 
@@ -488,6 +489,8 @@ def profile(run: Run, seconds: float) -> bool:
             return False
         told: list[Record] = []
         ended = run.do("profile", left, told.append, names=[name])
+        if ended.stopped == "out of time":
+            return False
         tables[name] = told[0]["table"] if told else {"unavailable": ended.failure[-300:]}
         print(f"{name}: {tables[name].get('unavailable') or profiles.summary(tables[name])}", flush=True)
         run.keep(profiles=tables, profiles_machine=devices.describe(run.device))

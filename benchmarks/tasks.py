@@ -17,6 +17,10 @@ import fallbacks
 from processes import tell
 
 
+# The configurations that have been told.
+_told: set[str] = set()
+
+
 def main(task: str, device: str, known: dict[str, int], **options: Any) -> None:
     """Do a task on a device, where kernels are known to work at these levels."""
     # Whoever is interrupted says where it stands, even if that is inside of a driver.
@@ -30,6 +34,7 @@ def run_case(device: torch.device, case: str, level: int) -> None:
     """Run a case of the smoke test with configurations of some level."""
     import smoke
 
+    fallbacks.watch(_tell_once)
     with fallbacks.at(level):
         smoke.run(case, device)
 
@@ -39,10 +44,11 @@ def measure_rows(device: torch.device, pasts: dict[str, dict[str, Any]], compile
     import records
     import rows
 
-    fallbacks.watch(lambda name, config: tell(launching=name, config=config))
+    fallbacks.watch(_tell_once)
     by_name = {row.name: row for row in rows.all_rows(device)}
     for name, past in pasts.items():
         tell(row=name)
+        _told.clear()
         options = {"past": records.Past(**past), "begun": lambda contender: tell(contender=contender)}
         record = records.attempt(by_name[name], device, compiled, **options).record
         for entry in record.get("contenders", {}).values():
@@ -51,6 +57,13 @@ def measure_rows(device: torch.device, pasts: dict[str, dict[str, Any]], compile
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         tell(record=record)
+
+
+def _tell_once(name: str, config: fallbacks.Config) -> None:
+    """Tell what is about to be launched for the first time: later launches may be timed."""
+    if name not in _told:
+        _told.add(name)
+        tell(launching=name, config=config)
 
 
 def compile_ahead(device: torch.device, part: int, parts: int) -> None:
