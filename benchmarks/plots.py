@@ -1,5 +1,9 @@
-"""Plots of a device, fit for a paper: its roofline, how near each op comes to its limit, and sampling over batches."""
+"""Plots fit for a paper: the roofline of a device, how near each op comes to its limit, sampling over batches.
 
+And what is predicted: time per image over batches, and the check of the predictions.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -95,6 +99,68 @@ def sampling(rows: list[Record], path: Path) -> None:
     figure.supylabel("images/s", fontsize=8)
     figure.suptitle(_title([row for measured in models.values() for row in measured]), fontsize=8)
     figure.legend(handles=_keys(rows), frameon=False, ncols=4, loc="outside lower center")
+    _write(figure, path)
+
+
+@rc_context(_STYLE)
+def prediction(
+    models: Mapping[str, Mapping[str, Mapping[int, float]]],
+    reported: Mapping[str, tuple[int, float]],
+    title: str,
+    path: Path,
+) -> None:
+    """Plot predicted seconds per image over the batch, a panel for each model.
+
+    Args:
+        models: for each model the seconds per image by batch, of each decoder and of the ``limit``.
+        reported: for some models a batch, and the seconds per image that the published code is said to take on an A100.
+    """
+    figure = Figure(figsize=(6.8, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    colors = _COLORS | {"limit": "black"}
+    for axes, (model, curves) in zip(panels, models.items(), strict=True):
+        for name, times in curves.items():
+            label = "limit of sequential decoding" if name == "limit" else name
+            axes.plot(times.keys(), times.values(), color=colors[name], linewidth=1.2, label=label)
+        if model in reported:
+            axes.plot(
+                *reported[model], "D", color=_COLORS["published"], markersize=4, label="published, A100, as reported"
+            )
+        batches = [1, 4, 16, 64, 256]
+        axes.set(xscale="log", yscale="log", xlabel="batch", xticks=batches, xticklabels=map(str, batches))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="y", color="0.9", linewidth=0.5)
+        axes.set_title(model, fontsize=8)
+    figure.supylabel("seconds per image", fontsize=8)
+    figure.suptitle(title, fontsize=8)
+    keys = {key.get_label(): key for axes in panels for key in axes.lines}
+    figure.legend(keys.values(), keys.keys(), frameon=False, ncols=3, loc="outside lower center")
+    _write(figure, path)
+
+
+@rc_context(_STYLE)
+def agreement(points: list[Record], title: str, path: Path) -> None:
+    """Plot measured over predicted times: a colour for each decoder, a marker for the size that is varied."""
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    decoders, varied = (list(dict.fromkeys(point[key] for point in points)) for key in ("decoder", "varied"))
+    colors = dict(zip(decoders, (_BLUE, _ORANGE, _GRAY), strict=False))
+    markers = dict(zip(varied, _MARKERS, strict=False))
+    for point in points:
+        marker, color = markers[point["varied"]], colors[point["decoder"]]
+        axes.plot(1e3 * point["predicted"], 1e3 * point["measured"], marker, color=color, markersize=3.5)
+    ends = [1e3 * pick(point["predicted"] for point in points) for pick in (min, max)]
+    axes.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
+    keys = [Line2D([], [], color=color, linewidth=3, label=decoder) for decoder, color in colors.items()]
+    keys += [
+        Line2D([], [], color="black", linestyle="", marker=marker, markersize=3.5, label=f"{name} varied")
+        for name, marker in markers.items()
+    ]
+    keys.append(Line2D([], [], color="black", linewidth=0.8, label="as predicted"))
+    axes.set(xscale="log", yscale="log", xlabel="predicted, ms", ylabel="measured, ms")
+    axes.set_title(title, fontsize=8)
+    figure.legend(handles=keys, frameon=False, loc="outside right center")
     _write(figure, path)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+import cost
 import plots
 import records
 from fallbacks import LEVELS
@@ -90,6 +91,7 @@ def _chapter(result: Record) -> Iterator[str]:
             if reasons := records.reasons(chosen):
                 yield "Not measured:"
                 yield "\n".join(f"- {reason}" for reason in reasons)
+    yield from _predicted(rows)
     if "profiles" in result:
         yield "### Profiles"
     for name, profile in result.get("profiles", {}).items():
@@ -117,6 +119,20 @@ def _lines(row: Record) -> Iterator[list[str]]:
             f"{result['p50'] / timed[own]['p50']:.2f}" if own else "–",
         ]
         what = ""
+
+
+def _predicted(rows: list[Record]) -> Iterator[str]:
+    """Compare the decoders with what the cost model predicts, on a device and for models that it knows."""
+    lines = []
+    for row in rows:
+        for name, predicted in cost.predict_record(row).items():
+            what, measured = f"{row['op']}, {row['model']}, B={row['shape']['B']}", row["contenders"][name]["p50"]
+            times = _milliseconds(predicted), _milliseconds(measured)
+            lines.append((what, name, *times, f"{measured / predicted:.2f}"))
+    if lines:
+        yield "### Predicted and measured"
+        yield "The decoders, and [what is predicted](predictions.md) for the passes that each block took."
+        yield table(("", "contender", "predicted", "measured", "measured over predicted"), lines)
 
 
 def _profile(name: str, profile: Record) -> Iterator[str]:

@@ -16,7 +16,6 @@ import torch
 import fallbacks
 from processes import tell
 
-
 # The configurations that have been told.
 _told: set[str] = set()
 

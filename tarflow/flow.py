@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .decoding import BlockStatistics, Decoder, ProgressCallback
 from .decoding.decoder import Timing, choose
-from .decoding.step import count_branches
+from .decoding.step import GraphMemory, count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
 from .transforms import MixtureTransform, make_transform
@@ -140,10 +140,11 @@ class TokenFlow(nn.Module):
 
     def _trajectory(self, tokens, labels, guidance, decoder, progress):
         rows = len(tokens) * count_branches(guidance)
+        memory = GraphMemory()
         for t, block in reversed(list(enumerate(self.blocks))):
             chosen = choose(self.calibration, decoder, t, rows, block.transformer.proj_in.weight)
             with torch.inference_mode():
-                decoded, passes = block.inverse(tokens, labels, guidance, chosen)
+                decoded, passes = block.inverse(tokens, labels, guidance, chosen, memory)
             progress(BlockStatistics(t, chosen, len(tokens), passes, steps=tokens.shape[1] - 1))
             tokens = decoded.clone()  # a tensor of inference mode cannot be saved for a backward pass
             yield tokens
@@ -189,10 +190,18 @@ class Block(nn.Module):
         return self._permute(z), logdet
 
     def inverse(
-        self, z: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
+        self,
+        z: Tensor,
+        labels: Tensor | None,
+        guidance: Guidance | None,
+        decoder: Decoder,
+        memory: GraphMemory | None = None,
     ) -> tuple[Tensor, int]:
-        """Return the tokens x whose latents are z, and the number of passes of the transformer."""
-        x, passes = decoder(self.transformer, self._permute(z), labels, guidance)
+        """Return the tokens x whose latents are z, and the number of passes of the transformer.
+
+        The ``memory`` is that of the graphs of other blocks, if they are to share it.
+        """
+        x, passes = decoder(self.transformer, self._permute(z), labels, guidance, memory)
         return self._permute(x), passes
 
     def _permute(self, tokens: Tensor) -> Tensor:

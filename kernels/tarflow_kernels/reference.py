@@ -106,12 +106,15 @@ def embed_next(
     projection: Tensor,
     embedding: Tensor,
     context: Tensor | None,
-) -> Tensor:
-    """``x_i = z_i exp(a) + m`` in place at ``i = positions + 1``, then ``x_i projection + embedding_i + context``.
+    h: Tensor,
+    tickets: Tensor,
+) -> None:
+    """``x_i = z_i exp(a) + m`` at ``i = positions + 1``, ``h = x_i projection + embedding_i + context``, all in place.
 
-    Under guidance ``v = (1 + w_i) v(cond) - w_i v(ref)`` for v in {a, m}; without, a is alpha and m is mu.
+    Under guidance ``v = (1 + w_i) v(cond) - w_i v(ref)`` for v in {a, m}; without, a is alpha and m is mu. Then the
+    positions are i. No formula needs the tickets.
     """
-    samples, i = torch.arange(len(x), device=x.device), positions.long() + 1
+    samples, i = torch.arange(len(x), device=x.device), positions[: len(x)].long() + 1
     if weights is not None:
         assert mu_ref is not None
         assert alpha_ref is not None
@@ -119,9 +122,10 @@ def embed_next(
         mu, alpha = (1 + w) * mu - w * mu_ref, (1 + w) * alpha - w * alpha_ref
     token = z[samples, i] * torch.exp(alpha) + mu
     x[samples, i] = token
-    h = token @ projection + embedding[i]
-    h = h if weights is None else torch.cat((h, h))  # the branches differ in their context alone
-    return h if context is None else h + context
+    embedded = token @ projection + embedding[i]
+    rows = embedded if weights is None else torch.cat((embedded, embedded))  # the branches differ in their context
+    h.copy_(rows if context is None else rows + context)
+    positions += 1
 
 
 def mixture_logistic(

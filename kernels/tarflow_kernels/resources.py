@@ -2,32 +2,28 @@
 
     python -m tarflow_kernels.resources
     python -m tarflow_kernels.resources --target sm_90 --op decode_attention
+    python -m tarflow_kernels.resources --model sm_90
 
 Compiles every kernel, as its launcher calls it and in the configurations for cards that nobody has tuned, for NVIDIA's
-sm_80, sm_90 and sm_100 and AMD's gfx942. The launchers run on tensors without storage and on a driver that only says
-which card it is.
+sm_80, sm_90 and sm_100 and AMD's gfx942. With ``--model``, predicts from the machine code how long kernels would take
+(:mod:`.predict`).
 """
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
 import json
 import multiprocessing
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
-from . import cases
+from . import cases, predict
+from .offline import TARGETS, Resources, compile_only, launches, pretend, resources
 from .scales import EXP, Scale, clamp, sigmoid, softclip, softplus, tanh
 
 __all__ = [
@@ -42,31 +38,6 @@ __all__ = [
     "pretend",
     "resources",
 ]
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Instructions that multiply matrices, the fastest first.
-INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
-
-
-class Resources(NamedTuple):
-    """The resources of one compiled kernel.
-
-    Attributes:
-        registers: per thread; on AMD's cards vector registers.
-        spilled: bytes per thread on NVIDIA's cards, registers on AMD's.
-        shared: bytes of shared memory per program.
-        instruction: the fastest matrix instruction in it, or a dash.
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-    instruction: str
 
 
 class Case(NamedTuple):
@@ -152,81 +123,11 @@ def _mixture(dtype: torch.dtype, components: int, order: str) -> Case:
 def measure(target: str, case: Case) -> dict[str, Resources]:
     """Resources of the kernels that a case launches, by their names."""
     found: dict[str, Resources] = {}
-    for compiled in compile_only(TARGETS[target], case.launch):
-        kernel = compiled.metadata.name.removeprefix("_").removesuffix("_kernel")
-        name = f"{kernel} {str(case.dtype).removeprefix('torch.')} {case.shape}"
-        used = resources(compiled)
+    for launched in launches(TARGETS[target], case.launch):
+        name = f"{launched.name} {str(case.dtype).removeprefix('torch.')} {case.shape}"
+        used = resources(launched.compiled)
         found[name] = max(found.get(name, used), used)
     return found
-
-
-def compile_only(target: GPUTarget, launch: Callable[[], object]) -> list:
-    """Compile what the launches in a function would run on a card of this kind, and run nothing."""
-    compiled = []
-    run = JITFunction.run
-
-    def warm_up(self, *args, grid, warmup, **kwargs):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-
-    JITFunction.run = warm_up
-    try:
-        with pretend(target):
-            launch()
-    finally:
-        JITFunction.run = run
-    return compiled
-
-
-@contextlib.contextmanager
-def pretend(target: GPUTarget) -> Iterator[None]:
-    """Let Triton believe, inside the ``with`` block, that this machine has a card of this kind."""
-    driver = triton.runtime.driver
-    previous, driver._active = driver._active, _Driver(target)
-    try:
-        yield
-    finally:
-        driver._active = previous
-
-
-class _Driver:
-    """The driver of a card that is not there."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-        self.utils = self
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return str(self.target)  # kernels are cached by device
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_device_properties(self, device):
-        return {"multiprocessor_count": 132}
-
-
-def resources(compiled: Any) -> Resources:
-    """Read the resources of a compiled kernel off its binary."""
-    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    instruction = next((name for name in INSTRUCTIONS if name in assembly), "-")
-    if "cubin" in compiled.asm:
-        usage = _cuobjdump(compiled.asm["cubin"])
-        return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, instruction)
-    count = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
-    spilled = count["vgpr_spill_count"] + count["sgpr_spill_count"]
-    return Resources(count["vgpr_count"], spilled, compiled.metadata.shared, instruction)
-
-
-def _cuobjdump(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
 
 
 def measure_all(targets: list[str], ops: list[str], workers: int) -> dict[str, dict[str, Resources]]:
@@ -242,32 +143,50 @@ def measure_all(targets: list[str], ops: list[str], workers: int) -> dict[str, d
 
 
 def _measure_case(target: str, index: int) -> dict[str, Resources]:
-    from .triton import configs
-
-    configs.device_name = lambda: None  # type: ignore[assignment]  # not what was tuned for a card that this machine may have
+    _forget_tuning()
     return measure(target, list(every_case())[index])
 
 
+def _forget_tuning() -> None:
+    """Choose no configuration that was tuned for a card that this machine may have."""
+    from .triton import configs
+
+    configs.device_name = lambda: None  # type: ignore[assignment]
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Print a table for each target, or write all of them to a file."""
+    """Print a table for each target or the predictions of the model, or write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, help="all of them, unless given")
     ops = sorted({case.op for case in every_case()})
     parser.add_argument("--op", action="append", choices=ops, help="all of them, unless given")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--model", choices=["sm_90"], help="predict times on this target")
     parser.add_argument("--out", type=Path, help="write JSON to this file instead of printing")
     arguments = parser.parse_args(argv)
-    table = measure_all(arguments.target or list(TARGETS), arguments.op or ops, arguments.workers)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"triton": triton.__version__, "resources": table}, indent=1) + "\n")
-        return
+    if arguments.model:
+        _forget_tuning()
+        predictions = {row.name: predict.predict(row) for row in predict.rows()}
+        _write_or_print(arguments.out, {"predictions": predict.as_json(predictions)}, predict.show(predictions))
+    else:
+        table = measure_all(arguments.target or list(TARGETS), arguments.op or ops, arguments.workers)
+        _write_or_print(arguments.out, {"resources": table}, _show(table))
+
+
+def _write_or_print(out: Path | None, found: dict, lines: Iterable[str]) -> None:
+    if out:
+        out.write_text(json.dumps({"triton": triton.__version__, **found}, indent=1) + "\n")
+    else:
+        print("\n".join(lines))
+
+
+def _show(table: dict[str, dict[str, Resources]]) -> Iterator[str]:
     width = max(len(name) for rows in table.values() for name in rows)
     for target, rows in table.items():
-        print(
-            f"{target + ', triton ' + triton.__version__:{width}}{'registers':>11}{'spilled':>9}{'shared':>9}  matrix"
-        )
+        title = f"{target}, triton {triton.__version__}"
+        yield f"{title:{width}}{'registers':>11}{'spilled':>9}{'shared':>9}  matrix"
         for name, row in rows.items():
-            print(f"{name:{width}}{row.registers:11}{row.spilled:9}{row.shared:9}  {row.instruction}")
+            yield f"{name:{width}}{row.registers:11}{row.spilled:9}{row.shared:9}  {row.instruction}"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ and caches; a CPU at batch 1) and loses where they are bound by c. P falls with 
 ``auto`` decides by measurement (:mod:`.calibration`).
 
 The files, in the order in which a sample passes them: :mod:`.decoder` (which decoder inverts a block),
-:mod:`.sequential` or :mod:`.jacobi`, :mod:`.step` (one pass of the transformer against its cache).
+:mod:`.sequential` or :mod:`.jacobi`, :mod:`.step` (one pass of the transformer against its cache, and how a GPU repeats
+it: what its graph holds, what stays in place, and the memory that all of this takes).
 """
 
 from typing import TYPE_CHECKING

@@ -13,6 +13,7 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .jacobi import jacobi
 from .sequential import sequential
+from .step import GraphMemory
 
 __all__ = [
     "DISTANCE",
@@ -83,12 +84,20 @@ class Decoder:
         return decoder if isinstance(decoder, Decoder) else cls(cast(Any, decoder))
 
     def __call__(
-        self, transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
+        self,
+        transformer: CausalTransformer,
+        z: Tensor,
+        labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+        memory: GraphMemory | None = None,
     ) -> tuple[Tensor, int]:
-        """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes."""
+        """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes.
+
+        The ``memory`` is that of the graphs of other blocks, if they are to share it.
+        """
         if self.name == "jacobi":
-            return jacobi(transformer, z, labels, guidance, self.window, self.tolerance)
-        return sequential(transformer, z, labels, guidance)
+            return jacobi(transformer, z, labels, guidance, self.window, self.tolerance, memory)
+        return sequential(transformer, z, labels, guidance, memory)
 
     def __str__(self) -> str:
         return self.name if self.window is None else f"{self.name}, window {self.window}"

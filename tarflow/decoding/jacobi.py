@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
-from .step import CachedStep, GraphRunner, GuidedBatch, gather_tokens, scatter_tokens
+from .step import CachedStep, GraphMemory, GraphRunner, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
 
 __all__ = ["JacobiIteration", "jacobi"]
 
@@ -42,6 +42,7 @@ def jacobi(
     guidance: Guidance | None = None,
     window: int | None = None,
     tolerance: float = 1e-2,
+    memory: GraphMemory | None = None,
 ) -> tuple[Tensor, int]:
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
@@ -49,10 +50,11 @@ def jacobi(
         window: G, the number of tokens of a row that a pass updates; None is the whole sequence.
         tolerance: the result is the exact inverse, for any transform, of latents each of which differs from z by at
             most this, and by the effect of the rounding of the layers' dtype, ``eps |x_i|``.
+        memory: that of the graphs of other blocks, if they are to share it.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
-    iteration = JacobiIteration(transformer, z, labels, guidance, min(window or last, last), tolerance)
+    iteration = JacobiIteration(transformer, z, labels, guidance, min(window or last, last), tolerance, memory)
     x = torch.empty_like(z)
     passes = 0
     # A pass over whole sequences takes far longer than reading back how far the rows have come.
@@ -83,9 +85,10 @@ class JacobiIteration:
         guidance: Guidance | None,
         window: int,
         tolerance: float,
+        memory: GraphMemory | None = None,
     ):
         self.batch = GuidedBatch(transformer, z, labels, guidance)
-        self.step = CachedStep(transformer, self.batch, z.dtype, window)
+        self.step = CachedStep(StepWeights(transformer, z.dtype), self.batch, window)
         self.refine = transformer.transform.refine
         self.last = z.shape[1] - 1
         self.window = window
@@ -95,7 +98,7 @@ class JacobiIteration:
         self.z = z
         self.x = z.clone()
         self.num_accepted = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        self.runner = GraphRunner(z.device)
+        self.runner = GraphRunner(z.device, memory)
 
     def advance(self) -> None:
         """Run one pass."""
@@ -138,4 +141,4 @@ class JacobiIteration:
         self.batch_index, self.z, self.x, self.num_accepted = (
             t[rows] for t in (self.batch_index, self.z, self.x, self.num_accepted)
         )
-        self.runner = GraphRunner(rows.device)
+        self.runner = GraphRunner(rows.device, self.runner.memory)

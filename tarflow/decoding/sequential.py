@@ -4,7 +4,13 @@ The map of token i has parameters that see x_<i only. So N - 1 passes over one t
 invert it. Under guidance the conditional and the reference branch are the two halves of one batch of 2B rows, which
 reads each weight once. Per pass of a block with L layers of width C over R rows the floor is 12 L C^2 weights and, at
 position n, 2 L R n C elements of cache, each read once.
+
+A pass is a *chain* of kernels, each of which waits for the one before: attention is bound by the memory of the cache,
+the products between by latency and weights. Samples are independent. So on a GPU two halves of a large batch may be two
+chains on two streams, whose kernels fill each other's gaps: :func:`count_chains`.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,39 +20,76 @@ from tarflow_kernels import embed_next
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from ..transforms import MixtureTransform
-from .step import CachedStep, GraphRunner, GuidedBatch, gather_tokens, scatter_tokens
+from .step import (
+    CachedStep,
+    GraphMemory,
+    GraphRunner,
+    GuidedBatch,
+    StepWeights,
+    count_branches,
+    gather_tokens,
+    scatter_tokens,
+)
 
-__all__ = ["sequential"]
+__all__ = ["count_chains", "sequential"]
 
 
 def sequential(
-    transformer: CausalTransformer, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None
+    transformer: CausalTransformer,
+    z: Tensor,
+    labels: Tensor | None = None,
+    guidance: Guidance | None = None,
+    memory: GraphMemory | None = None,
 ) -> tuple[Tensor, int]:
-    """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes."""
+    """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
+
+    The ``memory`` is that of the graphs of other blocks, if they are to share it.
+    """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     x, num_steps = z.clone(), z.shape[1] - 1
+    weights = StepWeights(transformer, z.dtype)
+    num_chains = count_chains(z.device, len(z), len(z) * count_branches(guidance), *weights.embedding.shape)
+    labels_of_parts = [None] * num_chains if labels is None else labels.chunk(num_chains)
+    parts = zip(x.chunk(num_chains), z.chunk(num_chains), labels_of_parts, strict=True)
+    chains = [_chain(transformer, weights, *part, guidance) for part in parts]
+    runner = GraphRunner(z.device, memory)
+    # The step has cast its weights itself.
+    with torch.autocast(z.device.type, enabled=False):
+        for _ in range(num_steps):
+            runner(*chains)
+    return x, num_steps
+
+
+def count_chains(device: torch.device, samples: int, rows: int, num_tokens: int, channels: int) -> int:
+    """Return 2 where two halves of a batch are to be decoded side by side, else 1.
+
+    Halves read all weights twice, ``12 L C^2`` elements per step, but the cache once as before: ``L R N C`` elements in
+    the average step of R rows. So there are two on a GPU, from two samples on, where the cache is at least twice as
+    much as the weights, ``R N >= 24 C``. The rule is a prediction, made by counting; nobody has measured it yet.
+    """
+    return 2 if device.type == "cuda" and samples > 1 and rows * num_tokens >= 24 * channels else 1
+
+
+def _chain(
+    transformer: CausalTransformer,
+    weights: StepWeights,
+    x: Tensor,
+    z: Tensor,
+    labels: Tensor | None,
+    guidance: Guidance | None,
+) -> Callable[[], None]:
+    """Return a function that decodes the next token of some samples into x; their first tokens are there."""
     batch = GuidedBatch(transformer, z, labels, guidance)
-    step = CachedStep(transformer, batch, z.dtype)
+    step = CachedStep(weights, batch)
     h = step.embed(batch.repeat(x[:, :1]))
+    tickets = torch.zeros(len(x), dtype=torch.int32, device=x.device)
 
     def advance_affine() -> None:
-        """Decode the next token; the affine map, its guidance and the embedding of the token are one operator."""
+        """Decode the next token; guidance, affine map, embedding and the next position are one operator."""
         mu, alpha = step.run_layers(h)
         (mu, alpha), (mu_ref, alpha_ref) = batch.split_branches((mu[:, 0], alpha[:, 0]))
-        h[:, 0] = embed_next(
-            x,
-            z,
-            mu,
-            alpha,
-            mu_ref,
-            alpha_ref,
-            batch.weights,
-            step.positions[: len(x)],
-            step.proj_in,
-            step.embedding,
-            step.context,
-        )
-        step.positions.add_(1)
+        tables = weights.proj_in, weights.embedding, step.context
+        embed_next(x, z, mu, alpha, mu_ref, alpha_ref, batch.weights, step.positions, *tables, h[:, 0], tickets)
 
     def advance_mixture() -> None:
         """Decode the next token; guidance, mixture and embedding are one operator after the other."""
@@ -57,10 +100,4 @@ def sequential(
         scatter_tokens(x, positions, token)
         h.copy_(step.embed(batch.repeat(token)))
 
-    advance = advance_mixture if isinstance(transformer.transform, MixtureTransform) else advance_affine
-    runner = GraphRunner(z.device)
-    # The step has cast its weights itself.
-    with torch.autocast(z.device.type, enabled=False):
-        for _ in range(num_steps):
-            runner(advance)
-    return x, num_steps
+    return advance_mixture if isinstance(transformer.transform, MixtureTransform) else advance_affine

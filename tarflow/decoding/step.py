@@ -1,12 +1,49 @@
 """One pass of a block's transformer over the next G tokens of every row, against a key-value cache made beforehand.
 
-:class:`GuidedBatch` says which rows there are, :class:`CachedStep` is the pass, :class:`GraphRunner` repeats it without
-launching its kernels one by one.
+:class:`GuidedBatch` says which rows there are, :class:`StepWeights` what all of them share, :class:`CachedStep` is the
+pass, :class:`GraphRunner` repeats it on a GPU without launching its kernels one by one, as a CUDA graph.
+
+**What is captured.** A graph holds addresses. What is in this table stays where it is while the graph lives, and is
+made before; everything else lies in the graph's own pool, which is free again when a pass ends.
+
+    ============== ============================================ ============================================
+                   sequential                                   Jacobi
+    ============== ============================================ ============================================
+    captured       the step of every chain, once per block      a pass over the windows, and again whenever
+                                                                rows have left the batch
+    only read      weights, class context, temperatures, z      the same
+    updated        x, h, cache, qkv, hidden layer, positions,   x, cache, qkv, hidden layer, positions,
+                   tickets                                      accepted tokens
+    ============== ============================================ ============================================
+
+Bytes, for L layers of width C, R rows, windows of G tokens (one in the sequential decoder), and s bytes per element of
+the layers, f of the tokens:
+
+    ============== =================================================================================================
+    weights        ``12 L C^2 s``, once for all chains
+    cache          ``2 L R N C s``
+    buffers        ``7 R G C s`` for qkv and the hidden layer, and ``R G C f`` for h of the sequential decoder
+    pool           ``4 R G C s``, ``R G C f`` more where a pass embeds its tokens anew (Jacobi, mixtures), and
+                   ``4 S R G C`` where few rows and heads have their cache cut in S splits; at least 2 MB per stream
+    ============== =================================================================================================
+
+How the rules of capture are kept:
+
+- *Nothing is set up inside.* The first calls run on the streams that capture later, so that kernels are compiled and
+  libraries have their workspaces, of which they keep one for every stream.
+- *Nothing waits for the device*, and no pass draws random numbers, for which a generator would have to be registered.
+- *Any stream may call.* The work begins after what the caller's stream holds, and that stream goes on after it.
+- *Other threads go on.* Their work is not captured and does not disturb, and captures of several threads take turns. A
+  thread that synchronizes the whole device meanwhile, or empties PyTorch's cache of memory, gets an error.
+- *Errors leave nothing behind.* Where a pass raises, all streams are joined and the caller's is current again; the next
+  call captures anew. (After a call that CUDA forbids in a capture, PyTorch's allocator would stay in it. There is none
+  in a pass, and the reference, which reads positions, is never captured.)
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +56,22 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer, TransformerLayer
 from ..transforms import Parameters
 
-__all__ = ["CachedStep", "GraphRunner", "GuidedBatch", "count_branches", "gather_tokens", "scatter_tokens"]
+__all__ = [
+    "CachedStep",
+    "GraphMemory",
+    "GraphRunner",
+    "GuidedBatch",
+    "StepWeights",
+    "count_branches",
+    "gather_tokens",
+    "scatter_tokens",
+    "side_streams",
+]
 
 FEW_ROWS = 8
+
+# Held during a capture: another that begins meanwhile empties PyTorch's cache of memory, which is refused then.
+_one_at_a_time = threading.Lock()
 
 
 def count_branches(guidance: Guidance | None) -> int:
@@ -94,55 +144,67 @@ class GuidedBatch:
         return conditional, reference
 
 
+class StepWeights:
+    """The weights of a :class:`CausalTransformer` as a step reads them: cast and laid out once, whatever the rows.
+
+    The layers run in the dtype of the autocast in force, or else in that of the weights; residuals, norms and the
+    projections at both ends in that of the tokens.
+
+    Args:
+        transformer: the transformer of the block.
+        dtype: dtype of the tokens, float32 or float64.
+    """
+
+    def __init__(self, transformer: CausalTransformer, dtype: torch.dtype):
+        weight, layers = transformer.proj_in.weight, list[Any](transformer.layers)
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        self.dtype = dtype
+        self.layer_dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        self.head_dim, self.hidden_channels = layers[0].head_dim, layers[0].mlp[0].out_features
+        self.split = transformer.transform.split
+        self.layers = [_LayerWeights(layer, dtype, self.layer_dtype) for layer in layers]
+        self.proj_in, bias = _prepare(transformer.proj_in, dtype)
+        self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
+        self.embedding = transformer.pos_embed.to(dtype) + bias
+
+
 class CachedStep:
     """The pass of a :class:`CausalTransformer` over G new tokens per row, given all the earlier ones.
 
-    Weights are cast and laid out once; the cache and the activations that outlive an operator have fixed buffers, so
-    that a step allocates nothing but what its operators return. The layers run in the dtype of the autocast in force,
-    or else in that of the weights; residuals, norms and the projections at both ends in that of the tokens.
+    The cache and the activations that outlive an operator have fixed buffers, so that a step allocates nothing but what
+    its operators return.
 
     *Launches on a GPU.* Eight per layer: residual and norm, qkv, append and attend (one more where rows and heads are
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
-    and the GELU between them. Around the L layers five more: the last residual, the projection to mu and alpha, the
-    guided affine map with the embedding of the next token, its copy, the positions: ``8 L + 5``, 69 for eight layers.
-    With a mixture transform guidance, map and embedding are operators of their own, and 20 in place of five.
+    and the GELU between them. Around the L layers three more: the last residual, the projection to mu and alpha, the
+    guided affine map with the embedding of the next token and its position: ``8 L + 3``, 67 for eight layers. With a
+    mixture transform guidance, map and embedding are operators of their own, and 20 in place of three.
 
     *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
 
     Args:
-        transformer: the transformer of the block.
+        weights: those of the transformer.
         batch: the rows that are decoded.
-        dtype: dtype of the tokens, float32 or float64.
         window: the largest G.
 
     Attributes:
         positions: int32 ``(R,)``, where the first new token of each row stands, from 0; whoever decodes moves it.
     """
 
-    def __init__(self, transformer: CausalTransformer, batch: GuidedBatch, dtype: torch.dtype, window: int = 1):
-        weight, rows = transformer.proj_in.weight, batch.rows
-        device, (num_tokens, channels) = weight.device, transformer.pos_embed.shape
-        autocast = torch.is_autocast_enabled(device.type)
-        low = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        layers: Any = transformer.layers
-        head_dim, hidden_channels = layers[0].head_dim, layers[0].mlp[0].out_features
-        heads = channels // head_dim
-
-        self.split = transformer.transform.split
-        self.heads, self.head_dim = heads, head_dim
-        self.context = None if batch.context is None else batch.context.to(dtype)
+    def __init__(self, weights: StepWeights, batch: GuidedBatch, window: int = 1):
+        (num_tokens, channels), device, low = weights.embedding.shape, weights.embedding.device, weights.layer_dtype
+        rows, num_layers = batch.rows, len(weights.layers)
+        self.weights = weights
+        self.heads, self.head_dim = channels // weights.head_dim, weights.head_dim
+        self.context = None if batch.context is None else batch.context.to(weights.dtype)
         self.temperature = batch.temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        cache = KVCache.allocate(len(transformer.layers), rows, heads, num_tokens, head_dim, device=device, dtype=low)
+        cache = KVCache.allocate(num_layers, rows, self.heads, num_tokens, self.head_dim, device=device, dtype=low)
         self.caches = list(cache)
-        self.layers = [_LayerWeights(layer, dtype, low) for layer in layers]
-        self.proj_in, bias = _prepare(transformer.proj_in, dtype)
-        self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
-        self.embedding = transformer.pos_embed.to(dtype) + bias
         self.offsets = torch.arange(window, dtype=torch.int32, device=device)
         self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=low)
-        self.hidden = torch.empty(rows * window, hidden_channels, device=device, dtype=low)
+        self.hidden = torch.empty(rows * window, weights.hidden_channels, device=device, dtype=low)
         self.shape: tuple[int, int] | None = None
 
     def __call__(self, tokens: Tensor) -> Parameters:
@@ -154,19 +216,19 @@ class CachedStep:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens ``(R, G, D)`` at ``positions``: the first activations, ``(R, G, C)``."""
-        h = F.embedding(self.positions[:, None] + self.offsets[: tokens.shape[1]], self.embedding)
+        h = F.embedding(self.positions[:, None] + self.offsets[: tokens.shape[1]], self.weights.embedding)
         if self.context is not None:
             h += self.context[:, None]
-        h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.proj_in)
+        h.flatten(0, 1).addmm_(tokens.flatten(0, 1), self.weights.proj_in)
         return h
 
     def run_layers(self, h: Tensor) -> Parameters:
         """Map the first activations, which are overwritten, to the parameters of the transform."""
-        rows, new, _ = h.shape
+        (rows, new, _), weights = h.shape, self.weights
         qkv, hidden, activation, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
         delta: Tensor | None = None
-        for layer, (cache_k, cache_v) in zip(self.layers, self.caches, strict=True):
+        for layer, (cache_k, cache_v) in zip(weights.layers, self.caches, strict=True):
             y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             attended = decode_attention(q, k, v, cache_k, cache_v, self.positions, temperature=self.temperature)
@@ -176,7 +238,8 @@ class CachedStep:
             torch.ops.aten.gelu_(activation)
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
         assert delta is not None, "a transformer has a layer at least"
-        return self.split(torch.addmm(self.proj_out_bias, h.add_(delta), self.proj_out).unflatten(0, (rows, new)))
+        outputs = torch.addmm(weights.proj_out_bias, h.add_(delta), weights.proj_out)
+        return weights.split(outputs.unflatten(0, (rows, new)))
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -233,53 +296,93 @@ def scatter_tokens(tokens: Tensor, positions: Tensor, new: Tensor) -> None:
     tokens.scatter_(1, positions[..., None].expand_as(new), new)
 
 
-class GraphRunner:
-    """``runner(run)`` calls ``run``, which returns nothing and never waits for the device; on CUDA, as a graph.
+class GraphMemory:
+    """The memory of graphs that are captured in turn, such as those of all blocks of a flow: one pool for all.
 
-    It is the same ``run`` every time, and whatever changes from one call to the next is in tensors that stay where they
-    are. The first calls, in which libraries and compilers set themselves up, run kernel by kernel; then one is
-    captured. No reference to ``run`` is kept, so that its owner may hold this object.
+    A graph may be replayed until the next is captured. The last one is kept, since a pool whose last graph is gone must
+    not be captured into; with this object it goes too, and the pool is PyTorch's to free.
+    """
+
+    def __init__(self) -> None:
+        self.last: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, run: Callable[[], None], stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
+        """Capture what ``run`` launches on this stream."""
+        graph, pool = torch.cuda.CUDAGraph(), None if self.last is None else self.last.pool()
+        # Where a capture ends in an error, PyTorch (up to 2.13) leaves its stream the current one.
+        caller = torch.cuda.stream(torch.cuda.current_stream(stream.device))
+        with _one_at_a_time, caller, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            run()
+        self.last = graph
+        return graph
+
+
+class GraphRunner:
+    """``runner(*runs)`` calls functions that return nothing and never wait for the device; on CUDA, as one graph.
+
+    They are the same every time, and whatever changes from one call to the next is in tensors that stay where they are.
+    Two of them, neither of which touches what the other writes, run side by side, on streams of their own. The first
+    calls, in which libraries and compilers set themselves up, run kernel by kernel; then one is captured. No reference
+    to ``runs`` is kept, so that their owner may hold this object.
+
+    Args:
+        device: where they run.
+        memory: that of the graphs before and after this one, if there are any.
     """
 
     WARM_UP = 2
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, memory: GraphMemory | None = None):
         self.device = device
+        self.memory = GraphMemory() if memory is None else memory
         self.on_graph = device.type == "cuda" and dispatch.can_be_captured()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, run: Callable[[], None]) -> None:
-        """Call ``run``, or replay it."""
+    def __call__(self, *runs: Callable[[], None]) -> None:
+        """Call ``runs``, or replay them."""
         if not self.on_graph:
-            run()
-            return
+            for run in runs:
+                run()
+        elif self.graph is None:
+            self._launch_or_capture(runs)
+        else:
+            self.graph.replay()
+
+    def _launch_or_capture(self, runs: Sequence[Callable[[], None]]) -> None:
+        streams = side_streams(self.device, threading.get_ident())
+        launch = functools.partial(_run_side_by_side, runs, streams)
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            self.run_on_side_stream(run)
-            return
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Work of other threads is not captured, and does not disturb the capture.
-            with torch.cuda.graph(graph, stream=side_stream(self.device), capture_error_mode="thread_local"):
-                run()
-            self.graph = graph
-        self.graph.replay()
-
-    def run_on_side_stream(self, run: Callable[[], None]) -> None:
-        """Call ``run`` on another stream, as warming up for a capture requires."""
-        stream, current = side_stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()
-        current.wait_stream(stream)
-
-
-def side_stream(device: torch.device) -> "torch.cuda.Stream":
-    """Return the one stream on which this thread warms up and captures: libraries keep a workspace for every stream."""
-    return _side_stream(device, threading.get_ident())
+            with _forked(streams[0], torch.cuda.current_stream(self.device)):
+                launch()
+        else:
+            self.graph = self.memory.capture(launch, streams[0])
+            self.graph.replay()
 
 
 @functools.cache
-def _side_stream(device: torch.device, thread: int) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device)
+def side_streams(device: torch.device, thread: int) -> "tuple[torch.cuda.Stream, torch.cuda.Stream]":
+    """Return the two streams on which a thread warms up and captures, always the same: libraries keep workspaces."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+def _run_side_by_side(runs: Sequence[Callable[[], None]], streams: "Sequence[torch.cuda.Stream]") -> None:
+    """Call each on a stream of its own; those behind the first begin after what it holds, and it goes on after them."""
+    first, *others = streams[: len(runs)]
+    with contextlib.ExitStack() as joined:
+        for stream in others:
+            joined.enter_context(_forked(stream, first))
+        for run, stream in zip(runs, (first, *others), strict=True):
+            with torch.cuda.stream(stream):
+                run()
+
+
+@contextlib.contextmanager
+def _forked(stream: "torch.cuda.Stream", origin: "torch.cuda.Stream") -> Iterator[None]:
+    """Let a stream begin after what its origin holds now, and the origin go on after what the stream holds at last."""
+    stream.wait_stream(origin)
+    try:
+        yield
+    finally:
+        origin.wait_stream(stream)

@@ -37,9 +37,12 @@ def normalize(h, delta, weight, bias):
 
 
 def embed(x, z, mu, alpha, projection, embedding, context=None, mu_ref=None, alpha_ref=None, weights=None):
-    """:func:`embed_next` as a pure function: its output, and x after it."""
-    x, at = x.clone(), torch.tensor([0, 1][: len(x)], dtype=torch.int32)
-    return embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, at, projection, embedding, context), x
+    """:func:`embed_next` as a pure function: all that it changes."""
+    samples, branches = len(x), 1 if weights is None else 2
+    x, h, tickets = x.clone(), x.new_empty(branches * samples, projection.shape[1]), torch.zeros(samples).int()
+    at = torch.tensor([*range(samples)] * branches, dtype=torch.int32)
+    embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, at, projection, embedding, context, h, tickets)
+    return x, h, at, tickets
 
 
 ATTENTION, CACHES, TOKENS = (2, 3, 5, 4), (2, 3, 9, 4), (2, 3, 4)

@@ -7,7 +7,6 @@ import gc
 import json
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import draw, randomize, tarflow
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
-from tarflow.decoding import DISTANCE, TOLERANCE, calibration, step
+from tarflow.decoding import DISTANCE, TOLERANCE, calibration
 from tarflow.decoding.decoder import Timing, choose, device_and_precision
 from tarflow.decoding.jacobi import JacobiIteration
-from tarflow.decoding.step import CachedStep, GraphRunner
+from tarflow.decoding.sequential import count_chains
+from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights
 from tarflow.model import unpatchify
 from tarflow_kernels import dispatch
 
@@ -152,6 +152,56 @@ def test_a_random_model_stays_near_the_sequential_decoder(guidance, tolerance):
     expected = flow.inverse(z, labels, guidance, "sequential")
     tokens = flow.inverse(z, labels, guidance, Decoder("jacobi", 6, tolerance))
     assert (tokens - expected).abs().max() <= DISTANCE * tolerance
+
+
+# Halves of a batch ----------------------------------------------------------------------------------------------------
+
+
+def decode_in_halves(monkeypatch, flow, *args):
+    """Decode as if the batch were a large one on a GPU."""
+    with monkeypatch.context() as patched:
+        patched.setattr("tarflow.decoding.sequential.count_chains", lambda *sizes: 2)
+        return decode(flow, *args, "sequential")
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize(("options", "guidance"), MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_two_halves_of_a_batch_are_decoded_as_the_whole(monkeypatch, dtype, tolerance, options, guidance, batch):
+    flow = token_flow(**options).to(dtype)
+    z, labels = latents_and_labels(flow, batch)
+    z = z.to(dtype)
+    tokens, passes = decode_in_halves(monkeypatch, flow, z, labels, guidance)
+    assert_close((tokens, passes), decode(flow, z, labels, guidance, "sequential"), atol=tolerance, rtol=tolerance)
+    alone = [flow.inverse(part, of, guidance, "sequential") for part, of in halves_of(z, labels)]
+    assert torch.equal(tokens, torch.cat(alone))
+
+
+def halves_of(z, labels):
+    return zip(z.chunk(2), (None, None) if labels is None else labels.chunk(2), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "samples", "rows", "num_tokens", "channels", "expected"),
+    [
+        ("cuda", 32, 64, 1024, 768, 2),
+        ("cuda", 32, 64, 288, 768, 2),
+        ("cuda", 32, 64, 287, 768, 1),  # the weights count for more
+        ("cuda", 2, 4, 1024, 128, 2),
+        ("cuda", 1, 2, 4096, 128, 1),  # nothing to halve
+        ("cpu", 32, 64, 1024, 768, 1),
+    ],
+)
+def test_halves_are_for_a_gpu_and_caches_of_twice_the_weights(device, samples, rows, num_tokens, channels, expected):
+    assert count_chains(torch.device(device), samples, rows, num_tokens, channels) == expected
+
+
+def test_halves_share_the_weights(monkeypatch):
+    made, make = [], StepWeights.__init__
+    monkeypatch.setattr(StepWeights, "__init__", lambda self, *args: made.append(self) or make(self, *args))
+    flow = token_flow()
+    decode_in_halves(monkeypatch, flow, *latents_and_labels(flow), Guidance(1.0))
+    assert len(made) == len(flow.blocks)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -381,65 +431,24 @@ class Launches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("options", "around"), [({}, 5), (MIXTURE, 20)], ids=["affine", "mixture"])
+@pytest.mark.parametrize(("options", "around"), [({}, 3), (MIXTURE, 20)], ids=["affine", "mixture"])
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, num_layers, options, around):
+@pytest.mark.parametrize("chains", [1, 2])
+def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, chains, num_layers, options, around):
     counts = []
 
-    def count(replayed, run):
+    def count(runner, *runs):
         before = launches.count
-        run()
+        for run in runs:
+            run()
         counts.append(launches.count - before)
 
     monkeypatch.setattr(GraphRunner, "__call__", count)
+    monkeypatch.setattr("tarflow.decoding.sequential.count_chains", lambda *sizes: chains)
     flow = TokenFlow(TOKENS, 2, 16, 1, num_layers, head_dim=8, num_classes=CLASSES, **options)
     with Launches(monkeypatch) as launches:
         flow.inverse(torch.randn(2, TOKENS, 2), torch.tensor([0, 1]), Guidance(1.0), "sequential")
-    assert counts == [8 * num_layers + around] * (TOKENS - 1)
-
-
-@pytest.mark.parametrize("calls", [1, 2, 3, 7])
-def test_a_graph_is_captured_once_the_device_is_warm(monkeypatch, calls):
-    """Launched, then captured and replayed: in all as often as it was called."""
-    log = []
-
-    class Graph:
-        def replay(self):
-            log.append("replayed")
-
-    @contextlib.contextmanager
-    def capture(graph, **options):
-        count = len(log)
-        yield
-        log[count:] = ["captured"]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(step, "side_stream", lambda device: None)
-    monkeypatch.setattr(GraphRunner, "run_on_side_stream", lambda self, run: run())
-    replayed = GraphRunner(torch.device("cuda"))
-    for _ in range(calls):
-        replayed(lambda: log.append("launched"))
-    assert log == (["launched"] * 2 + ["captured"] + ["replayed"] * calls)[: calls if calls < 3 else calls + 1]
-
-
-def test_a_thread_warms_up_and_captures_on_one_stream(monkeypatch):
-    """Every stream that a library sees costs a workspace."""
-    used = []
-    waited = SimpleNamespace(wait_stream=lambda stream: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *device: SimpleNamespace(wait_stream=lambda stream: None))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: waited)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(used.append(stream)))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda graph, stream=None, **options: contextlib.nullcontext(used.append(stream))
-    )
-    for _ in range(3):
-        replayed = GraphRunner(torch.device("cuda", 7))
-        for _ in range(4):
-            replayed(lambda: None)
-    assert len(used) == 3 * 3
-    assert len({id(stream) for stream in used}) == 1
+    assert counts == [chains * (8 * num_layers + around)] * (TOKENS - 1)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------

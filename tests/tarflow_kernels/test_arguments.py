@@ -25,8 +25,8 @@ SEQUENCE, ONE = torch.zeros(2, 5, 3), torch.zeros(2, 3, 1)
 def embed_with(**wrong):
     """:func:`embed_next` under guidance, with all arguments right but these."""
     right = {"x": SEQUENCE, "z": SEQUENCE, "mu": X, "alpha": X, "mu_ref": X, "alpha_ref": X, "weights": torch.zeros(5)}
-    right |= {"positions": AT, "projection": torch.zeros(3, 4), "embedding": torch.zeros(5, 4)}
-    return embed_next(**right | {"context": torch.zeros(4, 4)} | wrong)
+    right |= {"positions": AT.repeat(2), "projection": torch.zeros(3, 4), "embedding": torch.zeros(5, 4)}
+    return embed_next(**right | {"context": torch.zeros(4, 4), "h": torch.zeros(4, 4), "tickets": AT} | wrong)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def embed_with(**wrong):
         (lambda: embed_with(weights=X[0]), ValueError, "weights"),
         (lambda: embed_with(weights=None), ValueError, "weights"),
         (lambda: embed_with(weights=torch.zeros(5).int()), TypeError, "weights"),
-        (lambda: embed_with(positions=AT.long()), TypeError, "positions"),
-        (lambda: embed_with(positions=AT[:1]), ValueError, "positions"),
-        (lambda: embed_with(positions=AT.to(ELSEWHERE)), ValueError, "positions"),
+        (lambda: embed_with(positions=AT.repeat(2).long()), TypeError, "positions"),
+        (lambda: embed_with(positions=AT), ValueError, "positions"),
+        (lambda: embed_with(positions=AT.repeat(2).to(ELSEWHERE)), ValueError, "positions"),
         (lambda: embed_with(projection=WIDE), ValueError, "projection"),
         (lambda: embed_with(projection=WIDE[0]), ValueError, "projection"),
         (lambda: embed_with(projection=torch.zeros(3, 4).double()), TypeError, "projection"),
@@ -128,6 +128,10 @@ def embed_with(**wrong):
         (lambda: embed_with(context=WIDE), ValueError, "context"),
         (lambda: embed_with(context=torch.zeros(4, 4).double()), TypeError, "context"),
         (lambda: embed_with(context=torch.zeros(4, 4, device=ELSEWHERE)), ValueError, "context"),
+        (lambda: embed_with(h=WIDE), ValueError, "h"),
+        (lambda: embed_with(h=torch.zeros(4, 4).half()), TypeError, "h"),
+        (lambda: embed_with(tickets=AT.repeat(2)), ValueError, "tickets"),
+        (lambda: embed_with(tickets=AT.long()), TypeError, "tickets"),
         (lambda: use_backend("cuda").__enter__(), ValueError, "name"),
     ],
 )

@@ -115,16 +115,19 @@ def test_residual_norm_is_as_accurate_as_pytorch(dtype, full, channels):
 def test_embedding_the_next_token_is_as_accurate_as_pytorch(dtype, token_dim, channels, guided):
     """Parameters come in low precision, as the parts of one output; all the rest is float32."""
     z, projection, embedding = torch.randn(5, 9, token_dim), torch.randn(token_dim, channels), torch.randn(9, channels)
-    context, weights = torch.randn(10 if guided else 5, channels), torch.linspace(0, 2, 9)
-    positions = torch.tensor([0, 7, 3, 3, 6], dtype=torch.int32)
+    rows = 10 if guided else 5
+    context, weights = torch.randn(rows, channels), torch.linspace(0, 2, 9)
 
     def op(parameters):
         full = torch.promote_types(parameters.dtype, torch.float32)
         (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in parameters.detach().chunk(2))
         x = torch.zeros_like(z, dtype=full)
         guidance = (mu_ref, alpha_ref, weights) if guided else (None, None, None)
-        tables = (t.to(full) for t in (projection, embedding, context))
-        return embed_next(x, z.to(full), mu, alpha, *guidance, positions, *tables), x
+        h, tables = x.new_empty(rows, channels), (t.to(full) for t in (projection, embedding, context))
+        positions = torch.tensor([0, 7, 3, 3, 6] * 2, dtype=torch.int32)[:rows]
+        tickets = torch.zeros(5, dtype=torch.int32)
+        embed_next(x, z.to(full), mu, alpha, *guidance, positions, *tables, h, tickets)
+        return h, x
 
     no_worse_than_torch(op, [(0.3 * torch.randn(10, 2 * token_dim)).to(dtype)], dtype)
 
@@ -235,25 +238,48 @@ def test_one_graph_serves_every_position():
         assert_close(out, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_one_graph_goes_from_token_to_token():
-    """The ops between the products of a decoding step read the position on the device."""
-    x, z = torch.zeros(4, 9, 48), torch.randn(4, 9, 48)
-    mu, alpha, mu_ref, alpha_ref = 0.3 * torch.randn(4, 4, 48)
-    delta, (weight, bias) = torch.randn(8, 96), torch.randn(2, 96)
-    tables = torch.randn(9), torch.zeros(4, dtype=torch.int32), torch.randn(48, 96), torch.randn(9, 96), None
-    positions = tables[1]
+@pytest.mark.parametrize("channels", [96, 768])
+def test_one_graph_goes_from_token_to_token(channels):
+    """The ops between the products of a decoding step read the position on the device, and move it."""
+    z, (mu, alpha, mu_ref, alpha_ref) = torch.randn(4, 9, 48), 0.3 * torch.randn(4, 4, 48)
+    delta, (weight, bias) = torch.randn(8, channels), torch.randn(2, channels)
+    weights, projection, embedding = torch.randn(9), torch.randn(48, channels), torch.randn(9, channels)
 
-    def step(ops, x):
-        h = ops.embed_next(x, z, mu, alpha, mu_ref, alpha_ref, *tables)
-        return ops.residual_norm(h, delta, weight, bias), h
+    def start():
+        """Tokens, positions, activations and tickets before the first step."""
+        positions, tickets = (torch.zeros(count, dtype=torch.int32) for count in (8, 4))
+        return torch.zeros(4, 9, 48), positions, torch.zeros(8, channels), tickets
 
-    results, graph = captured(lambda: step(tarflow_kernels, x))
-    expected_x = x.zero_().clone()
-    for i in range(8):
-        positions.fill_(i)
+    def step(ops, x, positions, h, tickets):
+        ops.embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, None, h, tickets)
+        return ops.residual_norm(h, delta, weight, bias)
+
+    state, expected_state = start(), start()
+    y, graph = captured(lambda: step(tarflow_kernels, *state))
+    for tensor, fresh in zip(state, start(), strict=True):
+        tensor.copy_(fresh)
+    for _ in range(8):
         graph.replay()
-        assert_close(results, step(reference, expected_x), atol=1e-4, rtol=1e-4)
-        assert_close(x, expected_x, atol=1e-4, rtol=1e-4)
+        expected_y = step(reference, *expected_state)
+        assert_close((y, *state), (expected_y, *expected_state), atol=1e-4, rtol=1e-4)
+
+
+def test_every_sample_moves_once_however_many_programs_read_where_it_stands():
+    """A thousand steps of many programs each: a position moved too early, or twice, would show in x."""
+    samples, steps, channels = 64, 1000, 768
+    z = torch.randn(samples, steps + 1, 12)
+    x, h = torch.zeros_like(z), torch.empty(2 * samples, channels)
+    identity = *torch.zeros(4, samples, 12), torch.zeros(steps + 1)
+    positions, tickets = (torch.zeros(count, dtype=torch.int32) for count in (2 * samples, samples))
+    projection, embedding = torch.randn(12, channels), torch.randn(steps + 1, channels)
+    for i in range(1, steps + 1):
+        embed_next(x, z, *identity, positions, projection, embedding, None, h, tickets)
+        if i % 100 == 0:
+            expected = z[:, i] @ projection + embedding[i]
+            assert_close(h, expected.repeat(2, 1), atol=1e-2, rtol=1e-2)
+    assert_close(x[:, 1:], z[:, 1:], atol=0, rtol=0)
+    assert (positions == steps).all()
+    assert not tickets.any()
 
 
 @pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
@@ -272,6 +298,19 @@ def test_replayed_graphs_decode_as_launched_kernels_do(monkeypatch, coupling, de
         )
     assert_close(*tokens, atol=1e-4, rtol=1e-4)
     assert reports[True] == reports[False]
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(1.5)], ids=["unguided", "guided"])
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
+def test_two_halves_on_two_streams_decode_as_the_whole_batch(monkeypatch, coupling, guidance):
+    flow = small_model(num_classes=3, coupling=coupling).flow
+    z, labels = torch.randn(5, 16, 48), torch.tensor([0, 1, 2, -1, 0])
+    tokens = []
+    for chains in (1, 2, 2):
+        monkeypatch.setattr("tarflow.decoding.sequential.count_chains", lambda *sizes, chains=chains: chains)
+        tokens.append(flow.inverse(z, labels, guidance, "sequential"))
+    assert_close(tokens[1], tokens[0], atol=1e-4, rtol=1e-4)
+    assert_close(tokens[2], tokens[1], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,15 +9,26 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 import triton
 from packaging.version import Version
+
+from tarflow_kernels import cases, resources
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INTERPRETED = ["test_scales.py", "test_triton.py", "test_mixture.py", "test_ops.py"]
 
-# In bytes per thread, by version of Triton, where the configuration that spills nothing with the newest does.
-SPILLED_ON_HOPPER = {"3.6.0": {"causal_attention_backward_keys bfloat16 N=1000 D=96": 16}}
+# In bytes per thread, by version of Triton: where more programs side by side are predicted to be worth more.
+SPILLED_ON_HOPPER = {
+    "3.7.1": {
+        "causal_attention_backward_queries bfloat16 N=1024 D=64": 32,
+        "causal_attention_backward_keys bfloat16 N=1024 D=64": 16,
+        "causal_attention_backward_queries bfloat16 N=1000 D=48": 32,
+        "causal_attention_backward_keys bfloat16 N=1000 D=48": 24,
+        "causal_attention_forward bfloat16 N=1000 D=96": 16,
+    },
+}
 interprets = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
     reason=f"the interpreter of triton {triton.__version__} needs numpy<2.4, and this is {numpy.__version__}",
@@ -65,7 +76,7 @@ def test_kernels_take_the_registers_and_memory_that_the_table_says(compiled):
     assert found["resources"] == committed["resources"]
 
 
-def test_no_kernel_spills_on_hopper_but_where_it_is_known(compiled):
+def test_no_kernel_spills_on_hopper_but_where_it_pays(compiled):
     found, _ = compiled
     spilled = {name: spilled for name, (_, spilled, _, _) in found["resources"]["sm_90"].items() if spilled}
     assert spilled == SPILLED_ON_HOPPER.get(triton.__version__, {})
@@ -90,3 +101,15 @@ def test_matrices_are_multiplied_by_tensor_cores(compiled, target, instruction):
     assert [used for *_, used in training] == [instruction] * 3
     attention = [row for name, row in rows.items() if "attention" in name]
     assert "-" not in {used for *_, used in attention}
+
+
+def test_no_position_is_moved_before_all_threads_have_read_it():
+    """No interpreter shows a race, and no card shows it surely: the order of the instructions excludes it."""
+    launch = cases.embedding("meta", torch.bfloat16, 64, 1024, 12, 768, guided=True)
+    [kernel] = resources.compile_only(resources.TARGETS["sm_90"], launch)
+    kinds = {"ld.global": "read", "bar.sync": "wait", "atom.global.gpu.acq_rel": "count", "st.global": "write"}
+    lines = kernel.asm["ptx"].splitlines()
+    order = [kind for line in lines for instruction, kind in kinds.items() if instruction in line]
+    reads = len(order) - order[::-1].index("read")
+    assert order[reads:].index("wait") < order[reads:].index("count") < order[reads:].index("write")
+    assert order.count("count") == 1

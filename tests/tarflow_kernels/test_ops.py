@@ -364,9 +364,11 @@ def test_embed_next_writes_one_token_of_each_sample(
     backend, shape, channels, precision, place, layouts, low, guided, with_context, seed
 ):
     (dtype, tolerance), (batch, length, token_dim) = precision, shape
-    positions = torch.arange(seed, seed + batch, dtype=torch.int32) * 3 % (length - 1)
+    rows = (1 + guided) * batch
+    at = torch.arange(seed, seed + batch, dtype=torch.int32) * 3 % (length - 1)
     room, x = room_for(draw(seed, *shape, dtype=dtype), place)
-    sizes = [shape, (4, batch, token_dim), (token_dim, channels), (length, channels), ((1 + guided) * batch, channels)]
+    h_room, _ = room_for(torch.zeros(rows, channels, dtype=dtype), place)
+    sizes = [shape, (4, batch, token_dim), (token_dim, channels), (length, channels), (rows, channels)]
     z, parameters, projection, embedding, context = (draw(seed + k, *size, dtype=dtype) for k, size in enumerate(sizes))
     on_parameters, *others = layouts
     mu, alpha, *refs = (on_parameters(t) for t in 0.5 * parameters.to(low or dtype))
@@ -374,20 +376,25 @@ def test_embed_next_writes_one_token_of_each_sample(
         layout(t) for layout, t in zip(others, (z, projection / token_dim**0.5, embedding, context), strict=True)
     )
     guidance = (*refs, draw(seed, length, dtype=dtype)) if guided else (None, None, None)
-    args = z, mu, alpha, *guidance, positions, projection, embedding, context if with_context else None
+    tables = projection, embedding, context if with_context else None
+
+    def run(op, room, h_room, convert=lambda t: t):
+        """Return what has changed: the memory around x and h, and positions and tickets with a neighbour each."""
+        positions, tickets = at.repeat(1 + guided).repeat_interleave(2), torch.arange(2 * batch, dtype=torch.int32) % 2
+        given, converted = map(convert, (z, mu, alpha, *guidance)), map(convert, tables)
+        op(room.select(place, 1), *given, positions[::2], *converted, h_room.select(place, 1), tickets[::2])
+        return room, h_room, positions, tickets
 
     def double(t):
-        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        return None if t is None else t.to(torch.float64, copy=True)
 
-    expected_room = room.to(torch.float64, copy=True)
-    expected = reference.embed_next(expected_room.select(place, 1), *map(double, args))
+    expected = run(reference.embed_next, double(room), double(h_room), double)
     with use_backend(backend):
-        h = embed_next(x, *args)
-    assert h.shape == expected.shape
-    assert h.is_contiguous()
-    assert_close(h, expected.to(dtype), atol=tolerance, rtol=tolerance)
-    assert_close(room, expected_room.to(dtype), atol=tolerance, rtol=tolerance, equal_nan=True)
+        found = run(embed_next, room, h_room)
+    assert_close(found[:2], [t.to(dtype) for t in expected[:2]], atol=tolerance, rtol=tolerance, equal_nan=True)
     assert (~x.isnan()).sum() == batch * token_dim
+    assert_close(found[2:], expected[2:])
+    assert torch.equal(found[2], at.repeat(1 + guided).repeat_interleave(2) + torch.tensor([1, 0]).repeat(rows))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -397,23 +404,45 @@ def test_the_small_ops_of_a_step_write_all_of_their_results(backend, channels):
     h, delta = draw(0, 2, 3, channels, dtype=torch.float32)
     x, z = draw(1, 2, 3, 4, 5, dtype=torch.float32)
     mu, alpha, *refs = draw(2, 4, 3, 5, dtype=torch.float32)
-    at, ones = torch.tensor([0, 2, 1], dtype=torch.int32), torch.ones(5, channels)
+    ones, embedded = torch.ones(5, channels), torch.empty(6, channels)
+    at, tickets = torch.tensor([0, 2, 1] * 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     with use_backend(backend):
-        results = [
-            residual_norm(h, delta, ones[0], ones[0]),
-            embed_next(x, z, mu, alpha, *refs, torch.ones(4), at, ones, ones[:4], None),
-        ]
-    assert all(result.isfinite().all() for result in results)
+        normalized = residual_norm(h, delta, ones[0], ones[0])
+        embed_next(x, z, mu, alpha, *refs, torch.ones(4), at, ones, ones[:4], None, embedded, tickets)
+    assert normalized.isfinite().all()
+    assert embedded.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_embed_next_goes_from_token_to_token_by_itself(backend):
+    """However many programs share a sample, one of them moves its position, and leaves nothing to clear."""
+    channels, steps = 300, 4
+    sizes = (3, steps + 1, 2), (2, 3, 2), (2, channels), (steps + 1, channels)
+    z, (mu, alpha), projection, embedding = (draw(k, *size, dtype=torch.float32) for k, size in enumerate(sizes))
+    x, h = torch.zeros_like(z), torch.zeros(3, channels)
+    at, tickets = torch.zeros(2, 3, dtype=torch.int32)
+    with use_backend(backend):
+        for i in range(1, steps + 1):
+            embed_next(x, z, mu, alpha, None, None, None, at, projection, embedding, None, h, tickets)
+            assert at.tolist() == [i] * 3
+            assert tickets.tolist() == [0] * 3
+    tokens = z[:, 1:] * alpha[:, None].exp() + mu[:, None]
+    assert_close(x[:, 1:], tokens, atol=1e-4, rtol=1e-4)
+    assert_close(h, tokens[:, -1] @ projection + embedding[-1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="what the kernel does where PyTorch raises")
 @pytest.mark.parametrize("position", [-100, -2, 3, 100])
 def test_a_token_that_does_not_exist_is_written_nowhere(position):
     room, x = room_for(torch.zeros(1, 4, 3), 0)
-    z, token, at = torch.zeros(1, 4, 3), torch.zeros(1, 3), torch.tensor([position], dtype=torch.int32)
+    z, token, h = torch.zeros(1, 4, 3), torch.zeros(1, 3), torch.zeros(1, 3)
+    at, tickets = torch.tensor([7, position, 7], dtype=torch.int32), torch.tensor([7, 0, 7], dtype=torch.int32)
+    tables = torch.eye(3), torch.zeros(4, 3), None
     with use_backend("triton"):
-        embed_next(x, z, token, token, None, None, None, at, torch.eye(3), torch.zeros(4, 3), None)
+        embed_next(x, z, token, token, None, None, None, at[1:2], *tables, h, tickets[1:2])
     assert room.isnan().all()
+    assert at.tolist() == [7, position + 1, 7]
+    assert tickets.tolist() == [7, 0, 7]
 
 
 # Gradients, compilers and autocast, of all ops ------------------------------------------------------------------------
@@ -515,7 +544,11 @@ def test_compiled_whole_it_is_the_same(op, shapes, backend):
             (torch.tensor([0, 3]).int(), None, 0.3),
         ),
         ("residual_norm", [TOKENS, TOKENS, (4,), (4,)], (1e-5, torch.float32)),
-        ("embed_next", [TOKENS, TOKENS, *[(2, 4)] * 4, (3,)], (STANDING, EYE, EYE[:3], None)),
+        (
+            "embed_next",
+            [TOKENS, TOKENS, *[(2, 4)] * 4, (3,)],
+            (STANDING.repeat(2), EYE, EYE[:3], None, torch.zeros_like(EYE), torch.zeros_like(STANDING)),
+        ),
     ],
 )
 def test_registration(name, shapes, rest):

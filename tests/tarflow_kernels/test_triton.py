@@ -11,10 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import library
 from torch.testing import assert_close
 
-from helpers import DEVICE, draw, tarflow
+from helpers import DEVICE, INTERPRETED, draw, tarflow
 from tarflow import Decoder, Guidance
 from tarflow_kernels import (
     affine_forward,
@@ -66,6 +68,63 @@ def test_attention_is_the_same_however_it_is_cut(config, monkeypatch):
             out = causal_attention(*inputs)
             results[backend] = out, *torch.autograd.grad(out.sin().sum(), inputs)
     assert_close(results["triton"], results["reference"], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@settings(max_examples=200 if INTERPRETED else 12)
+@given(
+    length=st.integers(1, 100),
+    head_dim=st.sampled_from([4, 16, 24, 40, 64]),
+    blocks=st.sampled_from([(16, 16), (32, 16), (64, 16), (64, 32), (128, 64), (128, 128)]),
+    batch=st.integers(1, 2),
+    tempered=st.booleans(),
+    layout=st.sampled_from([(0, 1, 2, 3), (0, 2, 1, 3), (1, 2, 0, 3), (0, 1, 3, 2)]),
+)
+def test_attention_of_any_size_cut_and_layout_is_the_formula(length, head_dim, blocks, batch, tempered, layout):
+    """Forward and backward, with tiles of any size that hold part of a head, a head, or more than that."""
+    shape, back = (batch, 1, length, head_dim), [layout.index(dim) for dim in range(4)]
+    stored = [shape[dim] for dim in layout]
+    inputs = [t.permute(back).requires_grad_() for t in draw(length, 3, *stored, dtype=DTYPE)]
+    tau = 0.5 + draw(1, batch, dtype=DTYPE).abs() if tempered else 1.0
+    owned, walked = blocks
+    options = {"num_warps": 4, "num_stages": 1}
+    results = {}
+    with contextlib.ExitStack() as stack:
+        for phase in ("forward", "backward_queries", "backward_keys"):
+            m, n = (walked, owned) if phase == "backward_keys" else (owned, walked)
+            stack.enter_context(configs.use(f"causal_attention_{phase}", {"BLOCK_M": m, "BLOCK_N": n, **options}))
+        for backend in ("reference", "triton"):
+            with use_backend(backend):
+                out = causal_attention(*inputs, temperature=tau)
+                results[backend] = out, *torch.autograd.grad(out.sin().sum(), inputs)
+    assert_close(results["triton"], results["reference"], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@settings(max_examples=100 if INTERPRETED else 12)
+@given(
+    capacity=st.integers(1, 200),
+    new=st.integers(1, 20),
+    splits=st.sampled_from([1, 2, 4, 8]),
+    block=st.sampled_from([16, 32, 64]),
+    data=st.data(),
+)
+def test_decoding_at_any_position_with_any_splits_is_the_formula(capacity, new, splits, block, data):
+    """Caches hold NaN where nothing was written, and splits may be more than there are tiles."""
+    new = min(new, capacity)
+    positions = torch.tensor(
+        data.draw(st.lists(st.integers(0, capacity - new), min_size=2, max_size=2)), dtype=torch.int32
+    )
+    q, k, v = draw(capacity, 3, 2, 1, new, 16, dtype=DTYPE)
+    unwritten = torch.arange(capacity)[:, None] >= positions.view(-1, 1, 1, 1)
+    caches = draw(1, 2, 2, 1, capacity, 16, dtype=DTYPE).masked_fill(unwritten, math.nan)
+    config = {"BLOCK_N": block, "num_warps": 4, "num_stages": 1}
+    results = {}
+    with pytest.MonkeyPatch.context() as patch, configs.use("decode_attention", config):
+        patch.setattr(decode, "count_splits", lambda blocks, capacity: splits)
+        for backend in ("reference", "triton"):
+            own = caches.clone()
+            with use_backend(backend):
+                results[backend] = decode_attention(q, k, v, *own, positions), own
+    assert_close(results["triton"], results["reference"], atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
 
 
 @pytest.mark.parametrize("new", [1, 5, 70])

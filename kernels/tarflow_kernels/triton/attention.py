@@ -9,6 +9,10 @@ weights ``p = 2^(factor q k^T - lse)``. With ``delta = sum(out * grad)`` over ch
 
 The first backward kernel owns queries and makes delta and dq; the second owns keys and makes dk and dv. One program
 writes each output, in one order of summation: results are the same from run to run.
+
+All three have one loop, with the mask under a condition that holds where the diagonal crosses a tile: to end one loop
+and begin another costs as much as a tile. Queries and keys are counted within their tiles, since 64-bit numbers compare
+at half the speed.
 """
 
 import torch
@@ -47,7 +51,7 @@ def _causal_attention_forward_kernel(
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
     blocks = tl.cdiv(length, BLOCK_M)
-    batch, head, block = _place(heads, blocks)
+    batch, head, block = _place(tl.program_id(0), heads, blocks)
     start_m = (blocks - 1 - block) * BLOCK_M  # late queries see more keys: they start first
     Q = head_of(Q, q_strides, batch, head)
     K = head_of(K, k_strides, batch, head)
@@ -58,21 +62,20 @@ def _causal_attention_forward_kernel(
     factor = base_2(logit_factor(Temperature, temperature_stride, batch, scale, ACC))
 
     q = load_tile(Q, q_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
-    queries = start_m + tl.arange(0, BLOCK_M)
+    queries, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for DIAGONAL in tl.static_range(2):
-        for start_n in tl.range(start_m * DIAGONAL, tl.minimum(start_m + BLOCK_M * DIAGONAL, length), BLOCK_N):
-            k = load_tile(K, k_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN or not DIAGONAL)
-            v = load_tile(V, v_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN or not DIAGONAL)
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-            if DIAGONAL:
-                x = tl.where(queries[:, None] >= start_n + tl.arange(0, BLOCK_N)[None, :], x, float("-inf"))
-            acc, m, l = accumulate(acc, m, l, x, v, factor, PRECISION)
+    for start_n in tl.range(0, tl.minimum(start_m + BLOCK_M, length), BLOCK_N):
+        k = load_tile(K, k_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
+        v = load_tile(V, v_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        if start_n >= start_m:
+            x = tl.where((queries - (start_n - start_m))[:, None] >= keys[None, :], x, float("-inf"))
+        acc, m, l = accumulate(acc, m, l, x, v, factor, PRECISION)
 
-    store_tile(Out, out_strides, acc / l[:, None], start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
-    tl.store(Lse + queries, m + tl.log2(l), mask=queries < length)
+    store_tile(Out, out_strides, acc * (1 / l)[:, None], start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
+    tl.store(Lse + start_m + queries, m + tl.log2(l), mask=start_m + queries < length)
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def _causal_attention_backward_queries_kernel(
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
     blocks = tl.cdiv(length, BLOCK_M)
-    batch, head, block = _place(heads, blocks)
+    batch, head, block = _place(tl.program_id(0), heads, blocks)
     start_m = (blocks - 1 - block) * BLOCK_M
     Q = head_of(Q, q_strides, batch, head)
     K = head_of(K, k_strides, batch, head)
@@ -121,21 +124,22 @@ def _causal_attention_backward_queries_kernel(
     q = load_tile(Q, q_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
     grad = load_tile(Grad, grad_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
     out = load_tile(Out, out_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
-    queries = start_m + tl.arange(0, BLOCK_M)
+    queries, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = start_m + queries < length
     delta = tl.sum(out.to(ACC) * grad.to(ACC), 1)
-    tl.store(Delta + queries, delta, mask=queries < length)
-    lse = tl.load(Lse + queries, mask=queries < length, other=0.0)
+    tl.store(Delta + start_m + queries, delta, mask=inside)
+    lse = tl.load(Lse + start_m + queries, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for DIAGONAL in tl.static_range(2):
-        for start_n in tl.range(start_m * DIAGONAL, tl.minimum(start_m + BLOCK_M * DIAGONAL, length), BLOCK_N):
-            k = load_tile(K, k_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN or not DIAGONAL)
-            v = load_tile(V, v_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN or not DIAGONAL)
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-            p = tl.exp2(x * base_2(factor) - lse[:, None])
-            if DIAGONAL:
-                p = tl.where(queries[:, None] >= start_n + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
-            ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=ACC) - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    for start_n in tl.range(0, tl.minimum(start_m + BLOCK_M, length), BLOCK_N):
+        k = load_tile(K, k_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
+        v = load_tile(V, v_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        x = x * base_2(factor) - lse[:, None]
+        if start_n >= start_m:
+            x = tl.where((queries - (start_n - start_m))[:, None] >= keys[None, :], x, float("-inf"))
+        ds = tl.exp2(x) * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
 
     store_tile(GradQ, grad_q_strides, dq * factor, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
 
@@ -169,8 +173,11 @@ def _causal_attention_backward_keys_kernel(
     PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_N % BLOCK_M == 0)
-    batch, head, block = _place(heads, tl.cdiv(length, BLOCK_N))
-    start_n = block * BLOCK_N  # early keys are seen by more queries, and are first as it is
+    # The last heads come first, which the L2 still holds from the kernel before, and in a head early keys, which more
+    # queries see.
+    blocks = tl.cdiv(length, BLOCK_N)
+    batch, head, block = _place(tl.num_programs(0) - 1 - tl.program_id(0), heads, blocks)
+    start_n = (blocks - 1 - block) * BLOCK_N
     Q = head_of(Q, q_strides, batch, head)
     K = head_of(K, k_strides, batch, head)
     V = head_of(V, v_strides, batch, head)
@@ -185,32 +192,31 @@ def _causal_attention_backward_keys_kernel(
     # Everything is transposed: keys along rows, queries along columns.
     k = load_tile(K, k_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
     v = load_tile(V, v_strides, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
-    keys = start_n + tl.arange(0, BLOCK_N)
+    queries, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    for BELOW in tl.static_range(2):  # first the diagonal, then what lies below it
-        end = length if BELOW else tl.minimum(start_n + BLOCK_N, length)
-        for start_m in tl.range(start_n + BLOCK_N * BELOW, end, BLOCK_M):
-            queries = start_m + tl.arange(0, BLOCK_M)
-            q = load_tile(Q, q_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
-            grad = load_tile(Grad, grad_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
-            lse, delta = _load_sums(Lse, Delta, queries, length, EVEN)
-            x = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
-            p = tl.exp2(x * base_2(factor) - lse[None, :])
-            if not BELOW:
-                p = tl.where(queries[None, :] >= keys[:, None], p, 0.0)
-            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION, out_dtype=ACC)
-            ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=ACC) - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    for start_m in tl.range(start_n, length, BLOCK_M):
+        q = load_tile(Q, q_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
+        grad = load_tile(Grad, grad_strides, start_m, length, BLOCK_M, BLOCK_D, HEAD_DIM, EVEN)
+        lse, delta = _load_sums(Lse, Delta, start_m + queries, length, EVEN)
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=ACC)
+        x = x * base_2(factor) - lse[None, :]
+        if start_m < start_n + BLOCK_N:
+            x = tl.where((queries + (start_m - start_n))[None, :] >= keys[:, None], x, float("-inf"))
+        p = tl.exp2(x)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION, out_dtype=ACC)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
 
     store_tile(GradK, grad_k_strides, dk * factor, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
     store_tile(GradV, grad_v_strides, dv, start_n, length, BLOCK_N, BLOCK_D, HEAD_DIM, EVEN)
 
 
 @triton.jit
-def _place(heads, blocks):
-    """The row of the batch, head and tile of this program; the tiles of a head are neighbours, and share its keys."""
-    index = tl.program_id(0).to(tl.int64)
+def _place(index, heads, blocks):
+    """The row of the batch, head and tile of a program; the tiles of a head are neighbours, and share its keys."""
+    index = index.to(tl.int64)
     return index // blocks // heads, index // blocks % heads, (index % blocks).to(tl.int32)
 
 
@@ -296,34 +302,51 @@ def _launch(phase, kernel, owned, tensors, strides, temperature, scale):
 
 
 def fallback(phase: str, itemsize: int, block_d: int, length: int) -> Config:
-    """The configuration where nobody has tuned: it fits 99 KB of shared memory and spills nowhere on sm_90.
+    """The configuration where nobody has tuned: the fastest that :mod:`..hopper` predicts and that fits 99 KB.
 
-    The one exception: of the gradients of keys with padded heads of 96 in bfloat16 Triton 3.6 spills 16 bytes.
+    Some spill a few registers on sm_90, where more programs side by side are predicted to be worth more: those of
+    bfloat16 gradients for heads of 64, and of the forward kernel for padded heads of 96.
 
     >>> fallback("forward", itemsize=2, block_d=64, length=1024)
-    {'BLOCK_M': 128, 'BLOCK_N': 64, 'num_warps': 4, 'num_stages': 2}
+    {'BLOCK_M': 128, 'BLOCK_N': 32, 'num_warps': 4, 'num_stages': 3, 'maxnreg': 168}
     """
     by_head_dim = _FALLBACKS[phase, min(itemsize, 4)]
     config = next(config for largest, config in by_head_dim.items() if block_d <= largest)
     return config | {"BLOCK_M": min(config["BLOCK_M"], configs.bucket(length))}
 
 
-def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, maxnreg: int | None = None) -> Config:
+    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    return config if maxnreg is None else config | {"maxnreg": maxnreg}
 
 
 # By phase and bytes per element: the configuration up to a head dim. Those of float32 keep three products in registers.
 _FALLBACKS = {
-    ("forward", 2): {64: _config(128, 64, 4, 2), 128: _config(64, 64, 4, 2), 256: _config(64, 32, 8, 2)},
+    ("forward", 2): {
+        32: _config(64, 32, 4, 3),
+        64: _config(128, 32, 4, 3, 168),
+        128: _config(128, 32, 8, 3, 128),
+        256: _config(64, 32, 8, 2),
+    },
     ("forward", 4): {32: _config(64, 32, 4, 2), 64: _config(64, 32, 8, 2), 128: _config(16, 16, 4, 1)},
-    ("backward_queries", 2): {128: _config(64, 32, 4, 2), 256: _config(32, 16, 8, 1)},
+    ("backward_queries", 2): {
+        32: _config(64, 32, 4, 3),
+        64: _config(128, 64, 8, 3, 128),
+        128: _config(64, 32, 4, 2),
+        256: _config(32, 16, 8, 1),
+    },
     ("backward_queries", 4): {
         16: _config(64, 32, 4, 1),
         32: _config(64, 16, 4, 1),
         64: _config(64, 16, 8, 1),
         128: _config(16, 16, 4, 1),
     },
-    ("backward_keys", 2): {128: _config(32, 64, 4, 2), 256: _config(16, 32, 8, 2)},
+    ("backward_keys", 2): {
+        32: _config(32, 64, 4, 3),
+        64: _config(32, 64, 4, 3, 128),
+        128: _config(32, 64, 4, 3),
+        256: _config(16, 32, 8, 2),
+    },
     ("backward_keys", 4): {
         16: _config(32, 64, 4, 1),
         32: _config(16, 64, 4, 1),
@@ -332,11 +355,23 @@ _FALLBACKS = {
     },
 }
 
-# What the tuner tries: the larger tile is a multiple of the smaller, and belongs to what the kernel owns.
+# What the tuner tries: the larger tile is a multiple of the smaller, and belongs to what the kernel owns. With fewer
+# registers for each thread, more programs fit a multiprocessor.
+_LIMITS = {4: (None, 168, 128), 8: (None, 128)}
 CANDIDATES = {
     "forward": [
-        _config(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3) if n <= m
+        _config(m, n, w, s, r)
+        for m in (64, 128)
+        for n in (32, 64, 128)
+        for w in (4, 8)
+        for s in (2, 3)
+        for r in _LIMITS[w]
+        if n <= m
     ],
-    "backward_queries": [_config(m, n, w, s) for m in (64, 128) for n in (32, 64) for w in (4, 8) for s in (1, 2, 3)],
-    "backward_keys": [_config(m, n, w, s) for n in (64, 128) for m in (32, 64) for w in (4, 8) for s in (1, 2, 3)],
+    "backward_queries": [
+        _config(m, n, w, s, r) for m in (64, 128) for n in (32, 64) for w in (4, 8) for s in (2, 3) for r in _LIMITS[w]
+    ],
+    "backward_keys": [
+        _config(m, n, w, s, r) for n in (64, 128) for m in (32, 64) for w in (4, 8) for s in (2, 3) for r in _LIMITS[w]
+    ],
 }

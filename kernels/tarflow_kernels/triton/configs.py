@@ -24,10 +24,21 @@ _forced: dict[str, Config] = {}
 
 
 def choose(kernel: str, key: str, fallback: Config) -> Config:
-    """Choose the configuration of a kernel for a key, such as :func:`attention_key` makes."""
-    if kernel in _forced:
-        return _forced[kernel]
-    return tuned(kernel, device_name()).get(key, fallback)
+    """Choose the configuration of a kernel for a key, such as :func:`attention_key` makes.
+
+    Fallbacks are made for Hopper. Elsewhere their limit of registers, ``maxnreg``, is left out, which is an option of
+    NVIDIA's compiler and counts on operands in shared memory; and but on NVIDIA's cards copies run one tile ahead, not
+    two, since they take registers.
+    """
+    if config := _forced.get(kernel) or tuned(kernel, device_name()).get(key):
+        return config
+    architecture = architecture_of_target()
+    if architecture == 90:
+        return fallback
+    config = {name: value for name, value in fallback.items() if name != "maxnreg"}
+    if not architecture and "num_stages" in config:
+        config["num_stages"] = min(config["num_stages"], 2)
+    return config
 
 
 @contextlib.contextmanager
@@ -93,7 +104,20 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def on_nvidia() -> bool:
     """Whether the target is one of NVIDIA's cards, and not AMD's, Intel's or the interpreter."""
-    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return architecture_of_target() > 0
+
+
+def architecture_of_target() -> int:
+    """The architecture of one of NVIDIA's cards, such as 90; 0 for all other targets."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    return _architecture(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
 
 
 def num_multiprocessors() -> int:

@@ -51,7 +51,6 @@ def _decode_attention_kernel(
     heads,
     new,
     capacity,
-    split_size,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,9 +78,9 @@ def _decode_attention_kernel(
     m = tl.full([BLOCK_G], float("-inf"), ACC)
     l = tl.zeros([BLOCK_G], ACC)
     acc = tl.zeros([BLOCK_G, BLOCK_D], ACC)
-    begin = split * split_size
-    end = tl.minimum(tl.minimum(position, capacity), begin + split_size)
-    for start_n in tl.range(begin, end, BLOCK_N):
+    # Tiles go to the splits in turn, so that none idles while the cache is half full.
+    end = tl.minimum(position, capacity)
+    for start_n in tl.range(split * BLOCK_N, end, SPLITS * BLOCK_N):
         k = load_tile(CacheK, cache_k_strides, start_n, end, BLOCK_N, BLOCK_D, HEAD_DIM, False)
         v = load_tile(CacheV, cache_v_strides, start_n, end, BLOCK_N, BLOCK_D, HEAD_DIM, False)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
@@ -100,11 +99,11 @@ def _decode_attention_kernel(
 
     if SPLITS == 1:
         Out = head_of(Out, out_strides, batch, head)
-        store_tile(Out, out_strides, acc / l[:, None], start_g, new, BLOCK_G, BLOCK_D, HEAD_DIM, False)
+        store_tile(Out, out_strides, acc * (1 / l)[:, None], start_g, new, BLOCK_G, BLOCK_D, HEAD_DIM, False)
     else:
         # Partial results are (B H, SPLITS, G, D); a split without keys has l = 0.
         part = row_and_head * SPLITS + split
-        acc /= tl.where(l == 0, 1.0, l)[:, None]
+        acc *= (1 / tl.where(l == 0, 1.0, l))[:, None]
         Out += part * new * HEAD_DIM
         store_tile(Out, (0, 0, HEAD_DIM, 1), acc, start_g, new, BLOCK_G, BLOCK_D, HEAD_DIM, False)
         rows = start_g + tl.arange(0, BLOCK_G)
@@ -209,7 +208,6 @@ def decode_attention(
         heads,
         new,
         capacity,
-        triton.cdiv(capacity, splits),
         scale,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
@@ -248,11 +246,13 @@ def fallback(itemsize: int, block_d: int) -> Config:
     """The configuration where nobody has tuned: it fits 99 KB of shared memory and spills nowhere on sm_90.
 
     >>> fallback(itemsize=2, block_d=64)
-    {'BLOCK_N': 64, 'num_warps': 4, 'num_stages': 2}
+    {'BLOCK_N': 64, 'num_warps': 4, 'num_stages': 3}
     """
     if itemsize > 2 and block_d > 64:
         return {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_N": max(16, min(64, 8192 // block_d)), "num_warps": 4, "num_stages": 2}
+    # With two stages a copy is waited for as soon as it was asked for; float32 has no room for three.
+    stages = 3 if itemsize == 2 else 2
+    return {"BLOCK_N": max(16, min(64, 8192 // block_d)), "num_warps": 4, "num_stages": stages}
 
 
 CANDIDATES = [

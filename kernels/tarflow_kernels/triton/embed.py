@@ -1,9 +1,14 @@
-"""The tail of a decoding step in one launch: guidance, affine map, the write to x, and the embedding.
+"""The tail of a decoding step in one launch: guidance, affine map, the write to x, the embedding, the next position.
 
 A program owns a sample and a block of channels. Every program of a sample computes the same token, which is cheaper
 than handing it from one launch to the next, and the first of them writes it. All rows of the sample's branches share
 the token's projection, and differ in their context alone. Where a sample stands is read on the device, so that one CUDA
 graph serves every step.
+
+*Who moves the position.* All programs of a sample read it, in any order, so that only the one that is last may move it.
+Each, having read, takes a ticket: an atomic addition, in front of which a barrier holds back all its threads, and which
+is ordered behind their reads and ahead of the write. Whoever draws the last ticket moves the position and returns the
+tickets to zero, for the next launch. Nobody waits, and no result depends on who it was.
 
 Bytes to move: the projection once, the rows of context and of the result once, and little else.
 """
@@ -35,7 +40,8 @@ def _embed_next_kernel(
     Projection,
     Embedding,
     Context,
-    Out,
+    H,
+    Tickets,
     tokens,
     TOKEN_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -72,9 +78,16 @@ def _embed_next_kernel(
     token = z * tl.exp(a) + mu
     h += tl.sum(token[:, None] * projection, 0)[None, :]
 
-    tl.store(Out + rows * CHANNELS + channels[None, :], h, mask=in_row[None, :])
+    # All that is read has been read; what is written after this need not be waited for.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(Tickets.pointer + sample * Tickets.strides[0], 1, sem="acq_rel")
+    last = ticket == tl.num_programs(1) - 1
+
+    tl.store(H.pointer + _offsets(H, rows, channels[None, :]), h, mask=in_row[None, :])
     written = in_token & inside & (tl.program_id(1) == 0)
     tl.store(X.pointer + _offsets(X, sample, i) + dims * X.strides[2], token, mask=written)
+    tl.store(Positions.pointer + rows * Positions.strides[0], following.to(tl.int32), mask=last)
+    tl.store(Tickets.pointer + sample * Tickets.strides[0], 0, mask=last)
 
 
 @triton.jit
@@ -100,26 +113,25 @@ def embed_next(
     projection: Tensor,
     embedding: Tensor,
     context: Tensor | None,
-) -> Tensor:
-    """Compute the rows of all branches ``(R, C)``, and write the next token of every sample into x."""
-    samples, tokens, token_dim = x.shape
-    channels, branches = projection.shape[1], 1 if weights is None else 2
-    out = x.new_empty(branches * samples, channels)
-    if not out.numel():
-        return out
+    h: Tensor,
+    tickets: Tensor,
+) -> None:
+    """Write the next token of every sample into x and the rows of all branches into h, and move the positions."""
+    if not h.numel():
+        return
+    (samples, tokens, token_dim), channels = x.shape, h.shape[1]
     block_d = triton.next_power_of_2(token_dim)
     # A tile of the projection takes at most 64 registers of each thread, which is 32 KB.
     block_c = min(32768 // (x.element_size() * block_d), 128, triton.next_power_of_2(channels))
-    tensors = x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, embedding, context
+    tables = projection, embedding, context
+    tensors = x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, *tables, h, tickets
     _embed_next_kernel[(samples, triton.cdiv(channels, block_c))](
         *(None if tensor is None else View(tensor, tensor.stride()) for tensor in tensors),
-        out,
         tokens,
         TOKEN_DIM=token_dim,
         CHANNELS=channels,
-        BRANCHES=branches,
+        BRANCHES=1 if weights is None else 2,
         BLOCK_D=block_d,
         BLOCK_C=block_c,
         num_warps=4,
     )
-    return out

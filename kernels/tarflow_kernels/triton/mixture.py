@@ -31,6 +31,7 @@ from .elements import cut, load, log1p, offsets, tile, views_of
 
 # How far loads run ahead: a block of components is little to wait with for the next.
 STAGES: tl.constexpr = tl.constexpr(4)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def candidates(order: str, padded: int) -> list[dict[str, int]]:
@@ -122,7 +123,7 @@ def _mixture_inverse_kernel(
         size = tl.abs(residual)
         low = tl.where(residual < 0, x, low)
         high = tl.where(residual < 0, high, x)
-        newton = x - residual * tl.exp(-d)
+        newton = x - residual * _exp(-d)
         trusted = (newton > low) & (newton < high) & (size <= 0.5 * last)
         step = tl.where(trusted, newton, low + 0.5 * (high - low))
         wrong = size > TOLERANCE * tl.where(tl.abs(v) > 1, tl.abs(v), 1.0)
@@ -179,11 +180,11 @@ def _mixture_backward_kernel(
                 pointers, steps, inside, x, sums, first, K, FLOOR, BLOCK_K
             )
             grad_x += tl.sum(((r - p) * above + (q - r) * below) * slope, 2)
-        g = (grad_x * -h + g) * tl.exp(-d)
+        g = (grad_x * -h + g) * _exp(-d)
         tl.store(places, g, mask=inside)
         g = -g
         h = -h
-    decay = tl.exp(-tl.abs(v))
+    decay = _exp(-tl.abs(v))
     to_p = g - h * tl.where(v < 0, 1.0, decay) / (1 + decay)
     to_q = g + h * tl.where(v < 0, decay, 1.0) / (1 + decay)
     g = g[:, :, None]
@@ -238,15 +239,24 @@ def _clamp(raw, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def _sides(x, logit, mean, slope):
-    """z, the logs of ``w sigmoid(z)``, ``w sigmoid(-z)`` and ``w sigmoid(z) sigmoid(-z)`` but for a factor, and that.
+def _exp(x):
+    """Exponentials in two instructions instead of five; of float32, results below 2^-126 are zero."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * LOG2_E)
 
-    The factor, for the last squared, is ``1 / (1 + exp(-|z|))``.
+
+@triton.jit
+def _sides(x, logit, mean, log_scale):
+    """z, the slope ``exp(-s)``, and the parts of the terms of F, S and T.
+
+    That is the logs of ``w sigmoid(z)``, ``w sigmoid(-z)`` and ``w sigmoid(z) sigmoid(-z)`` but for a factor; the logs
+    of both sigmoids but for that factor; and the factor, for T squared, ``1 / (1 + exp(-|z|))``.
     """
+    slope = tl.exp(-log_scale)  # also where it is tiny, since T is a sum of slopes
     z = (x[:, :, None] - mean) * slope
     left = tl.where(z < 0, z, 0.0)
     right = tl.where(z < 0, 0.0, -z)
-    return z, logit + left, logit + right, logit + left + right, left, right, 1 / (1 + tl.exp(left + right))
+    root = tl.rsqrt(1 + _exp(left + right))  # of 1 to 2, where squaring it is the quickest way to divide
+    return z, slope, logit + left, logit + right, logit + left + right, left, right, root * root
 
 
 @triton.jit
@@ -260,14 +270,13 @@ def _map(pointers, steps, inside, x, K: tl.constexpr, FLOOR: tl.constexpr, BLOCK
     t = f
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         logit, mean, raw, _ = _components(pointers, steps, inside, first, K, BLOCK_K, x.dtype)
-        slope = tl.exp(-_clamp(raw, FLOOR))
-        _, p, q, r, _, _, share = _sides(x, logit, mean, slope)
+        _, slope, p, q, r, _, _, share = _sides(x, logit, mean, _clamp(raw, FLOOR))
         top_f, f = _add(top_f, f, p, share)
         top_s, s = _add(top_s, s, q, share)
         top_t, t = _add(top_t, t, r, share * share * slope)
     v = (top_f - top_s) + tl.log(f / s)
     # log T - log F - log(S / (F + S)), or its mirror image: that in which nothing cancels, however large the logs are.
-    d = (top_t - tl.where(v > 0, top_s, top_f)) + tl.log(t / tl.where(v > 0, s, f)) + log1p(tl.exp(-tl.abs(v)))
+    d = (top_t - tl.where(v > 0, top_s, top_f)) + tl.log(t / tl.where(v > 0, s, f)) + log1p(_exp(-tl.abs(v)))
     return v, d, (top_f, f, top_s, s, top_t, t)
 
 
@@ -277,11 +286,11 @@ def _add(top, total, logs, factors):
     if logs.shape[2] == 1:  # one of the two is the larger, and its exponential one
         log = tl.max(logs, 2)
         factor = tl.max(factors, 2)
-        decay = tl.exp(-tl.abs(log - top))
+        decay = _exp(-tl.abs(log - top))
         return tl.maximum(top, log), tl.where(log > top, total * decay + factor, total + decay * factor)
     else:
         higher = tl.maximum(top, tl.max(logs, 2))
-        return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(logs - higher[:, :, None]) * factors, 2)
+        return higher, total * _exp(top - higher) + tl.sum(_exp(logs - higher[:, :, None]) * factors, 2)
 
 
 @triton.jit
@@ -289,12 +298,13 @@ def _shares(pointers, steps, inside, x, sums, first, K: tl.constexpr, FLOOR: tl.
     """For some components: z, the raw log-scale, the slope, their shares P, Q and R, both sigmoids, and which exist."""
     top_f, f, top_s, s, top_t, t = sums
     logit, mean, raw, exists = _components(pointers, steps, inside, first, K, BLOCK_K, x.dtype)
-    slope = tl.exp(-_clamp(raw, FLOOR))
-    z, p, q, r, left, right, share = _sides(x, logit, mean, slope)
-    p = tl.exp(p - top_f[:, :, None]) * (share / f[:, :, None])
-    q = tl.exp(q - top_s[:, :, None]) * (share / s[:, :, None])
-    r = tl.exp(r - top_t[:, :, None]) * (share * share * slope / t[:, :, None])
-    return z, raw, slope, p, q, r, tl.exp(left) * share, tl.exp(right) * share, exists
+    log_scale = _clamp(raw, FLOOR)
+    z, slope, p, q, r, left, right, share = _sides(x, logit, mean, log_scale)
+    # Of the sums alone, which are the same for all components, reciprocals and logs are taken once.
+    p = _exp(p - top_f[:, :, None]) * share * (1 / f)[:, :, None]
+    q = _exp(q - top_s[:, :, None]) * share * (1 / s)[:, :, None]
+    r = _exp((r - top_t[:, :, None]) - (log_scale + tl.log(t)[:, :, None])) * share * share
+    return z, raw, slope, p, q, r, _exp(left) * share, _exp(right) * share, exists
 
 
 @triton.jit
@@ -307,13 +317,13 @@ def _bracket(pointers, steps, inside, v, K: tl.constexpr, FLOOR: tl.constexpr, B
     high = tl.full(v.shape, float("-inf"), v.dtype)
     for first in range(0, K, BLOCK_K):
         logit, center, raw, _ = _components(pointers, steps, inside, first, K, BLOCK_K, v.dtype)
-        alone = center + tl.exp(_clamp(raw, FLOOR)) * v[:, :, None]
+        alone = center + _exp(_clamp(raw, FLOOR)) * v[:, :, None]
         exists = _indices(first, BLOCK_K) < K
         low = tl.minimum(low, tl.min(tl.where(exists, alone, float("inf")), 2))
         high = tl.maximum(high, tl.max(tl.where(exists, alone, float("-inf")), 2))
         higher = tl.maximum(top, tl.max(logit, 2))
-        weights = tl.exp(logit - higher[:, :, None])
-        decay = tl.exp(top - higher)
+        weights = _exp(logit - higher[:, :, None])
+        decay = _exp(top - higher)
         total = total * decay + tl.sum(weights, 2)
         mean = mean * decay + tl.sum(weights * alone, 2)
         top = higher
