@@ -152,17 +152,19 @@ def norm(device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
 
 
 def embedding(device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
-    """Decode the next token under guidance, and embed it."""
+    """Decode the next token under guidance, embed it, and move the positions."""
     z, projection, table, context = (torch.randn(shape) for shape in ((5, 9, 12), (12, 768), (9, 768), (10, 768)))
     parameters = (0.3 * torch.randn(10, 24)).to(dtype)
-    positions, weights = torch.tensor([0, 7, 3, 3, 6], dtype=torch.int32), torch.linspace(0, 2, 9)
+    standing, weights = torch.tensor(2 * [0, 7, 3, 3, 6], dtype=torch.int32), torch.linspace(0, 2, 9)
 
-    def op(z, parameters, weights, positions, projection, table, context):
+    def op(z, parameters, weights, standing, projection, table, context):
         (alpha, mu), (alpha_ref, mu_ref) = (half.chunk(2, dim=-1) for half in parameters.chunk(2))
-        x = torch.zeros_like(z)
-        return embed_next(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, table, context), x
+        x, h, tickets = torch.zeros_like(z), torch.empty_like(context), torch.zeros_like(standing[:5])
+        guidance, positions = (mu_ref, alpha_ref, weights), standing.clone()
+        embed_next(x, z, mu, alpha, *guidance, positions, projection, table, context, h, tickets)
+        return h, x, positions
 
-    yield from compare(op, [z, parameters, weights, positions, projection, table, context], "out x")
+    yield from compare(op, [z, parameters, weights, standing, projection, table, context], "h x positions")
 
 
 def sampling(device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:

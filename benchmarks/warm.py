@@ -53,7 +53,7 @@ def compile(build: Callable[[], object], device: torch.device) -> None:
     """Compile what one of these launches, for the card at hand, or for an H100 where there is none."""
     import triton
 
-    from tarflow_kernels.resources import TARGETS, compile_only
+    from tarflow_kernels.offline import TARGETS, compile_only
 
     on_gpu = device.type == "cuda"
     target = triton.runtime.driver.active.get_current_target() if on_gpu else TARGETS["sm_90"]

@@ -170,7 +170,7 @@ def save(folder: Path, kernel: str, device: str, key: str, config: dict[str, int
 
 def _spills_nothing(index: int, candidate: dict[str, int], target) -> bool:
     """Whether a candidate of a problem compiles and spills nothing; timing finds it in Triton's cache."""
-    from .resources import compile_only, resources
+    from .offline import compile_only, resources
     from .triton import configs
 
     problem = list(problems())[index]

@@ -332,15 +332,15 @@ def test_levels_that_would_change_nothing_are_not_tried():
 
 
 def test_launchers_are_given_safer_configurations_unless_they_were_tuned(monkeypatch):
+    from tarflow_kernels.offline import TARGETS, pretend
     from tarflow_kernels.triton import configs
 
-    monkeypatch.setattr(configs, "device_name", lambda: "a-card")
     monkeypatch.setattr(configs, "tuned", lambda kernel, device: {"bfloat16,d64,n256": CONFIG})
     monkeypatch.setattr(configs, "choose", configs.choose)
     monkeypatch.setattr(fallbacks, "known", {})
     fallbacks.watch()
     fallbacks.learn([KERNEL], 2)
-    with fallbacks.noted() as notes:
+    with pretend(TARGETS["sm_90"]), fallbacks.noted() as notes:
         configs.choose("causal_attention_forward", "bfloat16,d64,n1024", CONFIG)
         configs.choose("causal_attention_forward", "float32,d64,n1024", CONFIG)
         configs.choose("causal_attention_forward", "bfloat16,d64,n256", CONFIG)
