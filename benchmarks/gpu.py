@@ -87,7 +87,9 @@ def main() -> int:
         go_on=arguments.go_on,
         silence=stages.SILENCE if device.type == "cuda" else {},  # a CPU may take its time
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Where a shell has put it into the background, it and all that it starts would not hear an interruption.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         return run_stages(run, arguments.skip, arguments.seconds)
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ import smoke
 import stages
 import tasks
 import warm
+from row import Row
 from sampling import Subject, sampling_row
 from tarflow import TarFlowConfig
 from tarflow_kernels import cases, dispatch, tune
@@ -38,7 +39,7 @@ TINY = TarFlowConfig(
 FLOAT32 = torch.float32
 
 
-def tiny_rows(device: torch.device) -> list:
+def tiny_rows(device: torch.device) -> list[Row]:
     """List a row of each kind."""
     shape = ops.Published("tiny", tokens=32, heads=1, token_dim=4)
     coupling = ops.Coupling("tiny", channels=1, height=4, width=4, components=4)
@@ -92,8 +93,8 @@ def rehearse(folder: Path) -> None:
     profiles.training_rows = lambda device: tiny_rows(device)[-1:]
 
 
-rehearse(Path(os.environ["TARFLOW_REHEARSAL"]))
 if __name__ == "__main__":
+    rehearse(Path(os.environ["TARFLOW_REHEARSAL"]))
     if sys.argv[1].startswith("{"):  # one of the tasks
         tasks.main(**json.loads(sys.argv[1]))
     else:
