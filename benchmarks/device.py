@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+LOST = "the GPU is lost to this process"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 # What takes so many times longer than it was given is content with fewer rounds.
 _OVERTIME = 10
@@ -39,7 +40,7 @@ def require_alive(failure: Exception) -> None:
     try:
         torch.cuda.synchronize()
     except Exception:
-        sys.exit(f"the GPU is lost to this process: {type(failure).__name__}: {failure}")
+        sys.exit(f"{LOST}: {type(failure).__name__}: {failure}")
 
 
 # Timing ---------------------------------------------------------------------------------------------------------------

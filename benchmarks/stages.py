@@ -124,7 +124,8 @@ def _environment() -> dict[str, str]:
 def known_levels(results: Record) -> dict[str, int]:
     """Find the levels at which kernels work, by family, from cases that passed and rows that were timed.
 
-    A kernel that brought its process down at every level, and passed nowhere else, is launched no more.
+    A kernel that brought its process down, and passed nowhere, is launched at levels that were not tried, if there are
+    any, else no more.
     """
     levels: dict[str, int] = {}
     rows = [row for row in results["rows"].values() if row["machine"] == results.get("machine")]
@@ -134,8 +135,8 @@ def known_levels(results: Record) -> dict[str, int]:
             family = fallbacks.family(name)
             levels[family] = max(entry.get("level", 0), levels.get(family, 0))
     for case in results.get("smoke", {}).values():
-        if case.get("lost"):
-            levels = dict.fromkeys(map(fallbacks.family, case["configs"]), len(fallbacks.LEVELS)) | levels
+        if "safe_from" in case:
+            levels = dict.fromkeys(map(fallbacks.family, case["configs"]), case["safe_from"]) | levels
     return levels
 
 
@@ -165,13 +166,16 @@ def _run_case(run: Run, case: str, deadline: float) -> None:
             print(f"{case}: out of time after {configs or 'no configuration'}", flush=True)
             return
         entry = {"passed": not ended.failure, "level": level, "configs": configs, "errors": found}
+        following = None
         if ended.failure:
             failed[fallbacks.LEVELS[level]] = ended.failure
-            # What is merely wrong is left to the rows, which judge it again.
-            entry["lost"] = bool(ended.stopped) or ended.exit < 0
+            following = _next_level(configs, level, ended)
+            # What is merely wrong, or raises an error, is left to the rows, which judge it again.
+            if ended.stopped or ended.exit < 0 or devices.LOST in ended.failure:
+                entry["safe_from"] = len(fallbacks.LEVELS) if following is None else following
         run.add("smoke", **{case: entry | ({"failed": failed} if failed else {})})
         print(f"{case}: {_outcome(entry, failed)}  [{ended.seconds:.0f} s]", flush=True)
-        level = _next_level(configs, level, ended) if ended.failure else None
+        level = following
 
 
 def _next_level(configs: dict[str, fallbacks.Config], level: int, ended: Ended) -> int | None:

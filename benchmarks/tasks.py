@@ -31,11 +31,16 @@ def main(task: str, device: str, known: dict[str, int], **options: Any) -> None:
 
 def run_case(device: torch.device, case: str, level: int) -> None:
     """Run a case of the smoke test with configurations of some level."""
+    import device as devices
     import smoke
 
     fallbacks.watch(_tell_once)
     with fallbacks.at(level):
-        smoke.run(case, device)
+        try:
+            smoke.run(case, device)
+        except Exception as failure:
+            devices.require_alive(failure)
+            raise
 
 
 def measure_rows(device: torch.device, pasts: dict[str, dict[str, Any]], compiled: bool) -> None:

@@ -122,12 +122,19 @@ def test_a_safer_configuration_that_works_is_reported_and_is_where_rows_begin(ru
     assert stages.known_levels(this.results()) == {"causal_attention_forward:bfloat16": 2}
 
 
-def test_a_kernel_that_brings_down_every_process_is_launched_no_more(run):
-    this = run(SMOKE.replace("HOW", CRASH))
+@pytest.mark.parametrize("how", [CRASH, f"sys.exit({devices.LOST!r})"], ids=["crash", "illegal access"])
+def test_a_kernel_that_brings_down_every_process_is_launched_no_more(run, how):
+    this = run(SMOKE.replace("HOW", how))
     stages.smoke(this, seconds=60)
     (level,) = stages.known_levels(this.results()).values()
     with pytest.raises(RuntimeError, match="none of its configurations works"):
         fallbacks.safer(CONFIG, level)
+
+
+def test_a_hang_that_was_tried_once_begins_at_the_last_resort(run):
+    this = run(SMOKE.replace("HOW", HANG), silence={"smoke": 5.0})
+    stages.smoke(this, seconds=8)
+    assert stages.known_levels(this.results()) == {"causal_attention_forward:bfloat16": 3}
 
 
 def test_smoke_ends_in_time_and_goes_on_with_what_is_left(run, capsys):
