@@ -91,7 +91,7 @@ def rows() -> Iterator[Row]:
     for batch, length in ((64, 1024), (32, 1024), (16, 1024), (11, 1024), (2, 1024), (32, 256)):
         yield _decoding(batch, 12, length, 64)
     for (length, token_dim), op in itertools.product([(1024, 12), (256, 48)], AFFINE):
-        yield _affine(352, length, token_dim, op)
+        yield _affine(1376, length, token_dim, op)
     for backward, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         yield _mixture(64, 32, backward, dtype)
 
