@@ -442,6 +442,8 @@ class _Step:
             lanes = 128 * int(count if (count := opcode.rpartition(".")[2]).isdigit() else 1)
         if unit.pipe == "memory":
             unit = unit._replace(cycles=max(unit.cycles, lanes // 32))
+        if kind == "copy" and instruction.predicate:
+            lanes = 0  # a vector that few lanes copy for all: next to nothing
         depends = (0, 0)
         if found := re.search(r"SB(\d), 0x(\w+)" if name == "DEPBAR" else r"gsb0, 0x(\w+)", arguments):
             board = int(found[1]) if name == "DEPBAR" else 0
