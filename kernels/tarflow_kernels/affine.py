@@ -123,11 +123,11 @@ class _EagerMap(torch.autograd.Function):
         if shift:
             out[:, :1] = x[:, :1]
         given = x[:, 1:] if shift else x
+        # Only of contiguous numbers does PyTorch take exponentials several at a time.
+        factor = (known_a.clone(memory_format=torch.contiguous_format) if inverse else torch.neg(known_a)).exp_()
         if inverse:
-            factor = torch.exp(known_a)
             torch.mul(given, factor, out=tail).add_(known_mu)
         else:
-            factor = torch.neg(known_a).exp_()
             torch.sub(given, known_mu, out=tail).mul_(factor)
         ctx.save_for_backward(x, mu, a, x if inverse else out, factor)
         ctx.shift, ctx.inverse = shift, inverse
