@@ -5,7 +5,7 @@
     python -m tarflow_kernels.tune --problem affine_map:float32,n4096 --problem decode_attention:bfloat16,d64,n1024
 
 For every kernel and problem, the candidates that stand beside the kernel are compiled by several processes. Those that
-spill nothing are checked against the present configuration and timed on the card; the fastest median wins, and a file
+spill little are checked against the present configuration and timed on the card; the fastest median wins, and a file
 ``configs/<kernel>,<device>.json`` keeps it as soon as it is found. Ops take turns, and so share what time there is; the
 clock is looked at before each candidate, and what comes too late is left as it was. Under Triton's interpreter, where
 nothing is compiled and times mean nothing, the same can be rehearsed.
@@ -35,6 +35,8 @@ __all__ = ["Problem", "in_turn", "main", "problems", "save", "tune"]
 Job = tuple[dict[str, int], AsyncResult]
 # How many seconds to wait for that.
 _PATIENCE = 60
+# Bytes for each thread (on AMD's cards registers) that a candidate may spill: more programs at a time can be worth them.
+_SPILLED = 64
 
 
 class Problem(NamedTuple):
@@ -168,14 +170,15 @@ def save(folder: Path, kernel: str, device: str, key: str, config: dict[str, int
     beside.replace(path)
 
 
-def _spills_nothing(index: int, candidate: dict[str, int], target) -> bool:
-    """Whether a candidate of a problem compiles and spills nothing; timing finds it in Triton's cache."""
+def _spills_little(index: int, candidate: dict[str, int], target) -> bool:
+    """Whether a candidate of a problem compiles and spills at most a few registers; timing finds it in Triton's cache."""
     from .offline import compile_only, resources
     from .triton import configs
 
     problem = list(problems())[index]
     with configs.use(problem.kernel, candidate), contextlib.suppress(Exception):  # a compiler's limits are many
-        return not any(resources(kernel).spilled for kernel in compile_only(target, lambda: problem.make("meta")()))
+        compiled = compile_only(target, lambda: problem.make("meta")())
+        return all(resources(kernel).spilled <= _SPILLED for kernel in compiled)
     return False
 
 
@@ -184,7 +187,7 @@ def _submit(pool: Pool, chosen: list[Problem], target) -> dict[str, list[Job]]:
     index = {problem.name: i for i, problem in enumerate(problems())}
     return {
         problem.name: [
-            (candidate, pool.apply_async(_spills_nothing, (index[problem.name], candidate, target)))
+            (candidate, pool.apply_async(_spills_little, (index[problem.name], candidate, target)))
             for candidate in problem.candidates
         ]
         for problem in chosen
@@ -192,7 +195,7 @@ def _submit(pool: Pool, chosen: list[Problem], target) -> dict[str, list[Job]]:
 
 
 def _fit(jobs: Iterable[Job], deadline: float) -> Iterator[dict[str, int]]:
-    """Yield the candidates that compile and spill nothing, in their order, as long as there is time."""
+    """Yield the candidates that compile and spill little, in their order, as long as there is time."""
     for candidate, job in jobs:
         # A compiler that brought its process down never answers.
         with contextlib.suppress(multiprocessing.TimeoutError):
