@@ -35,7 +35,7 @@ __all__ = ["Problem", "in_turn", "main", "problems", "save", "tune"]
 Job = tuple[dict[str, int], AsyncResult]
 # How many seconds to wait for that.
 _PATIENCE = 60
-# Bytes for each thread (on AMD's cards registers) that a candidate may spill: more programs at a time can be worth them.
+# Bytes for each thread, on AMD's cards registers, that a candidate may spill: more programs at a time can be worth it.
 _SPILLED = 64
 
 
@@ -171,7 +171,7 @@ def save(folder: Path, kernel: str, device: str, key: str, config: dict[str, int
 
 
 def _spills_little(index: int, candidate: dict[str, int], target) -> bool:
-    """Whether a candidate of a problem compiles and spills at most a few registers; timing finds it in Triton's cache."""
+    """Whether a candidate of a problem compiles and spills at most a few registers; timing finds it cached."""
     from .offline import compile_only, resources
     from .triton import configs
 
