@@ -68,7 +68,7 @@ def noted() -> Iterator[dict[str, Config]]:
     try:
         yield notes
     finally:
-        _notes.remove(notes)
+        _notes.pop()
 
 
 def family(name: str) -> str:
@@ -86,6 +86,11 @@ def learn(names: Iterable[str], level: int) -> None:
         known[family(name)] = max(level, known.get(family(name), 0))
 
 
+def known_level(names: Iterable[str]) -> int:
+    """The level at which a launch of these configurations begins."""
+    return max((known.get(family(name), 0) for name in names), default=0)
+
+
 def watch(hear: Callable[[str, Config], Any] = lambda name, config: None) -> None:
     """Stand between the launchers of this process and their configurations; ``hear`` each before it is launched."""
     if importlib.util.find_spec("triton") is None:
@@ -96,7 +101,7 @@ def watch(hear: Callable[[str, Config], Any] = lambda name, config: None) -> Non
 
     def watched(kernel: str, key: str, fallback: Config) -> Config:
         name = f"{kernel}:{key}"
-        config = safer(choose(kernel, key, safer(fallback, known.get(family(name), 0))), _at)
+        config = safer(choose(kernel, key, safer(fallback, known_level([name]))), _at)
         for notes in _notes:
             notes[name] = config
         hear(name, config)

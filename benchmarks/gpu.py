@@ -128,7 +128,7 @@ def _rehearse(out: Path) -> None:
     os.execve(
         sys.executable,
         [
-            *(sys.executable, str(Path(__file__).with_name("rehearsal.py")), "--seconds", "240"),
+            *(sys.executable, str(Path(__file__).with_name("rehearsal.py")), "--seconds", "360"),
             *(*options, "--device", "cpu", "--out", folder),
         ],
         os.environ | {"TRITON_INTERPRET": "1", "TARFLOW_REHEARSAL": folder},

@@ -181,7 +181,8 @@ def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Reco
         except Exception as failure:  # whatever a compiler or a driver may throw, the other contenders go on
             devices.require_alive(failure)
             entry, timed = {"unavailable": _reason(failure, caught)}, None
-    return entry | ({"configs": configs} if configs else {}), timed
+    level = fallbacks.known_level(configs)
+    return entry | ({"configs": configs} if configs else {}) | ({"known_level": level} if level else {}), timed
 
 
 def _at(contender: Contender, level: int) -> Contender:

@@ -169,7 +169,8 @@ def _passes(result: Record) -> str:
 
 def _configuration(result: Record) -> str:
     """Say which configuration of our kernels it is, if it is not the one that was chosen."""
-    return f", {LEVELS[result['level']]}" if result.get("level") else ""
+    level = max(result.get("level", 0), result.get("known_level", 0))
+    return f", {LEVELS[level]}" if level else ""
 
 
 def _tuned(row: Record) -> str:

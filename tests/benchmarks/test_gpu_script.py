@@ -288,6 +288,12 @@ def test_our_contender_that_fails_is_measured_with_what_works_and_says_what_fail
     assert all(said in reason for reason in entry["failed"].values())
 
 
+def test_a_configuration_that_others_have_shown_to_be_needed_is_named_too(contender_of, monkeypatch):
+    monkeypatch.setattr(fallbacks, "known", {fallbacks.family(KERNEL): 1})
+    entry = records.measure(contender_of(0, None), CPU, seconds=0.01).record["contenders"]["triton"]
+    assert (entry["known_level"], "level" in entry) == (1, False)
+
+
 def test_our_contender_that_works_with_nothing_says_all_that_failed(contender_of):
     record = records.measure(contender_of(9, RuntimeError("bad")), CPU, seconds=0.01).record
     assert list(record["contenders"]["triton"]["failed"]) == list(fallbacks.LEVELS[:-1])
