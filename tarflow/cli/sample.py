@@ -57,7 +57,7 @@ class Sample:
     trajectory: Path | None = None
     """also draw the image after every block, into this file"""
     decoder: DecoderName = "auto"
-    """auto is the faster of the two for each block, as timed at the end of training or by `tarflow calibrate`"""
+    """auto is the faster of the two for each block, where `tarflow calibrate` has timed them"""
     window: int | None = None
     """tokens of an image that the jacobi decoder updates at once; by default all of them"""
     tolerance: float | None = None
