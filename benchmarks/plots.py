@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 import records
 from records import Record
+from row import UNCALIBRATED
 from tarflow.files import atomic_write
 
 SAMPLING = ("guided sampling", "sampling without guidance")
@@ -31,6 +32,7 @@ _STYLE = {
 # The contenders of sampling.
 _COLORS = {
     "auto": _BLUE,
+    UNCALIBRATED: "#f0e442",
     "jacobi": "#009e73",
     "jacobi, window 64": "#cc79a7",
     "sequential": "#56b4e9",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")
+UNCALIBRATED = "auto, uncalibrated"
 DECODERS = ("auto", "jacobi", "jacobi, window 64", "sequential")
 # A user of the device gets the first of these that runs there.
 USUAL = (*BACKENDS, "auto", "accelerated")
-OURS = (*BACKENDS, *DECODERS, "compiled torch", "compiled", "accelerated")
+OURS = (*BACKENDS, *DECODERS, UNCALIBRATED, "compiled torch", "compiled", "accelerated")
 
 # A contender returns tensors, or lists of tensors that are compared as one.
 Outputs = tuple[Tensor | list[Tensor], ...]

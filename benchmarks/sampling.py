@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,9 +30,10 @@ from models import (
     trained,
     trained_config,
 )
-from row import DECODERS, Contender, Outputs, Row
+from row import DECODERS, UNCALIBRATED, Contender, Outputs, Row
 from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
-from tarflow.decoding import DISTANCE, TOLERANCE, BlockStatistics, calibration
+from tarflow.decoding import DISTANCE, TOLERANCE, BlockStatistics
+from tarflow.decoding.calibration import Timing, calibrate
 from tarflow.model import patchify
 
 OTHERS = ("eager", "published")
@@ -59,6 +59,29 @@ def _trained() -> Subject:
     return Subject("Fashion-MNIST 2-128-4-2, trained", trained_config(), trained)
 
 
+def _chaotic() -> Subject:
+    """Build a model in which every token depends so strongly on the one before that no guess is any good.
+
+    It shows what parallel passes lose where they never pay. Tokens cannot run away: their scale is fixed, and they
+    reach mu through norms alone.
+    """
+    config = trained_config()
+
+    def make(device: torch.device) -> TarFlow:
+        model = build(config, device)
+        for block in model.flow.blocks:
+            transformer = block.transformer
+            alpha, mu = transformer.proj_out.weight.data.chunk(2)
+            alpha.zero_()
+            mu.mul_(300)
+            first = transformer.proj_in.weight, transformer.proj_in.bias, transformer.pos_embed, transformer.class_embed
+            for parameter in first:
+                parameter.data.mul_(0.01)
+        return model
+
+    return Subject("28x28 patch 2, chaotic", config, make, "every token depends strongly on the one before")
+
+
 def sampling_rows(device: torch.device) -> list[Row]:
     """List the rows of a device; what is asked for first comes first, and what takes longest last."""
     return _gpu_rows() if device.type == "cuda" else _cpu_rows()
@@ -67,9 +90,13 @@ def sampling_rows(device: torch.device) -> list[Row]:
 def _cpu_rows() -> list[Row]:
     """Sample in float32; from random weights, whose passes say nothing, as a user would."""
     random = _random("28x28 patch 4, random", fashion_mnist(4))
+    few = "auto", UNCALIBRATED, "sequential"
+    every, some = (*DECODERS, UNCALIBRATED, *OTHERS), (*few, *OTHERS)
     return [
-        *(sampling_row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 16)),
-        *(sampling_row(random, batch, GUIDANCE, ("auto", "sequential", *OTHERS)) for batch in (64, 1)),
+        *(sampling_row(_trained(), batch, guidance, every) for guidance in (GUIDANCE, None) for batch in (1, 16)),
+        *(sampling_row(random, batch, GUIDANCE, some) for batch in (64, 1)),
+        *(sampling_row(_trained(), 2, guidance, few) for guidance in (GUIDANCE, None)),
+        *(sampling_row(_chaotic(), batch, None, few) for batch in (1, 2, 4)),
     ]
 
 
@@ -124,17 +151,19 @@ class Inputs:
 
 
 class Decoding:
-    """A decoder of ours at work, and the statistics of each block when it last ran."""
+    """A decoder of ours at work, by a calibration or without one, and the statistics of each block when it last ran."""
 
-    def __init__(self, decoder: Decoder, inputs: Inputs):
+    def __init__(self, decoder: Decoder, inputs: Inputs, calibration: Sequence[Timing] = ()):
         self.decoder = decoder
         self.inputs = inputs
+        self.calibration = calibration
         self.statistics: list[BlockStatistics] = []
 
     def __call__(self) -> Outputs:
         """Decode, and return the samples that are compared."""
         self.statistics.clear()
         inputs, progress = self.inputs, self.statistics.append
+        inputs.model.flow.calibration = self.calibration
         with inputs.autocast():
             tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, progress)
         return (tokens[inputs.checked()],)
@@ -153,10 +182,10 @@ class Decoding:
 
 def _calibrated(inputs: Inputs) -> Decoding:
     """Calibrate ``auto`` for this very batch; what is hopeless at batch 1 is not tried on it."""
-    flow = inputs.model.flow
-    with inputs.autocast(), mock.patch.object(calibration, "ROUNDS", inputs.rounds):
-        flow.calibration = calibration.calibrate(flow, inputs.guidance, batches={1, len(inputs.z)})
-    return Decoding(Decoder("auto"), inputs)
+    with inputs.autocast():
+        batches = {1, len(inputs.z)}
+        timings = calibrate(inputs.model.flow, inputs.guidance, batches=batches, rounds=inputs.rounds)
+    return Decoding(Decoder("auto"), inputs, timings)
 
 
 def _eager(inputs: Inputs) -> Callable[[], Outputs]:
@@ -184,6 +213,7 @@ _CHANCE = 1e-5
 _parallel = partial(Contender, allowance=DISTANCE * TOLERANCE, facts=Decoding.facts)
 _CONTENDERS = {
     "auto": _parallel(_calibrated),
+    UNCALIBRATED: _parallel(partial(Decoding, Decoder("auto"))),
     "jacobi": _parallel(partial(Decoding, Decoder("jacobi"))),
     "jacobi, window 64": _parallel(partial(Decoding, Decoder("jacobi", 64))),
     "sequential": Contender(partial(Decoding, Decoder("sequential")), allowance=_CHANCE, facts=Decoding.facts),

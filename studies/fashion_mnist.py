@@ -38,6 +38,7 @@ TRAINING = TrainingConfig(
     importance_samples=0,
     evaluate_every=10**9,
     sample_every=10**9,
+    calibrate=False,
 )
 FLOWPP = FlowPPConfig(stack="squeeze stripe4 channel4", filters=32)
 REALNVP = replace(FLOWPP, coupling="affine", attention="none", filters=40)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import BlockStatistics, Decoder, ProgressCallback
-from .decoding.decoder import Timing, choose
+from .decoding.decoder import Allowance, Timing, choose
 from .decoding.step import GraphMemory, count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
@@ -139,13 +139,17 @@ class TokenFlow(nn.Module):
         return self._trajectory(z, labels, guidance, Decoder.of(decoder), progress)
 
     def _trajectory(self, tokens, labels, guidance, decoder, progress):
-        rows = len(tokens) * count_branches(guidance)
-        memory = GraphMemory()
+        rows, steps = len(tokens) * count_branches(guidance), tokens.shape[1] - 1
+        memory, weight = GraphMemory(), self.blocks[0].transformer.proj_in.weight
+        is_affine = not isinstance(self.transform, MixtureTransform)
+        allowance = Allowance.for_flow(weight, rows, len(self.blocks), steps) if is_affine else None
         for t, block in reversed(list(enumerate(self.blocks))):
-            chosen = choose(self.calibration, decoder, t, rows, block.transformer.proj_in.weight)
+            # The block that is generated first converges slowly: nothing is staked on it.
+            stake = allowance if t < len(self.blocks) - 1 else None
+            chosen = choose(self.calibration, decoder, t, rows, weight, stake)
             with torch.inference_mode():
-                decoded, passes = block.inverse(tokens, labels, guidance, chosen, memory)
-            progress(BlockStatistics(t, chosen, len(tokens), passes, steps=tokens.shape[1] - 1))
+                decoded, passes = block.inverse(tokens, labels, guidance, chosen, memory, stake)
+            progress(BlockStatistics(t, chosen, len(tokens), passes, steps))
             tokens = decoded.clone()  # a tensor of inference mode cannot be saved for a backward pass
             yield tokens
 
@@ -196,12 +200,14 @@ class Block(nn.Module):
         guidance: Guidance | None,
         decoder: Decoder,
         memory: GraphMemory | None = None,
+        allowance: Allowance | None = None,
     ) -> tuple[Tensor, int]:
         """Return the tokens x whose latents are z, and the number of passes of the transformer.
 
-        The ``memory`` is that of the graphs of other blocks, if they are to share it.
+        The ``memory`` is that of the graphs of other blocks, if they are to share it, and so is the ``allowance`` of
+        ``auto``.
         """
-        x, passes = decoder(self.transformer, self._permute(z), labels, guidance, memory)
+        x, passes = decoder(self.transformer, self._permute(z), labels, guidance, memory, allowance)
         return self._permute(x), passes
 
     def _permute(self, tokens: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ class ImageFlow(nn.Module):
             guidance: see :class:`tarflow.Guidance`; None samples the model's own distribution.
             denoise_sigma: the standard deviation of the noise in training, to be removed from the samples; 0 leaves it.
             decoder: a :class:`tarflow.Decoder` or the name of one, see :attr:`decoders`: ``"sequential"``,
-                ``"jacobi"``, or ``"auto"``, the faster of these for each block where the model was calibrated
-                (``tarflow calibrate``).
+                ``"jacobi"``, or ``"auto"``, the faster of these for each block where the model was calibrated (at the
+                end of training, or by ``tarflow calibrate``), and elsewhere parallel passes for as long as they pay.
             generator: source of randomness, on the device of the model. It makes the samples reproducible, whatever the
                 chunks (to the tolerance, where ``auto`` decodes chunks of different sizes differently).
             return_trajectory: whether to return the image at every stage as well.

@@ -216,7 +216,7 @@ class TarFlow(ImageFlow):
     ) -> Tensor:
         """Map latents ``(B, N, D)`` to images ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable.
 
-        A calibrated model may decode in parallel, to a tolerance: ``"sequential"`` is exact. See :meth:`sample`.
+        ``"auto"`` may decode in parallel, to a tolerance: ``"sequential"`` is exact. See :meth:`sample`.
         """
         return self._to_images(self.flow.inverse(z, labels, guidance, decoder))
 

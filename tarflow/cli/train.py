@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..decoding import calibration
 from ..flowpp.config import FlowPPConfig
 from ..image_flow import ImageFlow
 from ..model import TarFlow, TarFlowConfig
@@ -167,4 +168,5 @@ def _next_commands(model: ImageFlow, out: Path) -> str:
     sample = f"tarflow sample {out}{guided} --out samples.png"
     if model.decoders == ("auto",):
         return f"{sample}; tarflow evaluate {out} --importance-samples 16"
-    return f"{sample}; tarflow calibrate {out}; tarflow evaluate {out}"
+    calibrate = "" if (out / calibration.FILE).exists() else f" tarflow calibrate {out};"
+    return f"{sample};{calibrate} tarflow evaluate {out}"

@@ -32,7 +32,13 @@ itself: rows stand at their own positions, and those that are finished leave the
 row, the arithmetic of each token. The sequential decoder takes ``(N - 1) (a + (b + c) R)``, Jacobi with P passes at
 most ``P (a + b R + c R G)``. So it gains where passes over few rows are bound by a and b (a GPU, which reads weights
 and caches; a CPU at batch 1) and loses where they are bound by c. P falls with G, steeply at first, while P G grows.
-``auto`` decides by measurement (:mod:`.calibration`).
+
+**Which one.** ``auto`` decides by measurement, where the model was calibrated on the device (:mod:`.calibration`).
+Where it was not, P is unknown before the passes are run. So ``auto`` stakes time on them: at most a twentieth of what
+the sequential decoder takes for the whole flow, and whatever they have saved so far. Costs of passes are those of a
+table, for a few rows on a CPU; progress is counted in tokens. Where the stake is lost, the sequential decoder goes on
+behind the tokens that are there (:class:`.decoder.Allowance`, :func:`.jacobi.cautious_jacobi`). The block that is
+generated first, where passes bring a token or two for long, and all larger batches are decoded sequentially.
 
 The files, in the order in which a sample passes them: :mod:`.decoder` (which decoder inverts a block),
 :mod:`.sequential` or :mod:`.jacobi`, :mod:`.step` (one pass of the transformer against its cache, and how a GPU repeats

@@ -6,6 +6,7 @@ else the machine is doing.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -40,6 +41,8 @@ def calibrate(
     tolerance: float = TOLERANCE,
     batches: Iterable[int] = BATCHES,
     progress: Callable[[Timing], None] = lambda timing: None,
+    rounds: int = ROUNDS,
+    seconds: float = math.inf,
 ) -> list[Timing]:
     """Time every decoder on every block of a :class:`tarflow.TokenFlow`, under the autocast in force.
 
@@ -49,14 +52,22 @@ def calibrate(
         tolerance: that of the Jacobi decoder.
         batches: numbers of samples.
         progress: a function that is called with each timing.
+        rounds: how often each decoder is timed; the best time counts.
+        seconds: time for all of it. A batch, and all that are larger, are left out if they would take longer than is
+            left, at the time per image of the one before; the smallest is never left out.
     """
+    began = time.perf_counter()
     device, num_tokens = flow.prior_variance.device, len(flow.prior_variance)
     sequential = Decoder("sequential")
     windows = [window for window in WINDOWS if window is None or window < num_tokens - 1]
     parallel = [Decoder("jacobi", window, tolerance) for window in windows]
     promising = dict.fromkeys(range(len(flow.blocks)), parallel)
     timings = []
+    per_image = 0.0
     for batch in sorted(batches):
+        batch_began = time.perf_counter()
+        if per_image * batch > seconds - (batch_began - began):
+            break
         tokens = flow.sample_prior(batch, torch.Generator(device).manual_seed(0))
         labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
         rows = batch * count_branches(guidance)
@@ -64,15 +75,16 @@ def calibrate(
         for t, block in reversed(list(enumerate(flow.blocks))):
             decoders = sequential, *promising[t]
             # In turn, since the speed of a machine drifts.
-            rounds = [{d: time_block(block, tokens, labels, guidance, d) for d in decoders} for _ in range(ROUNDS)]
-            seconds = {d: min(taken for _, _, taken in (runs[d] for runs in rounds)) for d in decoders}
+            runs = [{d: time_block(block, tokens, labels, guidance, d) for d in decoders} for _ in range(rounds)]
+            best = {d: min(taken for _, _, taken in (run[d] for run in runs)) for d in decoders}
             place = device_and_precision(block.transformer.proj_in.weight)
             for decoder in decoders:
-                _, passes, _ = rounds[0][decoder]
-                timings.append(Timing(*place, rows, t, decoder.name, decoder.window, passes, seconds[decoder]))
+                _, passes, _ = runs[0][decoder]
+                timings.append(Timing(*place, rows, t, decoder.name, decoder.window, passes, best[decoder]))
                 progress(timings[-1])
-            promising[t] = [d for d in promising[t] if seconds[d] <= HOPELESS * seconds[sequential]]
-            tokens, _, _ = rounds[0][sequential]
+            promising[t] = [d for d in promising[t] if best[d] <= HOPELESS * best[sequential]]
+            tokens, _, _ = runs[0][sequential]
+        per_image = (time.perf_counter() - batch_began) / batch
     return timings
 
 

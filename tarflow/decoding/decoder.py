@@ -1,4 +1,4 @@
-"""The choice of a decoder for each block of a flow, and what a decoder reports."""
+"""The choice of a decoder for each block of a flow, what parallel passes may lose at most, and what decoders report."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
-from .jacobi import jacobi
+from .jacobi import cautious_jacobi, jacobi
 from .sequential import sequential
 from .step import GraphMemory
 
 __all__ = [
     "DISTANCE",
+    "LARGEST_LOSS",
     "NAMES",
+    "PASS_COSTS",
     "TOLERANCE",
+    "Allowance",
     "BlockStatistics",
     "Decoder",
     "DecoderName",
+    "PassCost",
     "ProgressCallback",
     "Timing",
     "choose",
@@ -50,7 +54,8 @@ class Decoder:
 
     Args:
         name: ``"sequential"``; ``"jacobi"``; or ``"auto"``, for each block the one that a calibration of the model
-            found faster on this device, and sequential where there is no calibration.
+            found faster on this device, and where there is none, parallel passes for as long as they pay: see
+            :class:`~tarflow.decoding.decoder.Allowance`.
         window: the number of tokens of a row that a pass of ``"jacobi"`` updates; None is the whole sequence.
         tolerance: the largest difference between a latent and the one asked for; see :mod:`tarflow.decoding`. It is 0
             for the sequential decoder; for the others None is :data:`TOLERANCE`.
@@ -90,13 +95,17 @@ class Decoder:
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
         memory: GraphMemory | None = None,
+        allowance: "Allowance | None" = None,
     ) -> tuple[Tensor, int]:
         """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes.
 
-        The ``memory`` is that of the graphs of other blocks, if they are to share it.
+        The ``memory`` is that of the graphs of other blocks, if they are to share it, and so is the ``allowance``,
+        without which ``auto`` is sequential.
         """
         if self.name == "jacobi":
             return jacobi(transformer, z, labels, guidance, self.window, self.tolerance, memory)
+        if self.name == "auto" and allowance is not None:
+            return cautious_jacobi(transformer, z, labels, guidance, self.tolerance, allowance, memory)
         return sequential(transformer, z, labels, guidance, memory)
 
     def __str__(self) -> str:
@@ -159,12 +168,101 @@ class Timing:
             raise ValueError(f"seconds: expected a finite number >= 0; got {self.seconds!r}")
 
 
-def choose(timings: Iterable[Timing], decoder: Decoder, block: int, rows: int, weight: Tensor) -> Decoder:
+@dataclass(frozen=True)
+class PassCost:
+    """The time of a pass over G tokens of each row, in steps of the sequential decoder: ``fixed + per_token * G``.
+
+    Attributes:
+        rows: the largest number of rows that it is for: samples times the branches of guidance.
+    """
+
+    rows: int
+    fixed: float
+    per_token: float
+
+    def of(self, window: int) -> float:
+        """Return the time of a pass over a window."""
+        return self.fixed + self.per_token * window
+
+
+PASS_COSTS = {
+    ("cpu", "float32"): (PassCost(1, 2.5, 0.05), PassCost(2, 2.5, 0.08), PassCost(4, 2.5, 0.15)),
+}
+"""Costs of passes by kind of device, precision of the layers and rows, for affine maps, where passes may pay.
+
+Those of one and two rows lie above what ``benchmarks/results/intel-xeon-processor.json`` has of the trained model on
+two cores: windows of 64 tokens took 4.2 and 4.1 steps, whole sequences of 195 tokens 8.5 and 12.9. Those of four rows
+are a prediction. ``python benchmarks/pass_costs.py`` measures all of them. Of no other device is anything known yet.
+"""
+
+LARGEST_LOSS = 0.05
+"""The share of its time that decoding may lose to parallel passes that do not pay."""
+
+PATIENCE = 6
+"""Passes after which a window is expected to agree: the blocks of a trained model take four to seven."""
+
+SHORTEST_WINDOW = 16
+
+
+class Allowance:
+    """The time that parallel passes may still lose while a flow is decoded, in steps of the sequential decoder.
+
+    It begins with :data:`LARGEST_LOSS` of all steps. A pass takes from it what it costs, and gives to it the tokens
+    that it has brought in every row, each of which saves a step. No pass is run that could leave it below zero, and so
+    decoding never takes longer than sequentially by more than that share, whatever the weights, if passes cost what
+    :data:`PASS_COSTS` says. What is saved may be staked again, on longer windows and in the blocks that follow. No
+    clock is asked: the same latents are decoded by the same passes.
+    """
+
+    def __init__(self, cost: PassCost, num_blocks: int, steps: int):
+        self.cost = cost
+        self.steps = steps
+        self.left = LARGEST_LOSS * num_blocks * steps
+
+    @classmethod
+    def for_flow(cls, weight: Tensor, rows: int, num_blocks: int, steps: int) -> "Allowance | None":
+        """Return the allowance of blocks with so many steps each; None where parallel passes are not expected to pay.
+
+        The ``weight`` is any of the layers, whose device and dtype count, unless an autocast is in force.
+        """
+        costs = PASS_COSTS.get((weight.device.type, _precision(weight)), ())
+        cost = next((cost for cost in costs if 0 < rows <= cost.rows), None)
+        return None if cost is None else cls(cost, num_blocks, steps)
+
+    @property
+    def suffices(self) -> bool:
+        """Whether a block can begin with a parallel pass."""
+        return self.window(self.steps) > 0
+
+    def window(self, remaining: int, before: int = 0) -> int:
+        """Return how many of the remaining tokens the next pass is over, 0 for none.
+
+        A window is as long as :data:`PATIENCE` passes over it can be paid for, and no shorter than the one before,
+        which may be about to agree.
+        """
+        payable = int((self.left / PATIENCE - self.cost.fixed) / self.cost.per_token)
+        window = min(max(payable, before), remaining)
+        is_payable = self.cost.of(window) - 1 <= self.left
+        return window if is_payable and window >= min(SHORTEST_WINDOW, remaining) else 0
+
+    def settle(self, window: int, tokens: int) -> None:
+        """Take account of a pass over a window that has brought so many tokens in every row."""
+        self.left += tokens - self.cost.of(window)
+
+
+def choose(
+    timings: Iterable[Timing],
+    decoder: Decoder,
+    block: int,
+    rows: int,
+    weight: Tensor,
+    allowance: Allowance | None = None,
+) -> Decoder:
     """Choose the decoder that ``auto`` stands for: the fastest for a block, as timed on this device in this precision.
 
-    The timings of the next larger number of rows count, since parallel passes gain least on large batches; beyond all
-    of them, or where nothing was timed, the choice is the sequential decoder. Decoders other than ``auto`` are returned
-    unchanged.
+    The timings of the next larger number of rows count, since parallel passes gain least on large batches. Beyond all
+    of them, or where nothing was timed, it stays ``auto``, parallel passes within an allowance, if there is one that
+    suffices, or else is the sequential decoder. Decoders other than ``auto`` are returned unchanged.
 
     Args:
         weight: any weight of the layers, whose device and dtype count, unless an autocast is in force.
@@ -174,7 +272,7 @@ def choose(timings: Iterable[Timing], decoder: Decoder, block: int, rows: int, w
     place = *device_and_precision(weight), block
     known = [t for t in timings if (t.device, t.dtype, t.block) == place and t.rows >= rows]
     if not known:
-        return Decoder("sequential")
+        return decoder if allowance is not None and allowance.suffices else Decoder("sequential")
     nearest = min(timing.rows for timing in known)
     best = min((timing for timing in known if timing.rows == nearest), key=_handicapped_seconds)
     if best.decoder == "sequential":
@@ -187,9 +285,13 @@ def device_and_precision(weight: Tensor) -> tuple[str, str]:
     device = weight.device
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{device.type}, {torch.get_num_threads()} threads"
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    return name, str(dtype).removeprefix("torch.")
+    return name, _precision(weight)
+
+
+def _precision(weight: Tensor) -> str:
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _handicapped_seconds(timing: Timing) -> float:

@@ -18,14 +18,20 @@ So each pass moves each row by at least one token, whatever the others do, and N
 the sequential decoder's.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
+from .sequential import resume
 from .step import CachedStep, GraphMemory, GraphRunner, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
 
-__all__ = ["JacobiIteration", "jacobi"]
+if TYPE_CHECKING:
+    from .decoder import Allowance
+
+__all__ = ["JacobiIteration", "cautious_jacobi", "jacobi"]
 
 LARGEST = 1e15
 """The largest iterate. A larger one, or one that is not a number, is no guess and starts over from its latent.
@@ -66,6 +72,45 @@ def jacobi(
                 iteration.advance()
             passes += passes_per_look
     return x, passes
+
+
+def cautious_jacobi(
+    transformer: CausalTransformer,
+    z: Tensor,
+    labels: Tensor | None,
+    guidance: Guidance | None,
+    tolerance: float,
+    allowance: "Allowance",
+    memory: GraphMemory | None = None,
+) -> tuple[Tensor, int]:
+    """Decode like :func:`jacobi` for as long as the allowance lets it, and the rest like the sequential decoder.
+
+    The sequential decoder goes on behind the tokens that are accepted in all rows, whose keys and values it finds in
+    the cache. Each pass accepts one token per row at least, so that there are N - 1 passes and steps at most.
+
+    Args:
+        allowance: says how long the window of the next pass is, and is told how many tokens each has brought.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    last = z.shape[1] - 1
+    iteration = JacobiIteration(transformer, z, labels, guidance, last, tolerance, memory)
+    x = torch.empty_like(z)
+    passes, accepted = 0, 0
+    window = allowance.window(last)
+    with torch.autocast(z.device.type, enabled=False):
+        while window and iteration.retire_finished(x):
+            iteration.window = window
+            iteration.advance()
+            before, accepted = accepted, int(iteration.num_accepted.min())
+            allowance.settle(window, accepted - before)
+            window = allowance.window(last - accepted, window)
+            passes += 1
+    rows = iteration.batch_index
+    if accepted < last:
+        rest = None if labels is None else labels[rows]
+        resume(transformer, iteration.step, iteration.x, iteration.z, rest, guidance, accepted, memory)
+    x[rows] = iteration.x
+    return x, passes + last - accepted
 
 
 class JacobiIteration:

@@ -31,7 +31,7 @@ from .step import (
     scatter_tokens,
 )
 
-__all__ = ["count_chains", "sequential"]
+__all__ = ["count_chains", "resume", "sequential"]
 
 
 def sequential(
@@ -60,6 +60,27 @@ def sequential(
     return x, num_steps
 
 
+def resume(
+    transformer: CausalTransformer,
+    step: CachedStep,
+    x: Tensor,
+    z: Tensor,
+    labels: Tensor | None,
+    guidance: Guidance | None,
+    position: int,
+    memory: GraphMemory | None = None,
+) -> None:
+    """Decode the tokens behind a position, the same in all rows, into x ``(B, N, D)``, which has all before.
+
+    The ``step`` has run over these, and its cache holds their keys and values.
+    """
+    advance = _chain(transformer, step.weights, x, z, labels, guidance, position, step.caches)
+    runner = GraphRunner(z.device, memory)
+    with torch.autocast(z.device.type, enabled=False):
+        for _ in range(position, z.shape[1] - 1):
+            runner(advance)
+
+
 def count_chains(device: torch.device, samples: int, rows: int, num_tokens: int, channels: int) -> int:
     """Return 2 where two halves of a batch are to be decoded side by side, else 1.
 
@@ -77,11 +98,16 @@ def _chain(
     z: Tensor,
     labels: Tensor | None,
     guidance: Guidance | None,
+    position: int = 0,
+    caches: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Callable[[], None]:
-    """Return a function that decodes the next token of some samples into x; their first tokens are there."""
+    """Return a function that decodes the next token of some samples into x; the tokens up to ``position`` are there."""
     batch = GuidedBatch(transformer, z, labels, guidance)
     step = CachedStep(weights, batch)
-    h = step.embed(batch.repeat(x[:, :1]))
+    if caches is not None:
+        step.caches = caches
+    step.positions.fill_(position)
+    h = step.embed(batch.repeat(x[:, position : position + 1]))
     tickets = torch.zeros(len(x), dtype=torch.int32, device=x.device)
 
     def advance_affine() -> None:

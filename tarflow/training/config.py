@@ -100,6 +100,8 @@ class TrainingConfig:
     """number of updates"""
     batch_size: int = setting(16, least=1, fixed=True)
     """images in an update"""
+    optimizer: Literal["adamw", "muon"] = setting("adamw", fixed=True, only=TarFlowConfig)
+    """adamw; or muon for the matrices of the transformers' layers, beside AdamW for the rest, under the same rates"""
     learning_rate: float = 1e-3
     """peak of the learning rate"""
     min_learning_rate: float = 1e-6
@@ -113,7 +115,7 @@ class TrainingConfig:
     beta2: float = 0.95
     """decay of the squared gradients of Adam"""
     weight_decay: float = 1e-4
-    """decoupled weight decay of AdamW"""
+    """decoupled weight decay"""
     gradient_clip: float = 1.0
     """largest norm of the gradient"""
     ema_decay: float = 0.999
@@ -132,15 +134,17 @@ class TrainingConfig:
     log_every: int = setting(10, least=1)
     """steps that a row of metrics.jsonl averages"""
     evaluate_every: int = setting(500, least=1)
-    """steps between evaluations"""
+    """steps between evaluations; there is an early one after a quarter of the first so many"""
     sample_every: int = setting(500, least=1)
-    """steps between pictures of samples"""
+    """steps between pictures of samples; there is an early one after a quarter of the first so many"""
     checkpoint_every: int = setting(500, least=1)
     """steps between checkpoints"""
     keep_checkpoints: int = setting(3, least=1)
     """number of the latest checkpoints that are kept"""
     importance_samples: int = setting(8, least=0)
     """importance-weighted samples of the bits/dim that a run ends with, where noise is within bins; 0 for no score"""
+    calibrate: bool = setting(True, only=TarFlowConfig)
+    """time the decoders for some seconds at the end, so that samples are drawn by the fastest"""
     guidance: Guidance = setting(Guidance(), only=TarFlowConfig)  # noqa: RUF009 (it is frozen)
     """guidance of the sample grids; weight 0 for none, and without labels the default is none"""
 
@@ -202,6 +206,8 @@ class TrainConfig:
                 raise ValueError(
                     "noise: expected uniform or variational for flowpp, which ends at 0 and 255; got gaussian"
                 )
+            if self.training.optimizer == "muon":
+                raise ValueError("optimizer: expected adamw for flowpp, which has no transformers; got muon")
             if self.sample_guidance is not None:
                 raise ValueError(f"guidance: expected weight 0 for flowpp, which is never guided; got {guidance}")
         elif self.sample_guidance is not None:

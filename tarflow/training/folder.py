@@ -1,7 +1,8 @@
 """The folder of a run: who trains in it, its settings, and the record of the data that it was begun with.
 
-It holds ``config.json``, ``model.safetensors`` (the averaged weights), ``metrics.jsonl``, ``samples.png``,
-``trajectory.png``, ``curves.png``, ``checkpoints/``, the events of TensorBoard and ``.lock``.
+It holds ``config.json``, ``model.safetensors`` (the averaged weights), ``calibration.json`` (the times of the
+decoders), ``metrics.jsonl``, ``samples.png``, ``trajectory.png``, ``curves.png``, ``checkpoints/``, the events of
+TensorBoard and ``.lock``.
 """
 
 import contextlib

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..files import atomic_write, name_full_disk
 from .config import TrainingConfig
 from .interruptions import raise_thread_errors_once
+from .timetable import TimeLeft, work_left
 from .trainer import MEASURES
 
 __all__ = ["Log"]
@@ -62,7 +63,9 @@ class Log:
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator[None]:
         """Keep the events and the progress bar open, from a step on."""
-        self._since, self._since_step = time.perf_counter(), step
+        self._began = time.perf_counter()
+        self._since, self._since_step = self._began, step
+        self._time_left, self._rows = TimeLeft(), 0
         with (
             name_full_disk(self.folder),
             raise_thread_errors_once(),
@@ -73,16 +76,24 @@ class Log:
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=1 if sys.stderr.isatty() else 30,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             ) as self._bar,
         ):
             yield
 
+    @property
+    def elapsed(self) -> float:
+        """The seconds since the log was opened."""
+        return time.perf_counter() - self._began
+
     @contextlib.contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Within the block no time passes for the speed of training."""
+    def timed(self, work: str) -> Iterator[None]:
+        """Within the block no time passes for the speed of training; it is that of other work, by its name."""
         began = time.perf_counter()
         yield
-        self._since += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._since += seconds
+        self._time_left.note(work, seconds)
 
     def add(self, step: int, measures: dict[str, Tensor], learning_rate: float) -> int:
         """Collect the measures of a step on the device, and look at them only when a row is due.
@@ -99,18 +110,32 @@ class Log:
         last = dict(zip(measures, values[-1].int().tolist(), strict=True))
         row["bad_steps"], row["bad_in_a_row"] = last["bad_steps"], last["bad_in_a_row"]
         now = time.perf_counter()
-        row["images_per_second"] = (step - self._since_step) * self.config.batch_size / (now - self._since)
+        steps, seconds = step - self._since_step, now - self._since
+        row["images_per_second"] = steps * self.config.batch_size / seconds
         row["learning_rate"] = learning_rate
         self._since, self._since_step = now, step
+        self._note_steps(steps, seconds)
         if step % self.config.log_every == 0:  # else a run that is made longer goes on with them
             self.pending = []
         self.write(step, row)
         self._bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['bits_per_dim']:.3f} bits/dim, {row['images_per_second']:.0f} images/s",
+            f"loss {row['loss']:.4f}, {row['bits_per_dim']:.3f} bits/dim, {row['images_per_second']:.0f} images/s, "
+            f"{tqdm.format_interval(self.seconds_left(step))} left",
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
         return last["bad_in_a_row"]
+
+    def _note_steps(self, steps: int, seconds: float) -> None:
+        """Take account of the time of steps; that of the first row, in which all is set up, counts until the second."""
+        self._rows += 1
+        if self._rows == 2:
+            del self._time_left.taken["step"]
+        self._time_left.note("step", seconds, steps)
+
+    def seconds_left(self, step: int) -> float:
+        """Estimate the seconds that the run takes from a step on, with evaluation, samples and checkpoints."""
+        return self._time_left.estimate(work_left(step, self.config))
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Append a row, and write its values as events."""

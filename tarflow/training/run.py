@@ -4,13 +4,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import datasets, evaluation, hardware, pictures
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
+from ..decoding import calibration
+from ..decoding.step import count_branches
 from ..files import remove_abandoned
+from ..flow import TokenFlow
 from ..hardware import pick_device, uses_bfloat16
 from ..image_flow import ImageFlow
 from ..noise import quantization
@@ -21,6 +26,7 @@ from .config import TrainConfig
 from .folder import check_same_data, lock_folder, refuse_taken
 from .interruptions import TrainingDiverged, name_memory_errors, stop_signals
 from .log import Log
+from .timetable import is_due
 from .trainer import Trainer, build
 
 __all__ = ["Run", "summarize", "train"]
@@ -28,6 +34,11 @@ __all__ = ["Run", "summarize", "train"]
 Diverged = TrainingDiverged  # its name in the last release
 
 EVALUATED_IMAGES = 1000
+
+CALIBRATED_BATCHES = 1, 6, 80
+"""Numbers of images that decoders are timed on: one, and those of the pictures of a run."""
+CALIBRATION_SECONDS, CALIBRATION_SHARE = 20.0, 0.01
+"""Time for that: so many seconds or, of a long training, this share of what it has taken."""
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
@@ -142,8 +153,9 @@ class Run:
         self.write_settings()
         print(f"run     {self.folder}, steps {trainer.step} to {settings.max_steps}", flush=True)
         with stop_signals() as is_stopped, self.log.open(trainer.step):
-            if trainer.step and trainer.step % settings.evaluate_every == 0 and not self.is_complete:
-                self.evaluate()
+            if trainer.step and is_due(trainer.step, settings.evaluate_every) and not self.is_complete:
+                with self.log.timed("evaluate"):
+                    self.evaluate()
             while not self.is_complete and not is_stopped():
                 measures = trainer.train_step(*self._next_batch(batches))
                 bad_in_a_row = self.log.add(trainer.step, measures, trainer.optimizer.param_groups[0]["lr"])
@@ -181,22 +193,26 @@ class Run:
         A step that was not finite is not worth a checkpoint, and training may be about to give up.
         """
         step, settings = self.trainer.step, self.settings
-        with self.log.clock_stopped():
-            if step % settings.evaluate_every == 0:
+        if is_due(step, settings.evaluate_every):
+            with self.log.timed("evaluate"):
                 self.evaluate()
-            if step % settings.sample_every == 0:
+        if is_due(step, settings.sample_every):
+            with self.log.timed("sample"):
                 self.sample()
-            if step % settings.checkpoint_every == 0 and not self.trainer.bad_in_a_row:
+        if step % settings.checkpoint_every == 0 and not self.trainer.bad_in_a_row:
+            with self.log.timed("save"):
                 self.save()
 
     def finish(self) -> None:
-        """Save first, since all else can be made again from that; then score and draw."""
+        """Save first, since all else can be made again from that; then score, draw and time."""
         self.save()
         self.evaluate()
         self.sample()
         self.gallery.save_trajectory(self.trainer.average, self.folder / "trajectory.png", "From latent to image")
         if self.settings.importance_samples and not self.settings.noise_sigma:
             self.score()
+        if self.settings.calibrate and len(self.trainer.average.decoders) > 1:
+            self.calibrate()
 
     def evaluate(self) -> None:
         """Log the bits/dim of test images with the noise of training, under the averaged weights."""
@@ -213,6 +229,7 @@ class Run:
         self.gallery.save_samples(self.trainer.average, path, f"Samples after {step:,} steps")
         self.log.write_picture(step, "samples", path)
         pictures.curves(self.log.path, self.folder / "curves.png", f"Training of {self.folder.name}")
+        tqdm.write(f"drew    {path} after {step:,} steps")
 
     def score(self) -> None:
         """Print the bounds on bits/dim of the test images that were looked at during training."""
@@ -227,6 +244,18 @@ class Run:
             f"{weighted} by {num_samples} importance-weighted ones; {self.test_source}",
             flush=True,
         )
+
+    def calibrate(self) -> None:
+        """Time the decoders, once each and in the precision in which they draw pictures, into ``calibration.json``."""
+        model, guidance = self.trainer.average, self.config.sample_guidance
+        largest = hardware.chunk_size(model.config.decoding_bytes(branches=2), model.device)
+        batches = {min(size, largest) for size in CALIBRATED_BATCHES}
+        flow = cast(TokenFlow, model.flow)
+        seconds = max(CALIBRATION_SECONDS, CALIBRATION_SHARE * self.log.elapsed)
+        timings = calibration.calibrate(flow, guidance, batches=batches, rounds=1, seconds=seconds)
+        calibration.save(self.folder, timings)
+        sizes = sorted({timing.rows // count_branches(guidance) for timing in timings})
+        tqdm.write(f"timed   the decoders on batches of {', '.join(map(str, sizes))} images")
 
     def _generator(self) -> torch.Generator:
         return torch.Generator(self.trainer.device).manual_seed(self.settings.seed)

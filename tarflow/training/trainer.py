@@ -1,7 +1,8 @@
-"""Maximum likelihood by AdamW: everything that one step does, its learning rate included.
+"""Maximum likelihood by AdamW, or by Muon and AdamW: everything that one step does, its learning rate included.
 
 The random numbers of a step are a function of (seed, step), as are the order of the data and the learning rate. So a
-checkpoint holds weights, their average and the moments of Adam, and a resumed run repeats an uninterrupted one.
+checkpoint holds weights, their average and the moments of the optimizers, and a resumed run repeats an uninterrupted
+one.
 """
 
 import copy
@@ -17,6 +18,7 @@ from ..hardware import uses_bfloat16
 from ..image_flow import ImageFlow
 from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
 from .config import TrainConfig, TrainingConfig
+from .muon import LayerMuon
 
 __all__ = ["MEASURES", "Trainer", "build", "derive_seed", "learning_rate"]
 
@@ -36,6 +38,8 @@ class Trainer:
     Attributes:
         config: the settings of the run.
         model: the model in training.
+        muon: the optimizer of the transformers' layers, if it is not AdamW.
+        optimizer: AdamW, of all other parameters.
         step: updates done, skipped ones included.
     """
 
@@ -48,12 +52,15 @@ class Trainer:
         self._initialize()
         self._average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self._prior_step: int | None = None
+        decay = config.training.weight_decay
+        self.muon = LayerMuon(self.model, decay) if config.training.optimizer == "muon" else None
+        moved = set(self.muon.weights) if self.muon else set()
         # Only the fused implementation can skip an update on the device, without the host looking at the loss.
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter not in moved],
             lr=0.0,
             betas=(0.9, config.training.beta2),
-            weight_decay=config.training.weight_decay,
+            weight_decay=decay,
             fused=True,
         )
         self.generator = torch.Generator(device)
@@ -86,17 +93,19 @@ class Trainer:
         torch.manual_seed(seed)  # for dropout, which takes no generator
         x, given, eps = self.prepare(pixels, labels)
         self.step += 1
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
+        self._set_learning_rate(learning_rate(self.step, config))
         low = uses_bfloat16(config.precision, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             loss, z, log_prob = self._run_loss(x, given, eps)
         (loss * self.model.config.num_dims if config.loss_per == "image" else loss).backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         bad = ~(loss.isfinite() & gradient_norm.isfinite())
-        optimizer: Any = self.optimizer
-        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        adamw: Any = self.optimizer
+        adamw.grad_scale, adamw.found_inf = None, bad.float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.muon:
+            self.muon.step_unless(bad)
+        self.model.zero_grad(set_to_none=True)
         self.model.update_prior(z.detach(), 0.1 * ~bad)
         self._update_average()
         self.bad_steps += bad
@@ -142,7 +151,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
-        }
+        } | ({"muon": self.muon.state_dict()["state"]} if self.muon else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state. The settings of the optimizer stay those of the configuration.
@@ -153,24 +162,31 @@ class Trainer:
         """
         try:
             given, begun = state["optimizer"]["state"].keys(), state["step"] != 0
-            rate = float(state["optimizer"]["param_groups"][0]["lr"])
+            rate = float(state["optimizer"]["param_groups"][0]["lr"])  # which all optimizers share
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError("state: expected a step, and an optimizer with its state, among other parts") from error
         expected, count = self.state_dict(), torch.zeros(())
         # A parameter that has had no gradient yet has no moments.
         expected["optimizer"]["state"] = {
             i: {"step": count, "exp_avg": parameter.data, "exp_avg_sq": parameter.data}
-            for i, parameter in enumerate(self.model.parameters())
+            for i, parameter in enumerate(self.optimizer.param_groups[0]["params"])
             if i in given or (begun and not given)
         }
         _check_like(state, expected, "state")
         self.model.load_state_dict(state["model"])
         self._average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-        self.optimizer.param_groups[0]["lr"] = rate
+        if self.muon:
+            self.muon.load_state_dict(self.muon.state_dict() | {"state": state["muon"]})
+        self._set_learning_rate(rate)
         self.step = state["step"]
         self.bad_steps.copy_(state["bad_steps"])
         self.bad_in_a_row.copy_(state["bad_in_a_row"])
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for optimizer in (self.optimizer, self.muon):
+            if optimizer:
+                optimizer.param_groups[0]["lr"] = rate
 
     def _initialize(self) -> None:
         """Set the scales of the layers that take them from data, if there are such layers."""

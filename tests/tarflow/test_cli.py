@@ -76,13 +76,28 @@ def is_picture(path):
 def test_a_run_leaves_its_folder(run):
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     pictures = {"samples.png", "trajectory.png", "curves.png"}
-    assert names == {"config.json", "model.safetensors", "metrics.jsonl", "checkpoints", ".lock", *pictures}
+    weights = {"config.json", "model.safetensors", "calibration.json"}
+    assert names == {*weights, "metrics.jsonl", "checkpoints", ".lock", *pictures}
     assert all(is_picture(run / name) for name in pictures)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000006.pt", "step-00000008.pt"]
     model = TarFlow.from_pretrained(run)
     assert model.config == TarFlowConfig(28, 1, 7, 64, 2, 1, num_classes=10)
     average = torch.load(run / "checkpoints" / "step-00000008.pt")["average"]
     assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_times_the_decoders_of_its_weights_unless_told_otherwise(run, flowpp, tmp_path, capsys):
+    stored = calibration.load(run)
+    assert {timing.rows for timing in stored} == {2, 12, 160}, "its samples are guided"
+    assert {timing.block for timing in stored} == {0, 1}
+    assert TarFlow.from_pretrained(run).calibration == stored
+    capsys.readouterr()
+    for flag, is_timed in (("--calibrate", True), ("--no-calibrate", False)):
+        out = train(tmp_path / flag, flag, steps=1)
+        assert (out / calibration.FILE).exists() == is_timed
+        *_, next_commands = capsys.readouterr().out.splitlines()
+        assert (f"tarflow calibrate {out};" in next_commands) != is_timed
+    assert not (flowpp / calibration.FILE).exists(), "there is but one decoder"
 
 
 def test_a_flowpp_is_trained_sampled_and_scored(flowpp, tmp_path, capsys):
@@ -111,12 +126,12 @@ def test_a_run_for_likelihoods_ends_with_its_score(tmp_path, capsys):
 def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {key: [row["step"] for row in rows if key in row] for key in ("loss", "eval_bits_per_dim")}
-    assert logged == {"loss": [*range(1, 9)], "eval_bits_per_dim": [4, 8]}
+    assert logged == {"loss": [*range(1, 9)], "eval_bits_per_dim": [1, 4, 8]}
     assert rows[-1]["eval_bits_per_dim"] < 8.5
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows if "loss" in row]
-    assert [event.step for event in events.Images("samples")] == [4, 8]
+    assert [event.step for event in events.Images("samples")] == [1, 4, 8]
 
 
 @pytest.mark.parametrize(

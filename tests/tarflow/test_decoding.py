@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import json
+import random
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import draw, randomize, tarflow
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, TOLERANCE, calibration
-from tarflow.decoding.decoder import Timing, choose, device_and_precision
+from tarflow.decoding import sequential as sequential_decoder
+from tarflow.decoding.decoder import LARGEST_LOSS, PASS_COSTS, Allowance, Timing, choose, device_and_precision
 from tarflow.decoding.jacobi import JacobiIteration
 from tarflow.decoding.sequential import count_chains
 from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights
@@ -540,6 +542,158 @@ def test_timings_hold_for_the_precision_of_the_weights_or_of_autocast(dtype):
         assert {done.decoder.name for done in reports} == {"jacobi" if low == torch.bfloat16 else "sequential"}
 
 
+# Without a calibration ------------------------------------------------------------------------------------------------
+
+
+class Windows:
+    """An allowance that is told the windows of a block."""
+
+    def __init__(self, *windows):
+        self.windows, self.settled = [*windows, 0], []
+
+    def window(self, remaining, before=0):
+        return min(self.windows.pop(0), remaining)
+
+    def settle(self, window, tokens):
+        self.settled.append((window, tokens))
+
+
+@pytest.mark.parametrize("windows", [(), (5,), (2, 4, 4), (TOKENS,) * TOKENS], ids=str)
+@pytest.mark.parametrize(("options", "guidance"), MODELS)
+def test_what_parallel_passes_leave_is_decoded_one_by_one(options, guidance, windows):
+    flow = token_flow(**options)
+    z, labels = mixed_batch(flow)
+    for block in flow.blocks:
+        allowance = Windows(*windows)
+        tokens, passes = block.inverse(z, labels, guidance, Decoder("auto", tolerance=0.0), None, allowance)
+        expected, steps = block.inverse(z, labels, guidance, Decoder("sequential"))
+        assert_close(tokens, expected, atol=1e-10, rtol=1e-10)
+        brought = [tokens for _, tokens in allowance.settled]
+        assert passes == len(brought) + steps - sum(brought) <= steps
+        assert all(least >= 1 for least in brought)
+
+
+def cost_of(windows, cost):
+    return sum(cost.of(window) for window in windows)
+
+
+@pytest.mark.parametrize("cost", [cost for costs in PASS_COSTS.values() for cost in costs], ids=str)
+@pytest.mark.parametrize("luck", [0.0, 0.5, 0.9, 0.99, 1.0])
+def test_passes_never_lose_more_than_a_twentieth_whatever_they_bring(cost, luck):
+    """A pass brings one token or all of its window, by chance; in some blocks never more than one."""
+    chance = random.Random(0)
+    for num_blocks, steps in ((1, 10), (2, 255), (4, 195), (8, 1023)):
+        allowance, spent = Allowance(cost, num_blocks, steps), 0.0
+        for _ in range(num_blocks):
+            remaining, window = steps, 0
+            lucky = chance.random() < luck
+            while window := allowance.window(remaining, window):
+                brought = window if lucky and chance.random() < luck else 1
+                allowance.settle(window, brought)
+                remaining, spent = remaining - brought, spent + cost.of(window)
+            spent += remaining
+        assert spent <= (1 + LARGEST_LOSS) * num_blocks * steps + 1e-6
+
+
+class Costs:
+    """The time of blocks that ``auto`` decodes, by the table of costs, in steps of the sequential decoder."""
+
+    def __init__(self, monkeypatch, cost):
+        self.total = 0.0
+        advance, go_on = JacobiIteration.advance, sequential_decoder.resume
+
+        def counted(iteration):
+            self.total += cost.of(iteration.window)
+            advance(iteration)
+
+        def resumed(transformer, step, x, z, labels, guidance, position, memory=None):
+            self.total += z.shape[1] - 1 - position
+            go_on(transformer, step, x, z, labels, guidance, position, memory)
+
+        monkeypatch.setattr(JacobiIteration, "advance", counted)
+        monkeypatch.setattr("tarflow.decoding.jacobi.resume", resumed)
+
+
+@pytest.mark.parametrize(("batch", "guidance"), [(1, None), (1, Guidance(2.0)), (2, None)], ids=str)
+def test_few_samples_of_a_trained_model_are_decoded_in_two_thirds_of_the_time(monkeypatch, batch, guidance):
+    """By the table of costs, which is cautious, and with no gain in the block that is generated first."""
+    flow, reports = trained().flow, []
+    rows = batch * (1 if guidance is None else 2)
+    z, labels = flow.sample_prior(batch, torch.Generator().manual_seed(0)), torch.tensor([2, 5])[:batch]
+    expected, steps = decode(flow, z, labels, guidance, "sequential")
+    costs = Costs(monkeypatch, next(cost for cost in PASS_COSTS["cpu", "float32"] if cost.rows >= rows))
+    tokens = flow.inverse(z, labels, guidance, "auto", reports.append)
+    assert [report.decoder.name for report in reports] == ["sequential", "auto", "auto", "auto"]
+    assert steps[0] + costs.total < sum(steps) * 2 / 3
+    distance = (tokens - expected).abs()
+    assert 0 < distance.max() <= DISTANCE * TOLERANCE
+    assert distance.square().mean().sqrt() <= TOLERANCE
+    passes = [report.passes for report in reports]
+    again, passes_again = decode(flow, z, labels, guidance, "auto")
+    assert torch.equal(again, tokens)
+    assert passes_again == passes
+
+
+def chaotic_flow_of(num_tokens, num_blocks):
+    """Blocks in which a token depends on those before so strongly that no guess is good, and none runs away."""
+    flow = randomize(TokenFlow(num_tokens, 2, 16, num_blocks, 1, head_dim=8)).requires_grad_(False)
+    for block in flow.blocks:
+        transformer = block.transformer
+        transformer.proj_out.weight[2:] *= 30  # mu
+        transformer.proj_out.weight[:2] = 0  # alpha
+        transformer.proj_out.bias[:2] = 0
+        for first in (transformer.proj_in.weight, transformer.proj_in.bias, transformer.pos_embed):
+            first *= 1e-3  # so that tokens reach mu through norms alone
+    return flow
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_where_no_guess_is_any_good_a_twentieth_is_lost_at_most(monkeypatch, batch):
+    flow, reports = chaotic_flow_of(150, num_blocks=4), []
+    z = flow.sample_prior(batch, torch.Generator().manual_seed(0))
+    expected, steps = decode(flow, z, None, None, "sequential")
+    costs = Costs(monkeypatch, next(cost for cost in PASS_COSTS["cpu", "float32"] if cost.rows >= batch))
+    tokens = flow.inverse(z, None, None, "auto", reports.append)
+    one_by_one = sum(report.steps for report in reports if report.decoder.name == "sequential")
+    assert sum(steps) < one_by_one + costs.total <= (1 + LARGEST_LOSS) * sum(steps)
+    assert (tokens - expected).abs().max() <= DISTANCE * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("batch", "guidance", "dtype", "options"),
+    [
+        (5, None, torch.float32, {}),
+        (3, Guidance(1.0), torch.float32, {}),
+        (0, None, torch.float32, {}),
+        (1, None, torch.float64, {}),
+        (1, None, torch.bfloat16, {}),
+        (1, None, torch.float32, MIXTURE),
+    ],
+    ids=str,
+)
+def test_more_rows_than_passes_pay_for_and_what_was_not_measured_are_decoded_one_by_one(
+    batch, guidance, dtype, options
+):
+    flow, reports = TokenFlow(150, 2, 16, 2, 1, head_dim=8, num_classes=CLASSES, **options).to(dtype), []
+    z, labels = flow.sample_prior(batch).float(), torch.zeros(batch, dtype=torch.int64)
+    tokens = flow.inverse(z, labels, guidance, "auto", reports.append)
+    assert {report.decoder for report in reports} == {Decoder("sequential")}
+    assert torch.equal(tokens, flow.inverse(z, labels, guidance, "sequential"))
+
+
+def test_a_calibration_goes_before_the_rule_and_the_rule_before_nothing():
+    cost, here = PASS_COSTS["cpu", "float32"][0], torch.zeros(1)
+    allowance, spent = Allowance(cost, 4, 149), Allowance(cost, 1, 12)
+    place = dict(zip(("device", "dtype"), device_and_precision(here), strict=True))
+    timings = [timing(1, 0, "sequential", 1.0, **place), timing(1, 0, "jacobi", 2.0, **place)]
+    auto = Decoder("auto", tolerance=1e-3)
+    assert choose(timings, auto, 0, 1, here, allowance) == Decoder("sequential")
+    assert choose(timings, auto, 0, 2, here, allowance) is auto
+    assert choose(timings, auto, 1, 1, here, allowance) is auto
+    assert choose(timings, auto, 1, 1, here, None) == Decoder("sequential")
+    assert choose(timings, auto, 1, 1, here, spent) == Decoder("sequential"), "too little for a single pass"
+
+
 def test_auto_decodes_block_by_block_as_calibrated_and_within_the_tolerance():
     flow = token_flow()
     z, labels = latents_and_labels(flow)
@@ -579,6 +733,23 @@ def test_what_is_hopeless_on_a_small_batch_is_not_tried_on_a_larger_one(monkeypa
     timings = calibration.calibrate(flow, batches=(1, 5))
     tried = {rows: {t.block for t in timings if t.decoder == "jacobi" and t.rows == rows} for rows in (1, 5)}
     assert tried == {1: {0, 1}, 5: {0}}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.0, {1}), (39.0, {1}), (40.0, {1, 4}), (119.0, {1, 4}), (120.0, {1, 4, 10})]
+)
+def test_batches_are_left_out_that_would_take_longer_than_is_left(monkeypatch, seconds, expected):
+    """A clock by which an image takes 8 seconds: one for each of two decoders, blocks and rounds."""
+    now = [0.0]
+
+    def timed(block, tokens, labels, guidance, decoder):
+        now[0] += len(tokens)
+        return tokens, 1, 1.0
+
+    monkeypatch.setattr(calibration, "time_block", timed)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    timings = calibration.calibrate(token_flow(), batches=(10, 1, 4), rounds=2, seconds=seconds)
+    assert {timing.rows for timing in timings} == expected
 
 
 def test_a_calibration_that_is_none_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from tarflow.training import checkpoints
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
 from tarflow.training.folder import read_run
 from tarflow.training.interruptions import TrainingDiverged, stop_signals
+from tarflow.training.log import Log
 from tarflow.training.presets import PRESETS
 from tarflow.training.run import Run, train
 from tarflow.training.trainer import Trainer
@@ -116,7 +118,7 @@ def assert_same_run(resumed, whole):
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """What there is to train, as settings: two precisions, and a folder of pictures streamed from the disk."""
+    """Settings of what there is to train: two precisions, another optimizer, a folder of pictures, another model."""
     folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(60):
         path = folder / f"class-{number % 2}" / f"{number}.png"
@@ -125,6 +127,7 @@ def kinds(tmp_path_factory):
     return {
         "float32": {"precision": "float32"},
         "bfloat16": {"precision": "bfloat16"},
+        "muon": {"optimizer": "muon", "precision": "float32"},
         "folder": {"dataset": "folder", "data_dir": folder, "image_size": 14},
         "Flow++": {
             "model": "flowpp",
@@ -141,6 +144,7 @@ def kinds(tmp_path_factory):
     [
         ("float32", 5),
         ("bfloat16", 5),
+        ("muon", 5),
         ("folder", 5),
         ("Flow++", 5),
         pytest.param("float32", 1000, id="before its first checkpoint"),
@@ -266,6 +270,71 @@ def test_a_run_that_is_killed_logs_what_it_would_have_logged(tmp_path, uneven, o
     assert metrics(out) == metrics(uneven)
     assert_same_run(out, uneven)
     assert half_written(out) == []
+
+
+def test_a_run_that_is_stopped_at_its_early_evaluation_logs_it_once(tmp_path):
+    """It is repeated by the run that goes on."""
+    settings = TINY | {"max_steps": 6, "checkpoint_every": 2, "evaluate_every": 8, "sample_every": 1000}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(config_of(**settings), whole)
+    train(config_of(**settings | {"max_steps": 2}), out)
+    assert main(["train", f"--resume={out}", "--max-steps=6"]) == 0
+    assert [row["step"] for row in metrics(whole) if "eval_bits_per_dim" in row] == [2, 6]
+    assert metrics(out) == metrics(whole)
+
+
+def test_pictures_come_early_and_then_as_often_as_told(tmp_path, monkeypatch, capsys):
+    drawn, settings = [], TINY | {"max_steps": 20, "sample_every": 8}
+    monkeypatch.setattr(Gallery, "save_samples", lambda gallery, model, path, title: drawn.append(title) or save(path))
+    save = Image.new("RGB", (2, 2)).save
+    train(config_of(**settings), tmp_path / "run")
+    assert drawn == [f"Samples after {step} steps" for step in (2, 8, 16, 20)]
+    path = tmp_path / "run" / "samples.png"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("drew")]
+    assert lines == [f"drew    {path} after {step} steps" for step in (2, 8, 16, 20)]
+
+
+def test_the_time_left_is_what_the_run_then_takes(tmp_path, monkeypatch):
+    """A clock that only work moves: the first row takes long, and the estimate is right once all work was seen."""
+    now, left, finished = [0.0], {}, []
+
+    def takes(seconds, of):
+        def work(*args, **options):
+            now[0] += seconds(args[0]) if callable(seconds) else seconds
+            return of(*args, **options)
+
+        return work
+
+    monkeypatch.setattr("tarflow.training.log.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    train_step = takes(lambda trainer: 2.0 if trainer.step else 50.0, Trainer.train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    for name, seconds in (("evaluate", 7.0), ("sample", 11.0), ("save", 3.0)):
+        monkeypatch.setattr(Run, name, takes(seconds, lambda *args: None))
+    monkeypatch.setattr(Gallery, "save_trajectory", lambda *args: finished.append(now[0]))
+    add = Log.add
+
+    def note(log, step, *args):
+        result = add(log, step, *args)
+        left[step] = log.seconds_left(step), now[0]
+        return result
+
+    monkeypatch.setattr(Log, "add", note)
+    often = {"evaluate_every": 8, "sample_every": 12, "checkpoint_every": 5}
+    train(config_of(**TINY | often | {"max_steps": 30}), tmp_path / "run")
+    assert left[1] == (50.0 * 29, 50.0)
+    assert left[2][0] == 2.0 * 28
+    for step in range(6, 31):  # at which an evaluation, a picture and a checkpoint have been made
+        estimate, at = left[step]
+        assert estimate == pytest.approx(finished[0] - at), step
+
+
+@pytest.mark.parametrize(("hours", "seconds"), [(0.1, 20.0), (10, 360.0)])
+def test_decoders_are_timed_for_seconds_or_for_a_hundredth_of_a_long_training(tmp_path, monkeypatch, hours, seconds):
+    given = {}
+    monkeypatch.setattr(Log, "elapsed", hours * 3600)
+    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, **options: given.update(options) or [])
+    train(config_of(**TINY | {"max_steps": 1}), tmp_path / "run")
+    assert given == {"batches": {1, 6, 80}, "rounds": 1, "seconds": seconds}
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, uneven):
@@ -508,6 +577,7 @@ REFUSED = {
     "out holds a run": (None, ["--out={run}", "--max-steps=1"], r"out: .*/run already holds a run; .* or --resume it"),
     "another width": (None, ["--resume={run}", "--channels=128"], "channels: .* expected 64 as in .*/run, got 128"),
     "another seed": (None, ["--resume={run}", "--seed=1"], "seed: .* expected 0 .* got 1"),
+    "another optimizer": (None, ["--resume={run}", "--optimizer=muon"], "optimizer: .* expected 'adamw' .* got 'muon'"),
     "truncated": (truncate, ["--resume={run}"], rf"{CORRUPT}; delete it to go on from step-00000004\.pt"),
     "damaged": (damage, ["--resume={run}"], CORRUPT),
     "empty and the only one": (empty_the_last, ["--resume={run}"], f"{CORRUPT}; there is none before it"),
@@ -605,6 +675,11 @@ def test_guidance_that_can_have_no_effect_is_refused(settings, message):
     data, model, guidance = settings
     with pytest.raises(ValueError, match=message):
         TrainConfig(data, model, TrainingConfig(noise="uniform", guidance=guidance))
+
+
+def test_muon_is_refused_where_there_are_no_transformers():
+    with pytest.raises(ValueError, match="optimizer: expected adamw for flowpp"):
+        TrainConfig(DataConfig(conditional=False), FlowPPConfig(), TrainingConfig(noise="uniform", optimizer="muon"))
 
 
 GUIDED = {

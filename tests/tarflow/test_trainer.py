@@ -14,6 +14,7 @@ from tarflow.datasets import ImageDataset
 from tarflow.hardware import uses_bfloat16
 from tarflow.noise import add_gaussian_noise, bits_per_dim
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
+from tarflow.training.muon import LayerMuon
 from tarflow.training.presets import PRESETS
 from tarflow.training.trainer import MEASURES, Trainer, derive_seed
 
@@ -69,6 +70,8 @@ def fashion():
         {"model": VOLUME_PRESERVING},
         {"conditional": False},
         {"precision": "bfloat16"},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "precision": "bfloat16", "noise": "variational"},
         FLOWPP,
         FLOWPP | {"model": FlowPPConfig(coupling="affine", **SMALL), "noise": "uniform", "precision": "bfloat16"},
     ],
@@ -94,6 +97,7 @@ def test_training_on_real_images_lowers_the_bits(fashion, settings):
         {"model": VOLUME_PRESERVING},
         {"conditional": False},
         {"flip": True},
+        {"optimizer": "muon"},
         FLOWPP | {"model": FlowPPConfig(dropout=0.3, **SMALL)},
     ],
     ids=str,
@@ -108,8 +112,7 @@ def test_a_trainer_goes_on_from_its_state(settings):
     resumed.load_state_dict(state)
     measures = [[trainer.train_step(*batch) for batch in batches] for trainer in (whole, resumed)]
     assert_close(measures[1], measures[0], **EXACTLY)
-    for part in ("model", "average", "optimizer"):
-        assert_close(getattr(resumed, part).state_dict(), getattr(whole, part).state_dict(), **EXACTLY)
+    assert_close(resumed.state_dict(), whole.state_dict(), **EXACTLY)
 
 
 def test_dropout_is_in_what_is_trained_and_not_in_the_average():
@@ -192,14 +195,27 @@ BAD_STATES = {
     "counter missing": (set_in("bad_in_a_row", to=None), "state: expected a part bad_in_a_row"),
 }
 
+MOMENTUM = ("muon", 0, "momentum_buffer")
+BAD_STATES_OF_MUON = {
+    "no momenta": (set_in("muon", to=None), "state: expected a part muon"),
+    "momentum missing": (set_in(*MOMENTUM, to=None), "state.muon.0: expected a part momentum_buffer"),
+    "momentum of another shape": (set_in(*MOMENTUM, to=torch.zeros(3, 3)), r"momentum_buffer: .* got .* \[3, 3\]"),
+    "infinite momentum": (set_in(*MOMENTUM, to=lambda t: t + math.inf), "momentum_buffer: expected finite numbers"),
+}
+EVERY_BAD_STATE = [
+    pytest.param(optimizer, *case, id=f"{optimizer}: {name}")
+    for optimizer, cases in (("adamw", BAD_STATES), ("muon", BAD_STATES | BAD_STATES_OF_MUON))
+    for name, case in cases.items()
+]
 
-@pytest.mark.parametrize(("harm", "message"), BAD_STATES.values(), ids=BAD_STATES)
-def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_loaded(harm, message):
-    source, batches = build()
+
+@pytest.mark.parametrize(("optimizer", "harm", "message"), EVERY_BAD_STATE)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_loaded(optimizer, harm, message):
+    source, batches = build(optimizer=optimizer)
     source.train_step(*batches[0])
     state = copy.deepcopy(source.state_dict())
     harm(state)
-    trainer, _ = build()
+    trainer, _ = build(optimizer=optimizer)
     trainer.train_step(*batches[1])
     before = copy.deepcopy(trainer.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -394,6 +410,46 @@ def test_published_flowpp_trains_in_float32_on_images_as_they_are():
         assert (config.training.precision, config.data.flip) == ("float32", False)
 
 
+# The matrices in the layers of TARFLOW, and how many maps are stored in each.
+LAYER_MATRICES = {"qkv": 3, "proj": 1, "mlp.0": 1, "mlp.2": 1}
+
+
+def layer_matrix(name):
+    return next((n for n in LAYER_MATRICES if name.endswith(f"layers.0.{n}.weight")), None)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "variational"])
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_all_else(noise):
+    trainer, _ = build(optimizer="muon", noise=noise)
+    by_muon, by_adamw = (
+        {id(parameter) for parameter in parameters}
+        for parameters in (trainer.muon.weights, trainer.optimizer.param_groups[0]["params"])
+    )
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    assert by_muon | by_adamw == names.keys()
+    assert by_muon & by_adamw == set()
+    assert {names[one] for one in by_muon} == {name for name in names.values() if layer_matrix(name)}
+
+
+def test_muon_moves_each_map_by_an_orthogonal_matrix_of_the_size_of_a_step_of_adam():
+    rate = 0.01
+    constant = {"learning_rate": rate, "min_learning_rate": rate, "warmup_steps": 0, "weight_decay": 0}
+    trainer, batches = build(optimizer="muon", **constant)
+    trainer.train_step(*batches[0])  # before it the layers have no gradient, since they project to nothing
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train_step(*batches[1])
+    checked = 0
+    for name, weight in trainer.model.named_parameters():
+        if matrix := layer_matrix(name):
+            for change in (weight.detach() - before[name]).double().chunk(LAYER_MATRICES[matrix]):
+                sizes = torch.linalg.svdvals(change / (0.2 * rate * max(change.shape) ** 0.5))
+                assert sizes.max() == pytest.approx(1, abs=0.3), name
+                # Of the gradient's own, 6 % at most are above half of the largest.
+                assert (sizes > 0.5).double().mean() > 0.4, name
+                checked += 1
+    assert checked == 2 * sum(LAYER_MATRICES.values())
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.999])
 def test_the_average_is_its_formula(decay):
     trainer, batches = build(ema_decay=decay, learning_rate=0.01, warmup_steps=0)
@@ -513,10 +569,11 @@ SPOILED = {
 }
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("model", [TARFLOW, VOLUME_PRESERVING], ids=["affine", "volume-preserving"])
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, model):
-    trainer, batches = build(model=model, warmup_steps=0)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, model, optimizer):
+    trainer, batches = build(model=model, warmup_steps=0, optimizer=optimizer, weight_decay=0.1)
     for batch in batches:
         trainer.train_step(*batch)
     before = copy.deepcopy(trainer.state_dict())
@@ -527,6 +584,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, model):
     assert [(row["bad_steps"].item(), row["bad_in_a_row"].item()) for row in counts] == [(1, 1), (2, 2)]
     assert_close(after["model"], before["model"], **EXACTLY)
     assert_close(after["optimizer"]["state"], before["optimizer"]["state"], **EXACTLY)
+    assert_close(after.get("muon", {}), before.get("muon", {}), **EXACTLY)
     for decay in (4 / 13, 5 / 14):  # the average goes on towards weights that stay
         for name, mean in before["average"].items():
             before["average"][name] = decay * mean + (1 - decay) * before["model"][name]
@@ -537,6 +595,31 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil, model):
     for name, weight in trainer.model.named_parameters():
         assert weight.isfinite().all(), name
         assert not torch.equal(weight, before["model"][name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_first_step_that_is_not_finite_is_as_if_it_had_not_been(optimizer):
+    trainer, batches = build(optimizer=optimizer)
+    before = copy.deepcopy(trainer.model.state_dict())
+    handle = SPOILED["input"](trainer.model)
+    trainer.train_step(*batches[0])
+    handle.remove()
+    assert_close(trainer.model.state_dict(), before, **EXACTLY)
+    undisturbed, _ = build(optimizer=optimizer)
+    undisturbed.step = 1
+    for one in (trainer, undisturbed):
+        one.train_step(*batches[1])
+    assert_close(trainer.model.state_dict(), undisturbed.model.state_dict(), **EXACTLY)
+
+
+def test_a_step_of_muon_never_waits_for_the_device():
+    """Tensors without values have nothing to read; what decides about a step is on the device."""
+    with torch.device("meta"):
+        model = TarFlow(TARFLOW)
+        muon, bad = LayerMuon(model, 0.1), torch.zeros((), dtype=torch.bool)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    muon.step_unless(bad)
 
 
 SHAPES = {
