@@ -141,12 +141,11 @@ def distance_range(
 
 
 def _kept_scores(samples: Tensor, real: Tensor, extractor: Extractor, generator: Generator) -> dict[str, float]:
-    """Return the scores that need single features, of equally many samples and real images."""
+    """Return the scores that need single features; precision and recall are of equally many samples and real images."""
     num = min(len(samples), len(real))
-    samples, real = samples[:num], real[:num]
     size = min(SUBSET_SIZE, num // 2)
     mean, deviation = kernel_distance(samples, real, SUBSETS, size, generator)
-    precision, recall = precision_recall(real, samples)
+    precision, recall = precision_recall(real[:num], samples[:num])
     name = f"{extractor.kernel_name}, {SUBSETS} subsets of {size:,}"
     return {
         f"{name}: mean": mean,
