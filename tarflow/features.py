@@ -36,7 +36,11 @@ CLASSIFIER = Path(__file__).parent / "data" / "fashion_mnist_classifier.safetens
 INCEPTION_SOURCE = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+"""The address at which the weights of Inception are published."""
+
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of that file."""
+
 _WHENCE = f"the Inception weights of torch-fidelity, {INCEPTION_SOURCE}"
 
 

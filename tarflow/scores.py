@@ -13,17 +13,17 @@ __all__ = ["FeatureSums", "frechet_distance", "kernel_distance", "precision_reca
 
 
 class FeatureSums(NamedTuple):
-    """Sums over a set of features f: their number, ``sum f`` and ``sum f f^T``, float64.
+    """Sums over a set of features f, float64, of which a Frechet distance is made.
 
     Those of a set that is spread over batches, files or processes are the sums of those of its parts.
     """
 
     num: Tensor
-    """``()``"""
+    """The number n of features, ``()``."""
     total: Tensor
-    """``(D,)``"""
+    """``sum f``, ``(D,)``."""
     outer: Tensor
-    """``(D, D)``"""
+    """``sum f f^T``, ``(D, D)``."""
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
