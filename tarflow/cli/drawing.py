@@ -34,7 +34,7 @@ class Drawing:
     sigma: float | None = None
     """standard deviation of the noise to remove; by default that of training, 0 leaves it"""
     decoder: DecoderName = "auto"
-    """auto is the faster of the two for each block, where `tarflow calibrate` has timed them"""
+    """auto is the faster of the two for each block, as timed at the end of training or by `tarflow calibrate`"""
     window: int | None = None
     """tokens of an image that the jacobi decoder updates at once; by default all of them"""
     tolerance: float | None = None

@@ -523,7 +523,7 @@ def make_row(name):
 
 device.describe = lambda device: {MACHINE}
 stages.cases = lambda device: {{"case": None}}
-stages.all_rows = lambda device: [make_row(f"row {{i}}") for i in range(40)]
+stages.all_rows = lambda device: [make_row(f"row {{i}}") for i in range(12)]
 gpu.TASKS = sys.argv.pop(1)
 sys.exit(gpu.main())
 """
@@ -534,7 +534,7 @@ if job["task"] == "smoke":
     tell(found="out", error=0.1, allowed=0.2)
 for name in job.get("pasts", ()):
     tell(row=name)
-    time.sleep(0.05)
+    time.sleep(0.3)  # longer than it takes on a busy machine to write what is told
     open(os.path.dirname(sys.argv[0]) + "/measured", "a").write(name + "\\n")
     tell(record={timed("ROW")} | {{"name": name}})
 """
@@ -552,7 +552,7 @@ def command(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows_before", [0, 17])
+@pytest.mark.parametrize("rows_before", [0, 5])
 def test_a_run_killed_at_any_moment_goes_on_and_measures_one_row_twice_at_most(command, tmp_path, rows_before):
     measured = tmp_path / "measured"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -562,15 +562,15 @@ def test_a_run_killed_at_any_moment_goes_on_and_measures_one_row_twice_at_most(c
     process.wait()
     _wait_until_quiet(measured)
     interrupted = measured.read_text().splitlines()
-    assert len(interrupted) < 40, "the process that measures has not outlived the one that started it"
+    assert len(interrupted) < 12, "the process that measures has not outlived the one that started it"
     done = subprocess.run([*command, "--continue"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (tmp_path / "out").glob("*.json")
     results = json.loads(path.read_text())
-    assert len(results["rows"]) == 40
+    assert len(results["rows"]) == 12
     assert results["stages"] == {"smoke": True, "rows": True}
     assert "== smoke: done before" in done.stdout
-    assert len(measured.read_text().splitlines()) <= 41
+    assert len(measured.read_text().splitlines()) <= 13
 
 
 def _wait_until_quiet(path):
