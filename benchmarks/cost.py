@@ -237,7 +237,7 @@ Shares = tuple[float, float]
 
 
 def in_halves(config: TarFlowConfig, batch: int, branches: int) -> bool:
-    """Tell whether a batch is decoded as two halves: where a mean step reads twice as much cache as weights, at least."""
+    """Tell whether a batch is decoded as two halves: where a mean step reads twice as much cache as weights."""
     return count_chains(torch.device("cuda"), batch, branches * batch, config.num_tokens, config.channels) == 2
 
 
