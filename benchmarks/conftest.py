@@ -16,6 +16,8 @@ import records
 import rows
 from row import Row
 
+# It needs Triton, and has nothing to be collected.
+collect_ignore = ["rehearsal.py"]
 DEVICE = devices.pick()
 MEASURED = pytest.StashKey[dict[str, records.Measurement]]()
 BEGAN = pytest.StashKey[float]()

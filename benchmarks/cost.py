@@ -44,6 +44,7 @@ import models
 import records
 from records import Record
 from tarflow import Decoder, TarFlowConfig
+from tarflow.decoding.sequential import count_chains
 from tarflow.files import atomic_write
 
 CHECK = Path(__file__).parent / "predictions" / "decoding-cpu-check.json"
@@ -236,11 +237,8 @@ Shares = tuple[float, float]
 
 
 def in_halves(config: TarFlowConfig, batch: int, branches: int) -> bool:
-    """Tell whether a batch is decoded as two halves: where a mean step reads twice as much cache as weights, at least.
-
-    That is ``R N C >= 2 * 12 C^2``, and a sample has to be left for each half.
-    """
-    return batch > 1 and branches * batch * config.num_tokens >= 24 * config.channels
+    """Tell whether a batch is decoded as two halves: where a mean step reads twice as much cache as weights."""
+    return count_chains(torch.device("cuda"), batch, branches * batch, config.num_tokens, config.channels) == 2
 
 
 def step_seconds(config: TarFlowConfig, batch: int, branches: int, device: Device, size: int = BFLOAT16) -> float:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+LOST = "the GPU is lost to this process"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 # What takes so many times longer than it was given is content with fewer rounds.
 _OVERTIME = 10
@@ -25,6 +27,20 @@ _FLUSHED_BYTES = 2**30
 def pick() -> torch.device:
     """Pick the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_alive(failure: Exception) -> None:
+    """End this process where an error has cost it its GPU: nothing works any more, and the next would be blamed.
+
+    Raises:
+        SystemExit: the GPU takes no more work.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        sys.exit(f"{LOST}: {type(failure).__name__}: {failure}")
 
 
 # Timing ---------------------------------------------------------------------------------------------------------------

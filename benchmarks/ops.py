@@ -6,7 +6,7 @@ shapes; a CPU float32, small batches and the shapes that take seconds.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -69,17 +69,32 @@ COUPLINGS = (
 
 
 def op_rows(device: torch.device) -> list[Row]:
-    """List the rows of the ops alone."""
-    on_gpu = device.type == "cuda"
-    shapes = PUBLISHED if on_gpu else PUBLISHED[:2]
+    """List the rows of the ops alone, on a device."""
+    if device.type == "cuda":
+        return rows_of(PUBLISHED, COUPLINGS, Amounts(32768, 32, 64 * 2**20, 64), torch.bfloat16)
+    return rows_of(PUBLISHED[:2], COUPLINGS, Amounts(2048, 2, 16 * 2**20, 8), torch.float32)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much an op gets at once: tokens to attend, rows to decode, bytes of a tensor to map, samples of a mixture."""
+
+    tokens: int
+    rows: int
+    tensor_bytes: int
+    samples: int
+
+
+def rows_of(
+    shapes: Sequence[Published], couplings: Sequence[Coupling], amounts: Amounts, dtype: torch.dtype
+) -> list[Row]:
+    """List the rows of ops at some shapes; attention is of the dtype, and all else of float32."""
     attended = [shape for shape in shapes if shape.name != "AFHQ256 patch 8"]  # attends as ImageNet64 patch 2 does
-    tokens, rows, dtype = (32768, 32, torch.bfloat16) if on_gpu else (2048, 2, torch.float32)
-    tensor_bytes = 64 * 2**20 if on_gpu else 16 * 2**20
     return [
-        *(_causal_attention(shape, tokens // shape.tokens, dtype, way) for shape in attended for way in _WAYS),
-        *(_decode(shape, rows, new, dtype) for shape in attended for new in (1, 16)),
-        *(_affine(shape, tensor_bytes, case) for shape in shapes for case in AFFINE),
-        *(_mixture(coupling, 64 if on_gpu else 8, case) for coupling in COUPLINGS for case in MIXTURE),
+        *(_causal_attention(shape, amounts.tokens // shape.tokens, dtype, way) for shape in attended for way in _WAYS),
+        *(_decode(shape, amounts.rows, new, dtype) for shape in attended for new in (1, 16)),
+        *(_affine(shape, amounts.tensor_bytes, case) for shape in shapes for case in AFFINE),
+        *(_mixture(coupling, amounts.samples, case) for coupling in couplings for case in MIXTURE),
     ]
 
 

@@ -22,12 +22,13 @@ import plots
 import records
 from cost import DEVICES, Device, Shares
 from records import three_digits
-from report import table
+from report import KERNELS, table
 from tarflow import TarFlowConfig
 from tarflow.files import atomic_write
 from tarflow.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
+
 INTRODUCTION = """# These are predictions: nothing on this page was measured on a GPU
 
 `python benchmarks/predictions.py` writes this page. What was measured is in [benchmarks.md](benchmarks.md), which shows
@@ -233,6 +234,38 @@ def _seconds(taken: float) -> str:
     return f"{three_digits(taken)} s" if taken >= 1 else f"{three_digits(1e3 * taken)} ms"
 
 
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def kernels() -> str:
+    """Write the section on kernels, of what the static model says of their machine code."""
+    table_of = json.loads(KERNELS.read_text())
+    lines = []
+    for name, row in table_of["predictions"].items():
+        cells = [
+            name,
+            f"{row['microseconds']:.1f} us",
+            f"{100 * row['limit'] / row['microseconds']:.0f} % ({row['bound']})",
+        ]
+        for kernel, facts in row["kernels"].items():
+            busiest = ", ".join(f"{pipe} {percent} %" for pipe, percent in list(facts["busy"].items())[:2])
+            spilled = f", {facts['spilled']} bytes spilled" * (facts["spilled"] > 0)
+            lines.append([*cells, kernel, f"{facts['microseconds']:.1f} us", f"{facts['programs']}{spilled}", busiest])
+            cells = [""] * 3
+    head = ("", "predicted", "of the limit", "kernel", "predicted", "programs at a time", "busiest")
+    return f"""## Kernels
+
+How long our kernels would take on an H100, read from the machine code that Triton {table_of["triton"]} makes for sm_90:
+a [static model](../kernels/tarflow_kernels/hopper.py) of a multiprocessor goes through it instruction by instruction.
+`python -m tarflow_kernels.resources --model sm_90` prints this with the instructions of each loop; a test compares it
+with the committed table. Of the L2 and the memory the model knows a bandwidth and a latency, of contention nothing: it
+is optimistic by 10 to 60 %, and there to compare two versions of a kernel. A limit is that of the bytes or operations
+of an op at the rates that the model assumes. The gradients of attention take two kernels, which move twelve tensors
+where the op has eight.
+
+{table(head, lines)}"""
+
+
 # Check ----------------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +301,7 @@ def _fit(points: list[records.Record]) -> str:
     return "{:.2f}, {:.2f}".format(*cost.fit(points))
 
 
-SECTIONS = (decoding, cpu_check)
+SECTIONS = (kernels, decoding, cpu_check)
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,14 @@ its times and how near it came to the larger of the two floors: bytes over the m
 measured matrix rate. What was not measured is there too, with the reason.
 """
 
+import contextlib
 import datetime
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 
 import device as devices
+import fallbacks
 from row import OURS, USUAL, Contender, Outputs, Row
 from tarflow.files import atomic_write
 
 FOLDER = Path(__file__).parent / "results"
 SECONDS = 1.0
 LATE = "out of time; see --seconds"
+NOT_COMPILED = "left out, since compiling takes a minute or two; see --compiled"
+TIMING = "timing"
 # Below this an error is rounding, and twice another's means nothing.
 _ROUNDING = 1e-6
 
@@ -42,26 +46,64 @@ class Measurement:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def measure(row: Row, device: torch.device, seconds: float = SECONDS, compiled: bool = True) -> Measurement:
+@dataclass
+class Past:
+    """What happened to a row in processes that did not survive it.
+
+    Attributes:
+        level: that of the configurations of our kernels to begin with; see :mod:`fallbacks`.
+        failed: why levels below failed, by their names.
+        skipped: why contenders are left out, by their names.
+    """
+
+    level: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def measure(
+    row: Row,
+    device: torch.device,
+    seconds: float = SECONDS,
+    compiled: bool = True,
+    past: Past | None = None,
+    begun: Callable[[str], None] = lambda contender: None,
+) -> Measurement:
     """Check all contenders of a row, then time those that are right, in turn.
 
+    Where our kernels fail or are wrong, ever safer configurations of them are tried; the record says which one the
+    times are of, and why the others failed.
+
     Args:
+        row: the row.
+        device: the device.
         seconds: how long the timing takes, about.
         compiled: whether to measure contenders that are compiled first, for a minute or two each.
+        past: what happened to this row before.
+        begun: a function that is called with the name of each contender before it first runs, then with ``TIMING``.
     """
+    past = past or Past()
     torch.manual_seed(0)
     inputs = row.draw(device)
     expected = row.expect(inputs)
     contenders, runs = {}, {}
     for name, contender in row.contenders.items():
         if name.startswith("compiled") and not compiled:
-            contenders[name] = {"unavailable": "left out, since compiling takes a minute or two; see --compiled"}
-            continue
-        contenders[name], run = _prepare(contender, inputs, expected)
-        if run is not None:
-            runs[name] = devices.Timed(run, contender.context)
-    for name in _inaccurate(contenders, row):
-        del runs[name]
+            contenders[name] = {"unavailable": NOT_COMPILED}
+        elif name in past.skipped:
+            contenders[name] = {"unavailable": past.skipped[name]}
+        else:
+            begun(name)
+            level = past.level if name in OURS else 0
+            contenders[name], runs[name] = _prepare(_at(contender, level), inputs, expected)
+    allowed = _allowed(contenders, row)
+    for name, entry in contenders.items():
+        _judge(entry, allowed[name])
+    if "triton" in runs:
+        begun("triton")
+        _rescue(row, contenders["triton"], runs, inputs, expected, allowed["triton"], past)
+    runs = {name: run for name, run in runs.items() if run is not None and "inaccurate" not in contenders[name]}
+    begun(TIMING)
     if device.type == "cuda" and row.graph:
         runs = _captured(runs, row, contenders)
     times = devices.interleave(runs, device, seconds, row.flush, row.rounds)
@@ -73,11 +115,12 @@ def measure(row: Row, device: torch.device, seconds: float = SECONDS, compiled: 
     return Measurement(record, times)
 
 
-def attempt(row: Row, device: torch.device, compiled: bool = True) -> Measurement:
+def attempt(row: Row, device: torch.device, compiled: bool = True, **options: Any) -> Measurement:
     """Measure a row, or say why it cannot be: for want of memory, perhaps."""
     try:
-        return measure(row, device, compiled=compiled)
+        return measure(row, device, compiled=compiled, **options)
     except Exception as failure:  # the other rows go on
+        devices.require_alive(failure)
         return left_out(row, device, f"{type(failure).__name__}: {_reason(failure)}")
 
 
@@ -126,31 +169,75 @@ def _header(row: Row, device: torch.device) -> Record:
     return record | {"bound": max(limits, key=limits.get), "floor_seconds": max(limits.values())}
 
 
-def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Record, Callable[[], Outputs] | None]:
-    """Return its error and what to time, or why it cannot run."""
-    with warnings.catch_warnings(record=True) as caught:
+def _prepare(contender: Contender, inputs: Any, expected: Outputs) -> tuple[Record, devices.Timed | None]:
+    """Return its error and what to time, or why it cannot run; and the configurations of our kernels in it."""
+    with warnings.catch_warnings(record=True) as caught, fallbacks.noted() as configs:
         warnings.simplefilter("always")
         try:
             with contender.context():
                 run = contender.prepare(inputs)
-                error = relative_error(run(), expected)
+                entry, timed = {"error": relative_error(run(), expected)}, devices.Timed(run, contender.context)
+            entry |= contender.facts(run)
         except Exception as failure:  # whatever a compiler or a driver may throw, the other contenders go on
-            return {"unavailable": _reason(failure, caught)}, None
-    return {"error": error} | contender.facts(run), run
+            devices.require_alive(failure)
+            entry, timed = {"unavailable": _reason(failure, caught)}, None
+    level = fallbacks.known_level(configs)
+    return entry | ({"configs": configs} if configs else {}) | ({"known_level": level} if level else {}), timed
 
 
-def _inaccurate(contenders: dict[str, Record], row: Row) -> list[str]:
-    """Mark who is wrong, beyond its allowance: of ours, more than twice as plain torch; of the others, ten times."""
-    wrong, errors = [], [entry["error"] for entry in contenders.values() if "error" in entry]
+def _at(contender: Contender, level: int) -> Contender:
+    """Run a contender with safer configurations of our kernels."""
+    if not level:
+        return contender
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with fallbacks.at(level), contender.context():
+            yield
+
+    return replace(contender, context=context)
+
+
+def _allowed(contenders: dict[str, Record], row: Row) -> dict[str, float]:
+    """The errors that are no mistake: of ours, up to twice that of plain torch; of the others, ten times."""
+    errors = [entry["error"] for entry in contenders.values() if "error" in entry]
     # Where plain torch could not run, say for want of memory, whoever came nearest shows what rounding does.
     plain = contenders[row.plain].get("error", min(errors, default=0.0))
-    for name, entry in contenders.items():
-        rounding = max((2 if name in OURS else 10) * plain, _ROUNDING)
-        allowed = rounding + row.contenders[name].allowance
-        if "error" in entry and not entry["error"] <= allowed:
-            entry["inaccurate"] = f"error {entry['error']:.1e}, of which {allowed:.1e} is allowed"
-            wrong.append(name)
-    return wrong
+    return {
+        name: max((2 if name in OURS else 10) * plain, _ROUNDING) + row.contenders[name].allowance
+        for name in contenders
+    }
+
+
+def _judge(entry: Record, allowed: float) -> None:
+    """Mark a contender that is wrong."""
+    if "error" in entry and not entry["error"] <= allowed:
+        entry["inaccurate"] = f"error {entry['error']:.1e}, of which {allowed:.1e} is allowed"
+
+
+def _rescue(
+    row: Row,
+    entry: Record,
+    runs: dict[str, devices.Timed | None],
+    inputs: Any,
+    expected: Outputs,
+    allowed: float,
+    past: Past,
+) -> None:
+    """Try safer configurations of our kernels until one works, and say in the entry what failed first."""
+    level, failed = past.level, dict(past.failed)
+    while reason := why_untimed(entry):
+        following = fallbacks.next_level(entry.get("configs", {}), level)
+        if following is None:
+            break
+        failed[fallbacks.LEVELS[level]] = reason
+        level = following
+        found, runs["triton"] = _prepare(_at(row.contenders["triton"], level), inputs, expected)
+        entry.clear()
+        entry |= found
+        _judge(entry, allowed)
+    if failed:
+        entry |= {"level": level, "failed": failed}
 
 
 def _captured(runs: dict[str, devices.Timed], row: Row, contenders: dict[str, Record]) -> dict[str, devices.Timed]:
@@ -245,6 +332,11 @@ def ours(record: Record) -> str | None:
     return next((name for name in USUAL if name in timed(record)), None)
 
 
+def why_untimed(result: Record) -> str | None:
+    """Why a contender has no times, if it has none."""
+    return result.get("unavailable") or result.get("inaccurate")
+
+
 def best_other(record: Record) -> str | None:
     """The fastest of the contenders that are not ours."""
     medians = {name: result["p50"] for name, result in timed(record).items() if name not in OURS}
@@ -258,6 +350,8 @@ def reasons(records: Iterable[Record]) -> list[str]:
         if "not_measured" in record:
             lines[f"{record['name']}: {record['not_measured']}"] = None
         for name, result in record.get("contenders", {}).items():
-            if reason := result.get("unavailable") or result.get("inaccurate"):
+            if reason := why_untimed(result):
                 lines[f"{name}: {reason}"] = None
+            for level, failure in result.get("failed", {}).items():
+                lines[f"{name}, {level}, in {record['name']}: {failure}"] = None
     return list(lines)

@@ -7,6 +7,7 @@ Writes ``docs/benchmarks.md``, ``docs/roofline-<device>.png``, ``docs/limits-<de
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 import cost
 import plots
 import records
+from fallbacks import LEVELS
 from profiles import summary
 from records import Record, three_digits
 from tarflow.files import atomic_write
 from targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = Path(__file__).parent / "predictions" / "h100.json"
 INTRODUCTION = """# Benchmarks
 
 `python benchmarks/report.py` writes this page from `benchmarks/results/*.json`. The contenders of a row took turns; the
@@ -110,8 +113,8 @@ def _lines(row: Record) -> Iterator[list[str]]:
     for name, result in timed.items():
         yield [
             what,
-            (f"**{name}**" if name == own else name) + _passes(result),
-            _milliseconds(result["p50"]),
+            (f"**{name}**" if name == own else name) + _passes(result) + _configuration(result),
+            _milliseconds(result["p50"]) + (_tuned(row) if name == own else ""),
             f"{_milliseconds(result['p20'])[:-3]} to {_milliseconds(result['p80'])}",
             _rate(row, result),
             f"{result['percent_of_limit']:.0f} % ({row['bound']})",
@@ -121,17 +124,29 @@ def _lines(row: Record) -> Iterator[list[str]]:
 
 
 def _predicted(rows: list[Record]) -> Iterator[str]:
-    """Compare the decoders with what the cost model predicts, on a device and for models that it knows."""
+    """Compare kernels and decoders with what was predicted of them, on a device and for models that are known."""
+    kernels = json.loads(KERNELS.read_text())["predictions"]
     lines = []
     for row in rows:
+        if (kernel := kernels.get(_without_model(row))) and "H100" in row["machine"]["device"] and records.ours(row):
+            times = kernel["microseconds"] / 1e6, row["contenders"][records.ours(row)]["p50"]
+            lines.append(
+                (_without_model(row), records.ours(row), *map(_milliseconds, times), f"{times[1] / times[0]:.2f}")
+            )
         for name, predicted in cost.predict_record(row).items():
             what, measured = f"{row['op']}, {row['model']}, B={row['shape']['B']}", row["contenders"][name]["p50"]
             times = _milliseconds(predicted), _milliseconds(measured)
             lines.append((what, name, *times, f"{measured / predicted:.2f}"))
     if lines:
         yield "### Predicted and measured"
-        yield "The decoders, and [what is predicted](predictions.md) for the passes that each block took."
+        yield "[What is predicted](predictions.md): kernels by their machine code, decoders for the passes they took."
         yield table(("", "contender", "predicted", "measured", "measured over predicted"), lines)
+
+
+def _without_model(row: Record) -> str:
+    """Name a row as the predictions of kernels do: by op, shape and dtype."""
+    sizes = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+    return f"{row['op']}, {sizes}, {row['dtype']}"
 
 
 def _profile(name: str, profile: Record) -> Iterator[str]:
@@ -150,6 +165,17 @@ def _profile(name: str, profile: Record) -> Iterator[str]:
 def _passes(result: Record) -> str:
     """How many passes a decoder took, if it counted them."""
     return f", {result['passes']} passes for {result['steps']} steps" if "passes" in result else ""
+
+
+def _configuration(result: Record) -> str:
+    """Say which configuration of our kernels it is, if it is not the one that was chosen."""
+    level = max(result.get("level", 0), result.get("known_level", 0))
+    return f", {LEVELS[level]}" if level else ""
+
+
+def _tuned(row: Record) -> str:
+    """Say what it was before its kernels were tuned, if it was measured then."""
+    return f" (before tuning {_milliseconds(row['before']['p50'])})" if "before" in row else ""
 
 
 def _milliseconds(seconds: float) -> str:

@@ -10,11 +10,12 @@ from training import training_rows
 
 
 def all_rows(device: torch.device) -> list[Row]:
-    """List the rows of a device; what a reader asks for first comes first, in case time runs out."""
-    ops, (first, second, *sampling) = op_rows(device), sampling_rows(device)
-    foremost = [row for row in ops if row.model.startswith("ImageNet64")]
-    others = [row for row in ops if row not in foremost]
-    return [first, second, *foremost, *training_rows(device), *sampling, *others, *other_flow_rows(device)]
+    """List the rows of a device in the order of the targets, what takes seconds before what takes minutes."""
+    ops, sampling = op_rows(device), sampling_rows(device)
+    foremost = [row for row in ops if row.model.startswith(("ImageNet64", "Flow++"))]
+    trained = [row for row in sampling if row.op == "guided sampling" and row.model.endswith("trained")]
+    order = [*foremost, *trained, *training_rows(device), *sampling, *ops, *other_flow_rows(device)]
+    return list(dict.fromkeys(order))
 
 
 def left_out(device: torch.device) -> dict[str, str]:

@@ -83,7 +83,7 @@ def _chaotic() -> Subject:
 
 
 def sampling_rows(device: torch.device) -> list[Row]:
-    """List the rows of a device; what a reader asks for first comes first, and what takes longest last."""
+    """List the rows of a device; what is asked for first comes first, and what takes longest last."""
     return _gpu_rows() if device.type == "cuda" else _cpu_rows()
 
 
@@ -113,9 +113,10 @@ def _gpu_rows() -> list[Row]:
     # The passes of random weights say nothing, and there can be a thousand of them.
     large = partial(row, contenders=("auto", "sequential"), rounds=1)
     return [
+        *(row(_trained(), batch, GUIDANCE) for batch in (1, 8, 32, 128)),
         large(whole, 32, GUIDANCE),
         row(block, 32, GUIDANCE, rounds=1),
-        *(row(_trained(), batch, guidance) for guidance in (GUIDANCE, None) for batch in (1, 8, 32, 128)),
+        *(row(_trained(), batch, None) for batch in (1, 8, 32, 128)),
         *(large(whole, batch, GUIDANCE) for batch in (8, 1)),
         *(large(subject, 8, GUIDANCE) for subject in others),
         *(large(whole, batch, None) for batch in (32, 8, 1)),
@@ -128,13 +129,17 @@ def _gpu_rows() -> list[Row]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model, the latents that it decodes, and how; the precision is that of the transformers."""
+    """A model, the latents that it decodes, and how; the precision is that of the transformers.
+
+    Decoders are timed in so many rounds to choose between them.
+    """
 
     model: TarFlow
     z: Tensor
     labels: Tensor
     guidance: Guidance | None
     dtype: torch.dtype
+    rounds: int
 
     def autocast(self) -> torch.autocast:
         """Let the transformers run in the precision."""
@@ -178,7 +183,8 @@ class Decoding:
 def _calibrated(inputs: Inputs) -> Decoding:
     """Calibrate ``auto`` for this very batch; what is hopeless at batch 1 is not tried on it."""
     with inputs.autocast():
-        timings = calibrate(inputs.model.flow, inputs.guidance, batches={1, len(inputs.z)})
+        batches = {1, len(inputs.z)}
+        timings = calibrate(inputs.model.flow, inputs.guidance, batches=batches, rounds=inputs.rounds)
     return Decoding(Decoder("auto"), inputs, timings)
 
 
@@ -239,7 +245,7 @@ def sampling_row(
     def draw(device: torch.device) -> Inputs:
         # Autocast keeps what it cast, so as not to cast it again for every token, of weights that require gradients.
         model = subject.make(device).requires_grad_()
-        return Inputs(model, *latents_and_labels(model, batch), guidance, dtype)
+        return Inputs(model, *latents_and_labels(model, batch), guidance, dtype, rounds)
 
     config = subject.config
     rows = batch if guidance is None else 2 * batch

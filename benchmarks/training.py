@@ -24,11 +24,11 @@ def training_rows(device: torch.device) -> list[Row]:
         settings = batch, torch.bfloat16, "float32"
         # The logits under a dense mask of 64 layers may not fit; those of a block do.
         return [
-            _training("ImageNet64 2-768-8-8", imagenet64(), *settings, dense=False),
-            _training("ImageNet64 2-768-1-8", imagenet64(1), *settings, note="one of the model's eight blocks"),
+            training_row("ImageNet64 2-768-8-8", imagenet64(), *settings, dense=False),
+            training_row("ImageNet64 2-768-1-8", imagenet64(1), *settings, note="one of the model's eight blocks"),
         ]
     return [
-        _training(f"28x28 patch {patch_size}", fashion_mnist(patch_size), batch, torch.float32, "float64")
+        training_row(f"28x28 patch {patch_size}", fashion_mnist(patch_size), batch, torch.float32, "float64")
         for patch_size, batch in ((4, 64), (2, 16))
     ]
 
@@ -120,7 +120,7 @@ def _exact_step(inputs: TrainingInputs, dtype: torch.dtype) -> Outputs:
     return total, _gradients(model)
 
 
-def _training(
+def training_row(
     name: str,
     config: TarFlowConfig,
     batch: int,
@@ -129,7 +129,7 @@ def _training(
     dense: bool = True,
     note: str = "",
 ) -> Row:
-    """A row; ``dense`` is whether to measure attention through a dense mask, eager and published, too."""
+    """Make a row; ``dense`` is whether to measure attention through a dense mask, eager and published, too."""
 
     def draw(device: torch.device) -> TrainingInputs:
         model = build(config, device)

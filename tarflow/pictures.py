@@ -26,6 +26,7 @@ from .files import atomic_write
 from .guidance import Guidance
 from .image_flow import ImageFlow
 from .noise import Quantization, to_pixels
+from .validation import not_finite
 
 __all__ = ["Gallery", "curves", "sample_grid", "trajectory"]
 
@@ -142,7 +143,7 @@ class Gallery:
             return drawn if isinstance(drawn, tuple) else (drawn,)
 
         drawn = sample(num, labels)
-        bad = _not_finite(drawn[0])
+        bad = not_finite(drawn[0])
         if not len(bad):
             return drawn
         count = f"{len(bad)} of {num} samples are not finite"
@@ -156,7 +157,7 @@ class Gallery:
             drawn[0][bad] = others[0]
             if return_trajectory:
                 drawn[1][:, bad] = others[1]
-            bad = bad[_not_finite(others[0])]
+            bad = bad[not_finite(others[0])]
             if not len(bad):
                 return drawn
         raise ValueError(f"{len(bad)} of {num} samples are not finite after being drawn anew {MAX_REDRAWS} times")
@@ -172,11 +173,6 @@ class Gallery:
             return None
         names = dict(enumerate(self.class_names)) | {-1: "no label"}
         return [names.get(k, f"class {k}") for k in labels.tolist()]
-
-
-def _not_finite(images: Tensor) -> Tensor:
-    """Indices, on the CPU, of the images that hold a nan or an infinity."""
-    return (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].cpu()
 
 
 def sample_grid(

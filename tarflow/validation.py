@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tarflow_kernels.mixture import MAX_COMPONENTS
 
-__all__ = ["check_fields", "check_sigma", "check_totals", "describe_argument"]
+__all__ = ["check_fields", "check_sigma", "check_totals", "describe_argument", "not_finite"]
 
 LARGEST = {
     "image_size": 8192,
@@ -82,3 +82,8 @@ def describe_argument(value: object) -> str:
         return f"{value.dtype} of shape {tuple(value.shape)}"
     kind = type(value)
     return repr(value) if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def not_finite(images: Tensor) -> Tensor:
+    """Return the indices, on the CPU, of the images ``(B, ...)`` that hold a nan or an infinity."""
+    return (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].cpu()

@@ -23,7 +23,7 @@ SOURCES = {"tarflow": ROOT / "tarflow", "tarflow_kernels": ROOT / "kernels" / "t
 LAYERS = {
     "commands": ["cli"],
     "training": ["training"],
-    "results": ["evaluation", "pictures"],
+    "results": ["evaluation", "features", "pictures", "reference", "samples", "scores"],
     "models": ["model", "published", "flowpp", "image_flow", "pretrained"],
     "parts": ["decoding", "denoising", "flow", "transformer", "transforms"],
     "foundations": ["compatibility", "data", "datasets", "files", "guidance", "hardware", "noise", "validation"],

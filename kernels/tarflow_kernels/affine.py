@@ -3,6 +3,8 @@
 Source: TarFlow (arXiv 2412.06329).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,21 +79,94 @@ def _reference_inverse(z, mu, alpha, shift, *scale):
 
 
 def _torch_forward(x, mu, alpha, shift, *scale):
+    if not _runs_eagerly(x):
+        return _stock_forward(x, mu, alpha, shift, *scale)
+    x, mu, alpha = in_full_precision(x, mu, alpha)
+    return _EagerMap.apply(x, mu, _log_scale(alpha, *scale), shift, False)
+
+
+def _torch_inverse(z, mu, alpha, shift, *scale):
+    if not _runs_eagerly(z):
+        return _stock_inverse(z, mu, alpha, shift, *scale)
+    z, mu, alpha = in_full_precision(z, mu, alpha)
+    return _EagerMap.apply(z, mu, _log_scale(alpha, *scale), shift, True)
+
+
+def _runs_eagerly(x: Tensor) -> bool:
+    """Whether operators run one by one on a CPU; compilers fuse stock operators, and torch.func asks for them."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def _stock_forward(x, mu, alpha, shift, *scale):
     x, mu, alpha = in_full_precision(x, mu, alpha)
     mu, a = _parameters(mu, alpha, shift, *scale)
     return (x - mu) * torch.exp(-a), -_sum_per_sample(a)
 
 
-def _torch_inverse(z, mu, alpha, shift, *scale):
+def _stock_inverse(z, mu, alpha, shift, *scale):
     z, mu, alpha = in_full_precision(z, mu, alpha)
     mu, a = _parameters(mu, alpha, shift, *scale)
     return torch.addcmul(mu, z, torch.exp(a)), _sum_per_sample(a)
 
 
-def _parameters(mu: Tensor, alpha: Tensor, shift: bool, kind: str = "exp", *numbers: float) -> tuple[Tensor, Tensor]:
+class _EagerMap(torch.autograd.Function):
+    """Both directions in few passes over memory, and gradients as :mod:`.triton.affine` has them.
+
+    The shift is that of views: nothing is copied for it. Gradients that are to be differentiated again are those of
+    stock operators.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mu, a, shift, inverse):
+        out = torch.empty_like(x)
+        tail, known_mu, known_a = (out[:, 1:], mu[:, :-1], a[:, :-1]) if shift else (out, mu, a)
+        if shift:
+            out[:, :1] = x[:, :1]
+        given = x[:, 1:] if shift else x
+        # Only of contiguous numbers does PyTorch take exponentials several at a time.
+        factor = (known_a.clone(memory_format=torch.contiguous_format) if inverse else torch.neg(known_a)).exp_()
+        if inverse:
+            torch.mul(given, factor, out=tail).add_(known_mu)
+        else:
+            torch.sub(given, known_mu, out=tail).mul_(factor)
+        ctx.save_for_backward(x, mu, a, x if inverse else out, factor)
+        ctx.shift, ctx.inverse = shift, inverse
+        logdet = _sum_per_sample(known_a)
+        return out, logdet if inverse else logdet.neg_()
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_logdet):
+        x, mu, a, z, factor = ctx.saved_tensors
+        if differentiated_again():
+            run = _stock_inverse if ctx.inverse else _stock_forward
+            grads = gradients_of(lambda *tensors: run(*tensors, ctx.shift), (x, mu, a), (grad_out, grad_logdet))
+            return *grads, None, None
+        grad_x, grad_mu, grad_a = torch.empty_like(x), torch.empty_like(mu), torch.empty_like(a)
+        of_x, of_mu, of_a = grad_x, grad_mu, grad_a
+        if ctx.shift:
+            grad_x[:, :1] = grad_out[:, :1]
+            grad_mu[:, -1:] = 0  # nothing depends on the parameters of the last token
+            grad_a[:, -1:] = 0
+            of_x, of_mu, of_a, grad_out, z = grad_x[:, 1:], grad_mu[:, :-1], grad_a[:, :-1], grad_out[:, 1:], z[:, 1:]
+        grad_logdet = grad_logdet.view(-1, *[1] * (x.dim() - 1))
+        torch.mul(grad_out, factor, out=of_x)
+        if ctx.inverse:
+            of_mu.copy_(grad_out)
+            torch.addcmul(grad_logdet, of_x, z, out=of_a)
+        else:
+            torch.neg(of_x, out=of_mu)
+            torch.addcmul(-grad_logdet, grad_out, z, value=-1, out=of_a)
+        return grad_x, grad_mu, grad_a, None, None
+
+
+def _parameters(mu: Tensor, alpha: Tensor, shift: bool, *scale: Any) -> tuple[Tensor, Tensor]:
     """The shift and the log-scale of every element, zeros for those that pass through."""
-    a = alpha if kind == "exp" else log_scale(alpha, Scale(kind, *numbers))
+    a = _log_scale(alpha, *scale)
     return (_of_token_before(mu), _of_token_before(a)) if shift else (mu, a)
+
+
+def _log_scale(alpha: Tensor, kind: str = "exp", *numbers: float) -> Tensor:
+    return alpha if kind == "exp" else log_scale(alpha, Scale(kind, *numbers))
 
 
 def _of_token_before(parameter: Tensor) -> Tensor:
@@ -121,7 +196,7 @@ class _FusedMap(torch.autograd.Function):
         *inputs, latent = ctx.saved_tensors
         if differentiated_again():
             shift, inverse, *scale = ctx.options
-            run = _torch_inverse if inverse else _torch_forward
+            run = _stock_inverse if inverse else _stock_forward
             grads = gradients_of(lambda *tensors: run(*tensors, shift, *scale), inputs, (grad_out, grad_logdet))
         else:
             grads = _affine_map_backward(grad_out, grad_logdet, latent, inputs[2], *ctx.dtypes, *ctx.options)

@@ -2,14 +2,14 @@
 
 One of the four partitions of a multiprocessor is simulated, since the four run alike: a group of four warps has one on
 each. Warps issue in order, at most one instruction per cycle in all, the one that can go first. An instruction waits
-for the stall count of the one before it, for the scoreboards that its control code names, and for its pipe. Copies to
-shared memory take their share of the bandwidth of the L2 or, where a kernel reads what nobody has read before it, of
-the memory. A whole kernel is then the programs that one multiprocessor gets, as many at a time as fit.
+for the stall count of the one before it, for the scoreboards that its control code names, and for its pipe. Loads and
+stores share the bandwidth of the L2, and loads take its latency or, where nobody has read before what a kernel reads,
+that of the memory. A whole kernel is the programs that one multiprocessor gets, as many at a time as fit.
 
 Throughputs are those of the CUDA programming guide (arithmetic per multiprocessor, compute capability 9.0), latencies
-those of published microbenchmarks, both rounded. The one check against a card that the model had: of Triton's
-fused-attention tutorial (causal, heads of 64, 16k tokens) it says 408 TFLOP/s, and 363 were measured by the authors of
-FlashAttention-3 (arXiv 2407.08608). Absolute times are optimistic by 10 to 60 %; what it is for is to compare two
+those of published microbenchmarks, both rounded. These numbers were held against a card once: with them Triton's
+fused-attention tutorial (causal, heads of 64, 16k tokens) comes to 408 TFLOP/s, where the authors of FlashAttention-3
+measured 363 (arXiv 2407.08608). Absolute times are optimistic by 10 to 60 %; what the model is for is to compare two
 versions of a kernel.
 """
 
@@ -34,8 +34,6 @@ MATRIX_RATE = 2 * 2048 * MULTIPROCESSORS * CLOCK
 """Operations per second of bfloat16 products: 2048 multiply-adds per cycle and multiprocessor."""
 L2_BYTES = 28.0
 """Bytes per cycle that the L2 gives one multiprocessor."""
-MEMORY_BYTES = COPY_RATE / MULTIPROCESSORS / CLOCK
-"""Bytes per cycle that the memory gives one multiprocessor when all of them read."""
 L2_LATENCY, MEMORY_LATENCY = 300, 700
 
 BARRIER, FENCE, ARRIVE = 24, 20, 4
@@ -250,7 +248,6 @@ class _Warp:
     copied: float = 0.0  # when all copies to shared memory so far are done
     scoreboards: list[list[float]] = field(default_factory=lambda: [[] for _ in range(6)])
     products: list[float] = field(default_factory=list)  # when each group of products is done
-    open: float = 0.0
     at_barrier: bool = False
 
 
@@ -270,7 +267,8 @@ def simulate(
         warps: warps of a program.
         resident: programs that a multiprocessor holds at a time.
         paths: what each program executes, in the order in which they start (:func:`unroll`).
-        bytes_per_cycle, latency: of the memory that copies to shared memory come from.
+        bytes_per_cycle: what a multiprocessor gets of the L2.
+        latency: cycles that copies to shared memory take beside that.
     """
     partition = _Partition(code, max(warps // 4, 1), iter(paths), bytes_per_cycle, latency)
     for _ in range(resident):
@@ -362,9 +360,9 @@ class _Partition:
         if step.unit.pipe:
             self.occupy(step.unit.pipe, time, step.unit.cycles)
         if step.kind == "product":
-            warp.open = self.occupy("tensor", time + 8, step.cycles) + MATRIX_LATENCY
+            last = self.occupy("tensor", time + 8, step.cycles) + MATRIX_LATENCY
             if step.commits:
-                warp.products = [*warp.products[-7:], warp.open]
+                warp.products = [*warp.products[-7:], last]
         elif step.kind == "await products" and not step.depends[1]:
             warp.products = []
         elif step.kind == "arrive":
@@ -437,11 +435,13 @@ class _Step:
     def of(cls, instruction: Instruction) -> "_Step":
         name, opcode, arguments = instruction.name, instruction.opcode, instruction.arguments
         unit, kind = UNITS.get(name, OTHER), _KINDS.get(name, "")
-        lanes = 32 * next((width for mark, width in _WIDTHS.items() if mark in opcode), 4)
+        moved = 32 * next((width for mark, width in _WIDTHS.items() if mark in opcode), 4)
         if name in ("LDSM", "STSM"):
-            lanes = 128 * int(count if (count := opcode.rpartition(".")[2]).isdigit() else 1)
+            moved = 128 * int(count if (count := opcode.rpartition(".")[2]).isdigit() else 1)
         if unit.pipe == "memory":
-            unit = unit._replace(cycles=max(unit.cycles, lanes // 32))
+            unit = unit._replace(cycles=max(unit.cycles, moved // 32))
+        if kind == "copy" and instruction.predicate:
+            moved = 0  # a vector that few lanes copy for all: next to nothing
         depends = (0, 0)
         if found := re.search(r"SB(\d), 0x(\w+)" if name == "DEPBAR" else r"gsb0, 0x(\w+)", arguments):
             board = int(found[1]) if name == "DEPBAR" else 0
@@ -458,7 +458,7 @@ class _Step:
             instruction.frees,
             instruction.waits,
             instruction.predicate == "@!PT",
-            lanes,
+            moved,
             _product_cycles(opcode, arguments) if kind == "product" else 0.0,
             "gsb0" in arguments,
             depends,

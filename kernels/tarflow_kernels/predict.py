@@ -32,7 +32,8 @@ class Row(NamedTuple):
     Attributes:
         op, shape, dtype: as in a row of the benchmarks.
         bytes, operations: as there, in low-precision products.
-        launch: launches all kernels of the op, of which those named in ``kernels`` count.
+        kernels: by name, the bytes that each of its kernels has to move.
+        launch: launches them, and perhaps others.
     """
 
     op: str
@@ -40,7 +41,7 @@ class Row(NamedTuple):
     dtype: torch.dtype
     bytes: float
     operations: float
-    kernels: tuple[str, ...]
+    kernels: dict[str, float]
     launch: Callable[[], object]
 
     @property
@@ -54,7 +55,7 @@ class Kernel(NamedTuple):
     """One kernel of a row.
 
     Attributes:
-        microseconds: predicted time of all its programs.
+        microseconds: predicted time of all its programs, or of its bytes, if that is longer.
         programs: how many of them a multiprocessor holds at a time.
         registers, spilled: of a thread; the latter in bytes.
         busy: percent of the time that each pipe and the issue of instructions are busy, the busiest first.
@@ -90,21 +91,18 @@ def rows() -> Iterator[Row]:
     for batch, length in ((64, 1024), (32, 1024), (16, 1024), (11, 1024), (2, 1024), (32, 256)):
         yield _decoding(batch, 12, length, 64)
     for (length, token_dim), op in itertools.product([(1024, 12), (256, 48)], AFFINE):
-        yield _affine(352, length, token_dim, op)
+        yield _affine(1376, length, token_dim, op)
     for backward, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         yield _mixture(64, 32, backward, dtype)
 
 
 def predict(row: Row) -> Prediction:
     """Compile the kernels of a row for sm_90, and add up what the model says of each."""
-    kernels = {}
-    for launched in launches(TARGETS["sm_90"], row.launch):
-        name = launched.name
-        if name in row.kernels:
-            kernels[name] = _predict_kernel(launched, row)
+    found = {launched.name: launched for launched in launches(TARGETS["sm_90"], row.launch)}
+    kernels = {name: _predict_kernel(found[name], row) for name in row.kernels if name in found}
     moving, multiplying = row.bytes / hopper.COPY_RATE, row.operations / hopper.MATRIX_RATE
     limit = 1e6 * max(moving, multiplying)
-    taken = max(sum(kernel.microseconds for kernel in kernels.values()), limit)
+    taken = sum(kernel.microseconds for kernel in kernels.values())
     return Prediction(round(taken, 2), round(limit, 2), "copy" if moving >= multiplying else "matrix", kernels)
 
 
@@ -128,8 +126,9 @@ def _predict_kernel(launched: Launched, row: Row) -> Kernel:
     )
     busy = {pipe: min(round(100 * cycles / result.cycles), 100) for pipe, cycles in result.busy.items()}
     busy["issue"] = round(100 * result.issued / result.cycles)
+    computing, moving = result.cycles * each / simulated / hopper.CLOCK, row.kernels[launched.name] / hopper.COPY_RATE
     return Kernel(
-        round(1e6 * result.cycles * each / simulated / hopper.CLOCK, 2),
+        round(1e6 * max(computing, moving), 2),
         resident,
         used.registers,
         used.spilled,
@@ -208,7 +207,8 @@ def _attention(batch: int, heads: int, length: int, head_dim: int, backward: boo
         torch.bfloat16,
         2 * size * (8 if backward else 4),
         4 * pairs * head_dim * (2.5 if backward else 1),
-        tuple(f"causal_attention_{name}" for name in names),
+        # Forward q, k, v and out; of the gradients one kernel reads five and writes dq, one reads four and writes two.
+        {f"causal_attention_{name}": 2 * size * (6 if backward else 4) for name in names},
         launch,
     )
 
@@ -221,7 +221,7 @@ def _decoding(batch: int, heads: int, length: int, head_dim: int) -> Row:
         torch.bfloat16,
         2 * numbers,
         0.0,
-        ("decode_attention", "merge_splits"),
+        {"decode_attention": 2 * numbers, "merge_splits": 0.0},
         lambda: cases.decoding("meta", torch.bfloat16, batch, 1, head_dim, heads=heads, capacity=length)(),
     )
 
@@ -244,7 +244,8 @@ def _affine(batch: int, length: int, token_dim: int, op: str) -> Row:
             gradients()
 
     shape = {"B": batch, "N": length, "D": token_dim}
-    return Row(op, shape, torch.float32, 4 * numbers * math.prod(shape.values()), 0.0, (kernel,), launch)
+    moved = 4.0 * numbers * math.prod(shape.values())
+    return Row(op, shape, torch.float32, moved, 0.0, {kernel: moved}, launch)
 
 
 def _mixture(batch: int, components: int, backward: bool, dtype: torch.dtype) -> Row:
@@ -256,16 +257,9 @@ def _mixture(batch: int, components: int, backward: bool, dtype: torch.dtype) ->
             gradients()
 
     shape = dict(zip("BCHW", (batch, 3, 32, 16), strict=True))
-    values = math.prod(shape.values())
-    return Row(
-        "mixture_logistic backward" if backward else "mixture_logistic",
-        shape | {"K": components},
-        dtype,
-        values * (dtype.itemsize * parameters * components + 4 * numbers),
-        0.0,
-        (kernel,),
-        launch,
-    )
+    moved = float(math.prod(shape.values()) * (dtype.itemsize * parameters * components + 4 * numbers))
+    op = "mixture_logistic backward" if backward else "mixture_logistic"
+    return Row(op, shape | {"K": components}, dtype, moved, 0.0, {kernel: moved}, launch)
 
 
 def as_json(found: dict[str, Prediction]) -> dict[str, Any]:

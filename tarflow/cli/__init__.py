@@ -1,4 +1,4 @@
-"""The commands: train, sample, calibrate, evaluate, convert, each in a file that is imported when it runs."""
+"""The commands, each in a file of its name that is imported when it runs, and the table of them."""
 
 import importlib
 import os
@@ -35,7 +35,8 @@ COMMANDS = {
         Command("train", "", "train a model; without flags, on Fashion-MNIST", "a smaller --batch-size or model"),
         Command("sample", "RUN", "draw samples from a trained model", "a smaller --num"),
         Command("calibrate", "RUN", "time the decoders, for the fastest samples", "smaller --batches"),
-        Command("evaluate", "RUN", "score a trained model on test images", "a smaller --batch-size"),
+        Command("evaluate", "RUN", "score a trained model, and its samples", "a smaller --batch-size"),
+        Command("statistics", "DATASET", "compute what samples are compared with", "a smaller --batch-size"),
         Command("convert", "CKPT OUT", "convert a published checkpoint", "a machine with more of it"),
     )
 }

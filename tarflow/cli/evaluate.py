@@ -1,26 +1,35 @@
-"""``tarflow evaluate``: score a trained model on test images."""
+"""``tarflow evaluate``: score a trained model on test images and, if asked to, its samples."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 import tyro
+from torch import Tensor
 
-from .. import datasets, evaluation
+from .. import datasets, evaluation, hardware
+from ..datasets import ImageDataset, ImageFolder
+from ..features import Extractor, load_extractor
 from ..files import atomic_write
-from ..image_flow import at_least_one
+from ..image_flow import ImageFlow, at_least_one
+from ..reference import LEAST_IMAGES, Reference
+from ..samples import LABELS, QUANTIZATION, Protocol, Sampler, distance_range, draw_labels, score_samples
 from ..training.config import MAX_IMPORTANCE_SAMPLES, DataConfig
 from ..training.folder import check_scored, read_data
-from .parsing import parse
-from .shared import check_seed, check_writable, load_model
+from .drawing import Drawing, Progress
+from .parsing import Flat, fields_of, parse
+from .shared import autocast, check_resize, check_seed, check_writable, load_model
 
 __all__ = ["Evaluate", "run"]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a trained model on test images: bits/dim, and accuracy of classification by Bayes' rule."""
+    """Score a trained model: bits/dim and classification of test images and, with `--samples`, how samples look."""
 
     run: tyro.conf.Positional[Path]
     """folder of a run"""
@@ -28,9 +37,19 @@ class Evaluate:
     """test images to score, evenly spread over the split"""
     importance_samples: int = 4
     """importance-weighted samples of dequantization noise for each image"""
+    samples: int = 0
+    """samples to draw and to compare with training images; 0 for none"""
+    protocol: Protocol = "tarflow"
+    """tarflow, as published (labels drawn uniformly, truncated to 8 bits), or balanced (labels in turn, rounded)"""
+    statistics: Path | None = None
+    """file of `tarflow statistics` to compare samples with; by default those of the training images are computed"""
+    weights: Path | None = None
+    """weights of torch-fidelity's Inception; without them the features are those of a classifier of Fashion-MNIST"""
+    drawing: Flat[Drawing] = Drawing()  # noqa: RUF009 (it is frozen)
     batch_size: int = 64
+    """images that are scored, and samples that are drawn, at a time"""
     dataset: str | None = None
-    """dataset of the test images; by default that of training"""
+    """dataset of the images; by default that of training"""
     data_dir: Path | None = None
     """folder with its files; by default that of training"""
     image_size: int | None = None
@@ -43,16 +62,23 @@ class Evaluate:
 
 def run(arguments: Sequence[str]) -> None:
     """Print the scores and write them to ``evaluation.json`` in the run's folder."""
-    command, _ = parse(Evaluate, arguments)
-    _check(command)
+    command, flags = parse(Evaluate, arguments)
+    _check(command, flags)
     model, metadata = load_model(command.run, command.device)
-    dataset = _load_test_images(command, read_data(command.run, metadata))
+    trained = read_data(command.run, metadata)
+    dataset = _load_images(command, trained, "test")
     if model.config.num_classes and not dataset.num_classes:
         raise ValueError(f"dataset: expected labels for a model that is conditional on them; got {dataset.source}")
     if (shape := (dataset.in_channels, *[dataset.image_size] * 2)) != model.config.image_shape:
         raise ValueError(f"dataset: expected images of shape {model.config.image_shape}; got {shape}: {dataset.source}")
     chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
     check_scored(metadata.get("data"), dataset, chosen)
+    record: dict[str, Any] = {"data": dataset.source, "settings": asdict(command)}
+    if command.samples:
+        command.drawing.check_usable(fields_of(flags), model)
+        extractor = load_extractor(command.weights, dataset.class_names, model.device)
+        reference = _reference(command, trained, extractor)
+        record["samples"] = _score_samples(command, model, metadata, extractor, reference)
     scores = evaluation.evaluate(
         model,
         *dataset.get_batch(datasets.evenly_spaced(len(dataset), command.num_images)),
@@ -64,13 +90,12 @@ def run(arguments: Sequence[str]) -> None:
     print(f"{dataset.source}; {min(command.num_images, len(dataset)):,} of them, mean ± standard error over images")
     for name, estimate in scores.items():
         print(f"{estimate}   {name}")
-    rows = {name: asdict(estimate) for name, estimate in scores.items()}
-    record = {"data": dataset.source, "settings": asdict(command), "scores": rows}
+    record["scores"] = {name: asdict(estimate) for name, estimate in scores.items()}
     with atomic_write(command.run / "evaluation.json") as path:
         path.write_text(json.dumps(record, indent=2, default=str))
 
 
-def _check(command: Evaluate) -> None:
+def _check(command: Evaluate, flags: Mapping[str, str]) -> None:
     """Raise ValueError or OSError for what no model can be asked for, before one is read."""
     at_least_one("num_images", command.num_images)
     at_least_one("importance_samples", command.importance_samples)
@@ -79,20 +104,87 @@ def _check(command: Evaluate) -> None:
         most, got = MAX_IMPORTANCE_SAMPLES, command.importance_samples
         raise ValueError(f"importance_samples: expected at most {most}; got {got}")
     check_seed(command.seed)
+    _check_samples(command, flags)
     check_writable("run", command.run)
 
 
-def _load_test_images(command: Evaluate, trained: DataConfig) -> datasets.ImageDataset | datasets.ImageFolder:
-    """The test images of the flags, or else of the data of training."""
+def _check_samples(command: Evaluate, flags: Mapping[str, str]) -> None:
+    """Raise ValueError for a number of samples that cannot be scored, and for flags of samples where there are none."""
+    if command.samples and command.samples < LEAST_IMAGES:
+        raise ValueError(f"samples: expected at least {LEAST_IMAGES}, or 0 for none; got {command.samples}")
+    hardware.check_memory(16 * command.samples, torch.device("cpu"), f"samples = {command.samples}")  # their labels
+    of_samples = {"protocol", "statistics", "weights", *(field.name for field in fields(Drawing))}
+    for flag, argument in flags.items():
+        (name,) = fields_of([flag])
+        if name in of_samples and not command.samples:
+            raise ValueError(f"{name}: expected with --samples alone, which has a use for it; got {argument}")
+    command.drawing.check(fields_of(flags))
+    command.drawing.make_decoder()
+    command.drawing.make_guidance()
+
+
+def _load_images(command: Evaluate, trained: DataConfig, split: str) -> ImageDataset | ImageFolder:
+    """Load the images of the flags, or else of the data of training."""
     name = trained.dataset if command.dataset is None else command.dataset
-    if command.resize and not name.startswith(("folder", "hub:")):
-        raise ValueError(
-            f"resize: expected with a folder or a hub alone, whose images are resized; got {command.resize}"
-        )
+    check_resize(name, command.resize)
     return datasets.load(
         name,
-        "test",
+        split,
         command.data_dir or trained.data_dir,
         trained.image_size if command.image_size is None else command.image_size,
         command.resize or trained.resize,
     )
+
+
+def _reference(command: Evaluate, trained: DataConfig, extractor: Extractor) -> Reference:
+    """Read the statistics of the flags, or else compute those of the training images, mirrored as in training."""
+    if command.statistics is not None:
+        return Reference.load(command.statistics, extractor)
+    dataset = _load_images(command, trained, "train")
+    flip = dataset.flip if trained.flip is None else trained.flip
+    return Reference.of(dataset, extractor, flip, command.batch_size, command.seed)
+
+
+def _score_samples(
+    command: Evaluate, model: ImageFlow, metadata: dict[str, Any], extractor: Extractor, reference: Reference
+) -> dict[str, Any]:
+    """Draw samples, print their scores with the protocol of these, and return both."""
+    drawing, num, config = command.drawing, command.samples, model.config
+    decoder, guidance, sigma = drawing.make_decoder(), drawing.make_guidance(), drawing.denoise_sigma(metadata)
+    generator = torch.Generator(model.device).manual_seed(command.seed)
+    labels = draw_labels(command.protocol, num, config.num_classes, command.seed)
+    with Progress(num, len(model.stages)) as progress:
+
+        def draw(num: int, labels: Tensor | None) -> Tensor:
+            with autocast(model, drawing.precision, command.run):
+                drawn = model.sample(num, labels, guidance, sigma, decoder, generator, progress=progress.note)
+            assert isinstance(drawn, Tensor)
+            return drawn
+
+        sampler = Sampler(draw, QUANTIZATION[command.protocol])
+        batches = sampler.batches(num, labels, command.batch_size)
+        scores = score_samples(batches, extractor, reference, command.seed)
+    scores |= distance_range(num, config.image_shape, extractor, reference, command.seed)
+    protocol = {
+        "protocol": command.protocol,
+        "samples": num,
+        "not finite, drawn anew": sampler.not_finite,
+        "labels": f"{LABELS[command.protocol]} from {config.num_classes} classes" if config.num_classes else "none",
+        "quantization": sampler.quantization,
+        "guidance": None if guidance is None else asdict(guidance),
+        "denoising": f"Tweedie at sigma {sigma:g}" if sigma else "none",
+        "decoder": str(decoder),
+        "precision": drawing.precision,
+        "batch size": command.batch_size,
+        "seed": command.seed,
+        "device": str(model.device),
+        "features": f"{extractor.name}, weights of SHA-256 {extractor.digest}",
+        "resize": extractor.resize,
+        "reference": reference.about,
+        "versions": {name: version(name) for name in ("tarflow", "torch")},
+    }
+    for name, value in protocol.items():
+        print(f"{name:22} {value}")
+    for name, score in scores.items():
+        print(f"{score:.4g}   {name}")
+    return {"protocol": protocol, "scores": scores}

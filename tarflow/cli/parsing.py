@@ -10,7 +10,7 @@ import difflib
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,7 @@ from ..compatibility import current_flags
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Flat", "UsageError", "flags_of", "parse"]
+__all__ = ["Flat", "UsageError", "fields_of", "flags_of", "parse"]
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 Flat = Annotated[Settings, tyro.conf.arg(name="")]
@@ -93,6 +93,15 @@ def flags_of(
             yield f"{prefix}{name}"
             if inner is bool:
                 yield f"{prefix}no-{name}"
+
+
+def fields_of(flags: Iterable[str]) -> set[str]:
+    """The names of the fields that flags without a dot stand for.
+
+    >>> fields_of(["--no-drop-label"])
+    {'drop_label'}
+    """
+    return {flag.removeprefix("--no-").removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def _visible(kind: type, default: Any, hides: Hides) -> Iterator[tuple[Field, Any, Any]]:

@@ -17,6 +17,7 @@ __all__ = [
     "check_file",
     "check_guidance_weight",
     "check_new_folder",
+    "check_resize",
     "check_seed",
     "check_tolerance",
     "check_writable",
@@ -50,6 +51,12 @@ def check_file(name: str, path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{name}: expected a file; got the folder {path}")
     check_writable(name, path.parent)
+
+
+def check_resize(dataset: str, resize: str | None) -> None:
+    """Raise ValueError for a filter that was chosen for a dataset whose images are never resized."""
+    if resize and not dataset.startswith(("folder", "hub:")):
+        raise ValueError(f"resize: expected with a folder or a hub alone, whose images are resized; got {resize}")
 
 
 def check_new_folder(name: str, folder: Path) -> None:

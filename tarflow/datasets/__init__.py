@@ -13,7 +13,7 @@ from ..compatibility import renamed_attributes
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
 from .formats import MAX_PIXELS, RESIZE, Resize, Unreadable
 from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
-from .streaming import batches
+from .streaming import batches, read
 
 __all__ = [
     "RESIZE",
@@ -25,6 +25,7 @@ __all__ = [
     "evenly_spaced",
     "fingerprint",
     "load",
+    "read",
 ]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

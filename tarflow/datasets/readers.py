@@ -15,7 +15,7 @@ import torch
 from .dataset import ImageDataset, ImageFolder
 from .formats import Unreadable, open_decompressed, read_array, read_idx, reading, to_tensor
 
-__all__ = ["READERS", "SHIPPED_SUBSET", "read_folder", "read_hub"]
+__all__ = ["FASHION_MNIST", "READERS", "SHIPPED_SUBSET", "read_folder", "read_hub"]
 
 SHIPPED_SUBSET = Path(__file__).parents[1] / "data" / "fashion_mnist_subset.npz"
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from types import TracebackType
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from .dataset import ImageDataset, ImageFolder
 
-__all__ = ["batches"]
+__all__ = ["batches", "read"]
 
 
 def batches(
@@ -54,6 +54,13 @@ def batches(
     if not 0 <= rank < num_ranks or batch_size % num_ranks:
         raise ValueError(f"batch_size: expected a multiple of the {num_ranks} processes, got {batch_size}, rank {rank}")
     indices = (chosen[rank::num_ranks] for chosen in _batch_indices(len(dataset), batch_size, seed, start))
+    return read(dataset, indices, num_workers)
+
+
+def read(
+    dataset: ImageDataset | ImageFolder, indices: Iterable[Tensor], num_workers: int | None = None
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield the batch (images, labels) of each of the ``indices``, int64 (B,); the rest is as in :func:`batches`."""
     if isinstance(dataset, ImageDataset):
         return (dataset.get_batch(chosen) for chosen in indices)
     loader = DataLoader(
@@ -83,14 +90,16 @@ def _stream(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
     An error is raised outside of the ``except`` block, without its traceback, which would refer to the processes too.
     """
     with _no_child_signals():
-        read = iter(loader)
+        remaining = iter(loader)
     while True:
         try:
-            batch, failure = next(read), None
+            batch, failure = next(remaining), None
+        except StopIteration:
+            return
         except BaseException as error:
             failure = ChildProcessError(_KILLED) if _is_from_a_killed_reader(error) else error.with_traceback(None)
         if failure is not None:
-            del read
+            del remaining
             raise failure
         yield tuple(batch)
 

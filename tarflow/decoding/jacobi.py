@@ -106,8 +106,9 @@ def cautious_jacobi(
             window = allowance.window(last - accepted, window)
             passes += 1
     rows = iteration.batch_index
-    rest = None if labels is None else labels[rows]
-    resume(transformer, iteration.step, iteration.x, iteration.z, rest, guidance, accepted, memory)
+    if accepted < last:
+        rest = None if labels is None else labels[rows]
+        resume(transformer, iteration.step, iteration.x, iteration.z, rest, guidance, accepted, memory)
     x[rows] = iteration.x
     return x, passes + last - accepted
 

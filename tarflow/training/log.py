@@ -68,7 +68,8 @@ class Log:
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator[None]:
         """Keep the events and the progress bar open, from a step on."""
-        self._since, self._since_step = time.perf_counter(), step
+        self._began = time.perf_counter()
+        self._since, self._since_step = self._began, step
         self._time_left, self._rows = TimeLeft(), 0
         if not parallel.is_main():
             yield
@@ -87,6 +88,11 @@ class Log:
             ) as self._bar,
         ):
             yield
+
+    @property
+    def elapsed(self) -> float:
+        """The seconds since the log was opened."""
+        return time.perf_counter() - self._began
 
     @contextlib.contextmanager
     def timed(self, work: str) -> Iterator[None]:

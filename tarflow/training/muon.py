@@ -11,7 +11,7 @@ means nothing; and the convolutions of a dequantizer, whose weights have scales 
 
 **Its learning rate** is that of AdamW, and so is its weight decay: ``match_rms_adamw`` multiplies the orthogonal matrix
 by ``0.2 sqrt(max(rows, columns))``, so that a step changes weights by 0.2 of the learning rate in root mean square,
-which is what AdamW does.
+which is about what AdamW does.
 
 Sources: Jordan et al., *Muon: An optimizer for hidden layers in neural networks* (2024); Liu et al., *Muon is scalable
 for LLM training* (arXiv 2502.16982) for the learning rate.
@@ -54,7 +54,7 @@ class LayerMuon(torch.optim.Muon):
         """Do a step, or none where ``bad``, a bool on the device: weights and momenta then stay, to the bit.
 
         Muon has no switch for that, and gradients of zero would move both. So they are copied before and restored
-        after, without the host looking; activations, which take more memory than the copies, are gone by now.
+        after, without the host looking, at a time when no activations take up memory.
         """
         for weight, parts in self.matrices:
             assert weight.grad is not None, "every layer is in the loss"

@@ -38,7 +38,8 @@ EVALUATED_IMAGES = 1000
 
 CALIBRATED_BATCHES = 1, 6, 80
 """Numbers of images that decoders are timed on: one, and those of the pictures of a run."""
-CALIBRATION_SECONDS = 20.0
+CALIBRATION_SECONDS, CALIBRATION_SHARE = 20.0, 0.01
+"""Time for that: so many seconds or, of a long training, this share of what it has taken."""
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
@@ -186,7 +187,8 @@ class Run:
         parallel.by_main(self._begin)
         with stop_signals() as is_stopped, self.log.open(trainer.step):
             if trainer.step and is_due(trainer.step, settings.evaluate_every) and not self.is_complete:
-                self._by_main(self.evaluate)
+                with self.log.timed("evaluate"):
+                    self._by_main(self.evaluate)
             while not self.is_complete and not parallel.anywhere(is_stopped()):
                 measures = trainer.train_step(*self._next_batch(batches))
                 bad_in_a_row = self.log.add(trainer.step, measures, trainer.optimizer.param_groups[0]["lr"])
@@ -300,10 +302,11 @@ class Run:
         largest = hardware.chunk_size(model.config.decoding_bytes(branches=2), model.device)
         batches = {min(size, largest) for size in CALIBRATED_BATCHES}
         flow = cast(TokenFlow, model.flow)
-        timings = calibration.calibrate(flow, guidance, batches=batches, rounds=1, seconds=CALIBRATION_SECONDS)
+        seconds = max(CALIBRATION_SECONDS, CALIBRATION_SHARE * self.log.elapsed)
+        timings = calibration.calibrate(flow, guidance, batches=batches, rounds=1, seconds=seconds)
         calibration.save(self.folder, timings)
         sizes = sorted({timing.rows // count_branches(guidance) for timing in timings})
-        print(f"timed   the decoders on batches of {', '.join(map(str, sizes))} images", flush=True)
+        tqdm.write(f"timed   the decoders on batches of {', '.join(map(str, sizes))} images")
 
     def _generator(self) -> torch.Generator:
         return torch.Generator(self.trainer.device).manual_seed(self.settings.seed)

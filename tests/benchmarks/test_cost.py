@@ -294,6 +294,15 @@ def test_the_report_has_prediction_and_measurement_side_by_side(tmp_path, monkey
         assert f"| guided sampling, ImageNet64 2-768-1-8, B=8 | {name} | {times} |" in section
 
 
+def test_the_report_has_kernels_beside_what_their_machine_code_says():
+    shape = {"B": 32, "H": 12, "N": 1024, "D": 64}
+    row = measured(H100.name, triton="") | {"op": "causal_attention", "model": "ImageNet64 patch 2", "shape": shape}
+    page = report.page({"card": {"rows": {"row": row}}})
+    name = "causal_attention, B=32 H=12 N=1024 D=64, bfloat16"
+    predicted = json.loads(report.KERNELS.read_text())["predictions"][name]["microseconds"]
+    assert f"| {name} | triton | {predicted / 1e3:.3g} ms | 1000 ms | {1e6 / predicted:.2f} |" in page
+
+
 @pytest.mark.parametrize("device", [H100.name, "Some GPU"])
 @pytest.mark.parametrize("unknown", [{"model": "another"}, {"dtype": "float32"}, {}], ids=str)
 def test_the_report_predicts_nothing_of_what_the_model_does_not_know(tmp_path, monkeypatch, device, unknown):

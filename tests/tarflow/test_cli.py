@@ -126,12 +126,12 @@ def test_a_run_for_likelihoods_ends_with_its_score(tmp_path, capsys):
 def test_a_run_logs_every_step_and_evaluation_in_two_places(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {key: [row["step"] for row in rows if key in row] for key in ("loss", "eval_bits_per_dim")}
-    assert logged == {"loss": [*range(1, 9)], "eval_bits_per_dim": [4, 8]}
+    assert logged == {"loss": [*range(1, 9)], "eval_bits_per_dim": [1, 4, 8]}
     assert rows[-1]["eval_bits_per_dim"] < 8.5
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows if "loss" in row]
-    assert [event.step for event in events.Images("samples")] == [4, 8]
+    assert [event.step for event in events.Images("samples")] == [1, 4, 8]
 
 
 @pytest.mark.parametrize(
@@ -457,6 +457,83 @@ def test_evaluate_prints_and_writes_the_scores(request, capsys, kind, sigma, sco
     assert capsys.readouterr().out.splitlines() == lines
 
 
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory):
+    """Statistics of the test images that ship, of which there are fewer."""
+    path = tmp_path_factory.mktemp("statistics") / "fashion-mnist.safetensors"
+    assert main("statistics", "fashion-mnist", "--split=test", f"--out={path}", "--device=cpu") == 0
+    return path
+
+
+def score_samples(run, *flags):
+    fast = ("--num-images=4", "--importance-samples=1", "--device=cpu")
+    assert main("evaluate", run, "--samples=20", *fast, *flags) == 0
+    return json.loads((run / "evaluation.json").read_text())
+
+
+SAMPLE_SCORES = [
+    "Frechet distance in classifier features",
+    "kernel distance in classifier features, 100 subsets of 10: mean",
+    "kernel distance in classifier features, 100 subsets of 10: standard deviation",
+    "precision of 20 samples",
+    "recall of 20 real images",
+    "recognised as their class",
+    "floor: the distance between two disjoint sets of 20 real images",
+    "ceiling: the distance of 20 images of uniform noise",
+]
+
+
+def test_samples_are_scored_beside_the_likelihoods_and_with_their_protocol(run, statistics, capsys):
+    capsys.readouterr()
+    record = score_samples(run, f"--statistics={statistics}", "--guidance=1", "--seed=1")
+    scores, protocol = record["samples"]["scores"], record["samples"]["protocol"]
+    assert [*scores] == SAMPLE_SCORES
+    assert np.isfinite([*scores.values()]).all()
+    assert len(record["scores"]) == 4
+    stated = {"protocol": "tarflow", "samples": 20, "quantization": "truncate", "resize": "none", "seed": 1}
+    stated |= {"labels": "drawn uniformly from 10 classes", "denoising": "Tweedie at sigma 0.1"}
+    assert stated.items() <= protocol.items()
+    assert protocol["guidance"]["weight"] == 1
+    assert protocol["reference"]["images"] == 1000
+    assert protocol["versions"]["torch"] == torch.__version__
+    lines = capsys.readouterr().out.splitlines()
+    for name, value in scores.items():
+        assert f"{value:.4g}   {name}" in lines
+    assert {line.split()[0] for line in lines} >= {name.split()[0] for name in protocol}
+
+
+def test_each_flag_of_samples_changes_their_scores_and_the_seed_repeats_them(run, statistics):
+    settings = ["", "--protocol=balanced", "--guidance=3", "--sigma=0", "--seed=1"]
+    records = [score_samples(run, f"--statistics={statistics}", *flags.split())["samples"] for flags in settings]
+    assert len({record["scores"][SAMPLE_SCORES[0]] for record in records}) == len(settings)
+    again = score_samples(run, f"--statistics={statistics}", "--decoder=sequential")["samples"]
+    assert again["scores"] == pytest.approx(records[0]["scores"])
+    assert records[1]["protocol"]["labels"] == "in turn from 10 classes"
+    assert records[1]["protocol"]["quantization"] == "round"
+
+
+def test_samples_that_are_not_finite_are_reported_and_enter_no_score(run, statistics, monkeypatch):
+    draws = []
+
+    def spoil_the_first(images):
+        draws.append(len(images))
+        if len(draws) == 1:
+            images[:3, 0, 5] = torch.nan
+
+    change_samples(monkeypatch, spoil_the_first)
+    record = score_samples(run, f"--statistics={statistics}")["samples"]
+    assert draws == [20, 3]
+    assert record["protocol"]["not finite, drawn anew"] == 3
+    assert np.isfinite([*record["scores"].values()]).all()
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "flowpp"])
+def test_samples_without_labels_are_scored_too(request, statistics, kind):
+    record = score_samples(request.getfixturevalue(kind), f"--statistics={statistics}")["samples"]
+    assert [*record["scores"]] == [name for name in SAMPLE_SCORES if name != "recognised as their class"]
+    assert record["protocol"]["labels"] == "none"
+
+
 @pytest.fixture
 def whole(tmp_path, monkeypatch):
     """A package with the whole of Fashion-MNIST, though small, which is taken in place of the subset while it is."""
@@ -492,6 +569,14 @@ def test_a_model_is_not_scored_on_images_that_it_may_have_been_trained_on(whole,
         (whole / f"t10k-{kind}").write_bytes((whole / f"train-{kind}").read_bytes())
     assert main(*score, f"--data-dir={whole}") == 1
     assert "dataset: expected other images than the run was trained on; got" in capsys.readouterr().err
+
+
+def test_samples_are_compared_with_the_training_images_of_the_run(whole, tmp_path):
+    reference = score_samples(train(tmp_path / "run", steps=2))["samples"]["protocol"]["reference"]
+    assert (reference["images"], reference["transform"]) == (64, "none")
+    assert reference["data"] == f"Fashion-MNIST, 64 train images from {whole}"
+    mirrored = score_samples(train(tmp_path / "mirrored", "--flip=True", steps=2))["samples"]["protocol"]["reference"]
+    assert mirrored["transform"] == "mirrored with probability 1/2, seed 0"
 
 
 def test_two_runs_without_a_folder_get_one_each(tmp_path):
@@ -551,7 +636,7 @@ def flags_in(text):
     return set(re.findall(r"(?<![\w`])--[a-z][a-z0-9.-]*[a-z0-9]", text)) - {"--help"}
 
 
-@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "convert"])
+@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "statistics", "convert"])
 def test_help_lists_every_flag(capsys, command):
     settings = getattr(importlib.import_module(f"tarflow.cli.{command}"), command.capitalize())
     assert {*flags_of(settings)} <= flags_in(help_of(capsys, command))
@@ -636,7 +721,7 @@ def test_a_model_in_double_precision_is_not_drawn_from_in_a_lower_one(run, tmp_p
 
 def test_a_command_that_there_is_not_is_answered_with_those_that_there_are(capsys):
     assert main("trian", "--out=x") == 2
-    commands = "train, sample, calibrate, evaluate, convert"
+    commands = "train, sample, calibrate, evaluate, statistics, convert"
     assert capsys.readouterr().err == f"tarflow: error: command: expected one of {commands}; got 'trian'\n"
 
 
@@ -771,6 +856,28 @@ evaluate {run} --seed=-1              seed: expected an integer from 0 to 2\^63 
 evaluate {run} --image-size=0         image_size: expected 1 to 7071, got 0
 evaluate {run} --dataset=minst        name: expected one of fashion-mnist, .* got 'minst'
 evaluate someone/model                run: expected a folder to write to; got someone/model
+evaluate {run} --samples=1|3|-1       samples: expected at least 4, or 0 for none; got {value}
+evaluate {run} --samples=1{eighteen}  memory: expected samples = 1{eighteen} to take at most
+evaluate {run} --samples=1{thirty}    memory: expected samples = 1{thirty} to take at most
+evaluate {run} --guidance=2           guidance: expected with --samples alone, .*; got --guidance=2
+evaluate {run} --protocol=tarflow     protocol: expected with --samples alone, .*; got --protocol=tarflow
+evaluate {run} --no-drop-label        drop_label: expected with --samples alone, .*; got --no-drop-label
+evaluate {run} --weights=none.pth     weights: expected with --samples alone, .*; got --weights=none\.pth
+evaluate {run} --samples=8 --sigma=nan  sigma: expected a number from 0 to 10, .* got nan
+evaluate {run} --samples=8 --schedule=constant  schedule: expected none without --guidance, .* got constant
+evaluate {run} --samples=8 --tolerance=3  tolerance: expected at most 1, .*; got 3
+evaluate {run} --samples=8 --window=4  window: expected none with the auto decoder, only with jacobi
+evaluate {run} --samples=8 --weights=none.pth  weights: expected the Inception .* https://.*; there is no file none\.pth
+evaluate {run} --samples=8 --weights={run}/config.json  weights: expected the Inception .* of SHA-256 6726825d.*; got
+evaluate {run} --samples=8 --statistics=none  statistics: expected a file that .* wrote; there is no none
+evaluate {run} --samples=8 --statistics={run}/model.safetensors  statistics: expected a file .* wrote; got .*/model\.saf
+evaluate {flowpp} --samples=8 --guidance=2  guidance: expected none for a FlowPP, which has no use for it; got 2\.0
+statistics fashion-mnist --out=nowhere/s  out: expected a file in a folder that exists; got nowhere/s
+statistics fashion-mnist --out=new --resize=box  resize: expected with a folder or a hub alone, .*; got box
+statistics fashion-mnist --out=new --batch-size=0  batch_size: expected at least 1; got 0
+statistics fashion-mnist --out=new --seed=-1  seed: expected an integer from 0 to 2\^63 - 1; got -1
+statistics minst --out=new            name: expected one of fashion-mnist, .* got 'minst'
+statistics imagenet32-2016 --data-dir={photos} --out=new  weights: expected a file for images other than Fashion-MNIST
 convert {run}/none.pth new --sigma=nan|inf  sigma: expected a number from 0 to 10, .* got {value}
 convert {run}/none.pth {run}/config.json  out: expected a folder; got .*/run/config\.json
 """
@@ -828,6 +935,8 @@ sample {run} --filters=3              --filters: expected a flag of tarflow samp
 calibrate                             arguments: expected run; got fewer
 evaluate {run} --dataset ''           --dataset: expected a value; got ''
 evaluate {run} --draws=many           --importance-samples: expected INT; got 'many'
+evaluate {run} --protocol=best        --protocol: expected one of 'tarflow', 'balanced'; got 'best'
+statistics fashion-mnist              arguments: expected dataset and out; got fewer
 convert {run}/none.pth                arguments: expected checkpoint and out; got fewer
 convert {run}/none.pth ''             arguments: expected a value; got ''
 convert {run}/none.pth new --sigma=a  --sigma: expected FLOAT; got 'a'

@@ -470,6 +470,17 @@ def test_a_folder_streams_what_get_batch_reads(folder, num_workers):
     assert torch.equal(torch.get_rng_state(), state), "streaming drew from the caller's random numbers"
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_chosen_images_are_read_once_and_in_their_order(folder, num_workers, no_collector):
+    indices = torch.arange(len(folder)).flip(0).split(5)
+    for data, expected in ((folder, folder.get_batch), (numbered(len(folder)), numbered(len(folder)).get_batch)):
+        read = list(datasets.read(data, indices, num_workers))
+        assert [len(labels) for _, labels in read] == [len(chosen) for chosen in indices]
+        for batch, chosen in zip(read, indices, strict=True):
+            assert all(map(torch.equal, batch, expected(chosen)))
+    assert multiprocessing.active_children() == []
+
+
 @pytest.fixture
 def no_collector():
     """What ends then, ends because the last reference to it is gone."""

@@ -596,7 +596,7 @@ def test_passes_never_lose_more_than_a_twentieth_whatever_they_bring(cost, luck)
 
 
 class Costs:
-    """The time of decoding by the table of costs, in steps of the sequential decoder, while the block is within."""
+    """The time of blocks that ``auto`` decodes, by the table of costs, in steps of the sequential decoder."""
 
     def __init__(self, monkeypatch, cost):
         self.total = 0.0

@@ -331,6 +331,15 @@ def test_the_time_left_is_what_the_run_then_takes(tmp_path, monkeypatch):
         assert estimate == pytest.approx(finished[0] - at), step
 
 
+@pytest.mark.parametrize(("hours", "seconds"), [(0.1, 20.0), (10, 360.0)])
+def test_decoders_are_timed_for_seconds_or_for_a_hundredth_of_a_long_training(tmp_path, monkeypatch, hours, seconds):
+    given = {}
+    monkeypatch.setattr(Log, "elapsed", hours * 3600)
+    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, **options: given.update(options) or [])
+    train(config_of(**TINY | {"max_steps": 1}), tmp_path / "run")
+    assert given == {"batches": {1, 6, 80}, "rounds": 1, "seconds": seconds}
+
+
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, uneven):
     out = Path(shutil.copytree(uneven, tmp_path / "run"))
     assert main(["train", f"--resume={out}"]) == 0

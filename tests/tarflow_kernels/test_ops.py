@@ -197,6 +197,16 @@ def test_shifted_parameters_are_those_of_the_token_before():
     assert_close(affine_forward(x, mu, alpha, shift=True), (torch.cat((x[:, :1], tail), 1), logdet))
 
 
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="it is the torch implementation that torch.func takes apart")
+@pytest.mark.parametrize("op", [affine_forward, affine_inverse])
+def test_affine_maps_are_mapped_over_batches_of_batches(op):
+    """By torch.func, which asks for stock operators."""
+    inputs = draw(0, 3, 2, 4, 5, 6)
+    mapped = torch.func.vmap(partial(op, shift=True))(*inputs.unbind())
+    for i, one in enumerate(inputs.unbind(1)):  # one of two batches
+        assert_close([result[i] for result in mapped], list(op(*one, shift=True)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "sign"), [(affine_forward, -1), (affine_inverse, 1)])
 def test_parameters_of_low_precision_leave_results_in_full(op, sign, backend):

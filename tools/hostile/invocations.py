@@ -15,8 +15,9 @@ TRAIN_FLOWPP = ("train", "--out=out", *TINY_FLOWPP, "--max-steps=2")
 SAMPLE = ("sample", "run", "--out=drawn.png", "--num=2", "--device=cpu")
 EVALUATE = ("evaluate", "run", "--num-images=4", "--importance-samples=1", "--device=cpu")
 CALIBRATE = ("calibrate", "run", "--batches=1", "--device=cpu")
+STATISTICS = ("statistics", "fashion-mnist", "--split=test", "--out=statistics", "--device=cpu")
 CONVERT = ("convert", "published.pth", "out")
-COMMANDS = (TRAIN, TRAIN, TRAIN_FLOWPP, SAMPLE, SAMPLE, EVALUATE, CALIBRATE, CONVERT)
+COMMANDS = (TRAIN, TRAIN, TRAIN_FLOWPP, SAMPLE, SAMPLE, EVALUATE, STATISTICS, CALIBRATE, CONVERT)
 
 # Each word by itself cannot mean anything; "|" stands between flags that belong together.
 MEANINGLESS = {
@@ -43,7 +44,11 @@ MEANINGLESS = {
     EVALUATE: """
         --num-images=0 --draws=0 --importance-samples=0 --batch-size=-1 --image-size=0 --dataset= --dataset=foo
         --resize=box --data-dir=nowhere --seed=-1 --seed=99999999999999999999 --device=meta --device=cpu:7
-        --nonsense|--help""",
+        --samples=1 --samples=-1 --samples=1000000000000000000 --guidance=2 --samples=8|--guidance=nan
+        --samples=8|--statistics=nowhere --samples=8|--weights=nowhere --samples=8|--sigma=nan --nonsense|--help""",
+    STATISTICS: """
+        --batch-size=0 --resize=box --data-dir=nowhere --image-size=0 --seed=-1 --device=meta --out=nowhere/x
+        --weights=nowhere --split=valid""",
     CALIBRATE: """
         --guidance=nan --guidance=1e300 --guidance=inf --temperature=nan --tolerance=nan --tolerance=inf --tolerance=-1
         --tolerance=3 --batches=0 --batches=-1 --batches --batches=1000000000000000000 --device=meta --device=cpu:7""",
@@ -62,7 +67,7 @@ ODD_WORDS = """
     /dev/null /dev/full x $x^ %s cpu cuda float16 folder hub: hub:no/such mixture flowpp"""
 VALUES = (*ODD_WORDS.split(), "", " ", "a\nb", "7" * 31, "x" * 5000)
 # A huge number of these is a wish that takes for ever, and no mistake.
-ENDLESS = ("--max-steps", "--importance-samples", "--batches", "--num", "--warmup-steps")
+ENDLESS = ("--max-steps", "--importance-samples", "--batches", "--num", "--samples", "--warmup-steps")
 
 
 class Invocations:
