@@ -87,7 +87,7 @@ def remove_abandoned(folder: Path) -> None:
     if os.name != "posix":  # elsewhere, os.kill may end a process
         return
     for path in folder.glob(".*.*"):
-        found = re.fullmatch(r"\..+\.(?:json|jsonl|png|pt|safetensors)\.(\d{1,9})", path.name)
+        found = re.fullmatch(r"\..+\.(?:json|jsonl|npz|png|pt|safetensors)\.(\d{1,9})", path.name)
         if found and not _is_another(int(found[1])):
             path.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ pixels in different ways: :func:`to_pixels`.
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ __all__ = [
     "add_gaussian_noise",
     "add_uniform_noise",
     "bits_per_dim",
+    "derive_seed",
     "log_normal",
     "quantization",
     "to_image",
@@ -70,6 +72,11 @@ def to_pixels(images: Tensor, quantization: Quantization) -> Tensor:
     levels = (images.float() + 1) * (128 if quantization == "floor" else 127.5)
     levels = levels.round() if quantization == "round" else levels.floor()
     return levels.nan_to_num(0.0).clamp(0, 255).to(torch.uint8)
+
+
+def derive_seed(seed: int, step: int, purpose: int = 0) -> int:
+    """A seed for the random numbers of one step, unrelated to those of its neighbours and of other purposes."""
+    return int(np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def log_normal(z: Tensor) -> Tensor:

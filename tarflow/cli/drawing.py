@@ -81,13 +81,13 @@ class Drawing:
 class Progress:
     """A bar of images that moves with every block, and what decoding them took."""
 
-    def __init__(self, num: int, num_blocks: int):
-        self.num, self.num_blocks = num, num_blocks
+    def __init__(self, num: int, num_blocks: int, shown: bool = True):
+        self.num, self.num_blocks, self.shown = num, num_blocks, shown
         self.blocks: list[BlockStatistics] = []
 
     def __enter__(self) -> "Progress":
         layout = "{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        self.bar = tqdm(total=self.num, unit=" images", dynamic_ncols=True, bar_format=layout)
+        self.bar = tqdm(total=self.num, unit=" images", dynamic_ncols=True, bar_format=layout, disable=not self.shown)
         return self
 
     def __exit__(self, *exception: object) -> None:

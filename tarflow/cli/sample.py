@@ -1,23 +1,23 @@
 """``tarflow sample``: draw samples from a trained model."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from matplotlib.backend_bases import FigureCanvasBase
+from torch import Tensor
 
-from ..decoding import ProgressCallback
-from ..files import atomic_write
 from ..image_flow import ImageFlow, at_least_one
 from ..noise import Quantization, quantization, to_pixels
 from ..pictures import Gallery
+from ..training import parallel
 from .drawing import Drawing, Progress
 from .parsing import Flat, fields_of, parse
-from .shared import autocast, check_file, check_seed, load_model
+from .shards import SHARD_SIZE, draw_shards, missing_shards, save_arrays
+from .shared import autocast, check_file, check_new_folder, check_seed, load_model
 
 __all__ = ["Sample", "run"]
 
@@ -31,7 +31,7 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """folder of a run or of a saved model, or the name of one on the Hugging Face hub"""
     out: Path = Path("samples.png")
-    """a picture (.png) or uint8 images with their labels (.npz)"""
+    """a picture (.png), uint8 images with their labels (.npz), or a folder of such files, which may be gone on with"""
     num: int = 80
     """images to draw; a picture has them in a row for each class, or in rows of eight"""
     labels: tuple[int, ...] = ()
@@ -53,38 +53,75 @@ def run(arguments: Sequence[str]) -> None:
     given, drawing = fields_of(flags), command.drawing
     _check(command, given)
     decoder, guidance = drawing.make_decoder(), drawing.make_guidance()
-    model, metadata = load_model(command.run, command.device)
-    drawing.check_usable(given, model)
-    _check_labels(command.labels, model.config.num_classes)
-    model.check_num(command.num)
-    gallery = Gallery(
-        metadata.get("class_names", ()),
-        guidance,
-        drawing.denoise_sigma(metadata),
-        decoder,
-        command.seed,
-        command.quantization or quantization(metadata.get("sigma", 0.0)),
-        command.on_nan,
-    )
-    with autocast(model, drawing.precision, command.run):
-        with Progress(command.num, len(model.stages)) as progress:
-            if command.out.suffix == ".png":
-                title = f"Samples of {command.run.resolve().name}"
-                gallery.save_samples(model, command.out, title, command.num, command.labels, progress.note)
-            else:
-                _save_arrays(gallery, model, command, progress.note)
-        print(progress.summary())
-        if command.trajectory:
-            classes = command.labels[:TRAJECTORY_ROWS]
-            gallery.save_trajectory(model, command.trajectory, "From latent to image", classes)
+    with parallel.connected(command.device):
+        with parallel.together():
+            if parallel.num_ranks() > 1 and command.out.suffix:
+                raise ValueError(f"out: expected a folder, to which several processes write; got {command.out}")
+            model, metadata = load_model(command.run, str(parallel.pick_device(command.device)))
+        drawing.check_usable(given, model)
+        _check_labels(command.labels, model.config.num_classes)
+        model.check_num(command.num)
+        gallery = Gallery(
+            metadata.get("class_names", ()),
+            guidance,
+            drawing.denoise_sigma(metadata),
+            decoder,
+            command.seed,
+            command.quantization or quantization(metadata.get("sigma", 0.0)),
+            command.on_nan,
+        )
+        with autocast(model, drawing.precision, command.run):
+            _draw(command, gallery, model) if command.out.suffix else _draw_folder(command, gallery, model)
+
+
+def _draw(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
+    """Draw a picture of samples, or a file of them, and a trajectory."""
+    with Progress(command.num, len(model.stages)) as progress:
+        if command.out.suffix == ".png":
+            title = f"Samples of {command.run.resolve().name}"
+            gallery.save_samples(model, command.out, title, command.num, command.labels, progress.note)
+        else:
+            labels = _labels_in_turn(command, model)
+            (images,) = gallery.draw_samples(model, command.num, labels, progress=progress.note)
+            save_arrays(command.out, to_pixels(images, gallery.quantization), labels)
+    print(progress.summary())
+    if command.trajectory:
+        classes = command.labels[:TRAJECTORY_ROWS]
+        gallery.save_trajectory(model, command.trajectory, "From latent to image", classes)
     print(f"wrote {', '.join(str(path) for path in (command.out, command.trajectory) if path)}")
+
+
+def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
+    """Draw the samples that a folder misses, each process its share."""
+    settings = {
+        "num": command.num,
+        "labels": command.labels,
+        "seed": command.seed,
+        "quantization": gallery.quantization,
+        "on_nan": command.on_nan,
+        **asdict(command.drawing),
+        "sigma": gallery.denoise_sigma,
+    }
+    shards = missing_shards(command.out, model, settings)
+    num = sum(map(len, shards.values()))
+    with Progress(num, len(model.stages), shown=parallel.is_main()) as progress:
+        draw_shards(gallery, model, command.out, shards, _labels_in_turn(command, model), progress.note)
+    if parallel.is_main():
+        if num:
+            print(f"{progress.summary()}; by one of {parallel.num_ranks()} processes")
+        print(f"wrote {command.out}, {command.num} images in files of {SHARD_SIZE}")
 
 
 def _check(command: Sample, given: Collection[str]) -> None:
     """Raise ValueError or OSError for what no model can be asked for, before one is read."""
-    if command.out.suffix not in (".png", ".npz"):
-        raise ValueError(f"out: expected a .png or .npz file; got {command.out}")
-    check_file("out", command.out)
+    if command.out.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"out: expected a .png or .npz file, or a folder; got {command.out}")
+    if command.out.suffix:
+        check_file("out", command.out)
+    else:
+        check_new_folder("out", command.out)
+        if command.trajectory is not None:
+            raise ValueError(f"trajectory: expected none with a folder of samples; got {command.trajectory}")
     if command.trajectory is not None:
         formats = FigureCanvasBase.get_supported_filetypes()
         if command.trajectory.suffix[1:] not in formats:
@@ -108,15 +145,9 @@ def _check_labels(labels: Sequence[int], num_classes: int) -> None:
             raise ValueError(f"labels: expected classes from 0 to {num_classes - 1}, or -1 for no label; got {label}")
 
 
-def _save_arrays(gallery: Gallery, model: ImageFlow, command: Sample, progress: ProgressCallback) -> None:
-    """Write images uint8 (num, H, W, C) and labels int64 (num,), the classes in turn."""
-    labels = None
-    if model.config.num_classes:
-        classes = torch.tensor(command.labels or range(model.config.num_classes))
-        labels = classes.repeat(-(-command.num // len(classes)))[: command.num]
-    (images,) = gallery.draw_samples(model, command.num, labels, progress=progress)
-    arrays: dict[str, Any] = {"images": to_pixels(images, gallery.quantization).permute(0, 2, 3, 1).cpu().numpy()}
-    if labels is not None:
-        arrays["labels"] = labels.numpy()
-    with atomic_write(command.out) as path, path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+def _labels_in_turn(command: Sample, model: ImageFlow) -> Tensor | None:
+    """The class of each image, the classes in turn; None for a model without."""
+    if not model.config.num_classes:
+        return None
+    classes = torch.tensor(command.labels or range(model.config.num_classes))
+    return classes.repeat(-(-command.num // len(classes)))[: command.num]

@@ -11,8 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -60,6 +59,7 @@ __all__ = [
 ]
 
 Sharding = Literal["none", "full", "hybrid"]
+Made = TypeVar("Made")
 
 START, WORK = timedelta(minutes=30), timedelta(days=7)
 """The longest that processes wait for the last one to begin, and for the main one to be done with what it does."""
@@ -210,9 +210,9 @@ def by_main(work: Callable[[], object]) -> None:
             work()
 
 
-def of_main(make: Callable[[], Path]) -> Path:
-    """What the main process makes, in all."""
-    made: list[Path] = []
+def of_main(make: Callable[[], Made]) -> Made:
+    """Give all processes what the main one makes."""
+    made: list[Made] = []
     by_main(lambda: made.append(make()))
     return _all_of(made)[0][0]
 

@@ -13,19 +13,18 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..hardware import uses_bfloat16
 from ..image_flow import ImageFlow
-from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
+from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim, derive_seed
 from . import parallel
 from .config import TrainConfig, TrainingConfig
 from .muon import LayerMuon
 
-__all__ = ["MEASURES", "Objective", "Trainer", "build", "derive_seed", "learning_rate"]
+__all__ = ["MEASURES", "Objective", "Trainer", "build", "learning_rate"]
 
 INITIAL_IMAGES = 128
 """Training images that set the scales of layers which take them from data."""
@@ -328,11 +327,6 @@ class Trainer:
 def build(config: TrainConfig, dataset: ImageDataset | ImageFolder) -> ImageFlow:
     """The untrained model of a run on these data."""
     return config.flow(config.model_config(dataset))
-
-
-def derive_seed(seed: int, step: int, purpose: int = 0) -> int:
-    """A seed for the random numbers of one step, unrelated to those of its neighbours and of other purposes."""
-    return int(np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

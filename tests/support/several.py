@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tarflow import datasets
+from tarflow import TarFlow, datasets
 from tarflow.cli import main
 from tarflow.training import parallel
 from tarflow.training.trainer import Trainer
@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 RANK = int(os.environ["RANK"])
 IS_FIRST_TRY = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 write_data, prepare, train_step = FileSystemWriter.write_data, Trainer.prepare, Trainer.train_step
+draw = TarFlow.sample
 
 
 def in_one(owner, name, harmed):
@@ -77,6 +78,17 @@ def full_disk():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return in_one(FileSystemWriter, "write_data", harmed)
+
+
+def bad_samples():
+    """The process draws an image that is not finite, in its first file."""
+
+    def harmed(model, *arguments, **options):
+        images = draw(model, *arguments, **options)
+        images[3] = math.nan
+        return images
+
+    return in_one(TarFlow, "sample", harmed)
 
 
 def die_in_a_save(number=2):

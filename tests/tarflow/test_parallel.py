@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,6 +36,11 @@ def train(out, *settings, **more):
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in told.items()]
     where = "resume" if "resume" in told else "out"
     return ["train", *([f"--out={out}"] if where == "out" else []), *(f if v is None else f"{f}={v}" for f, v in flags)]
+
+
+def sample(folder, out):
+    """The arguments of ``tarflow sample``, for three files of images."""
+    return ["sample", str(folder / "one"), f"--out={folder / out}", "--num=1200", "--device=cpu", "--sigma=0"]
 
 
 def torchrun(jobs, processes, *options):
@@ -124,11 +130,19 @@ def runs(tmp_path_factory):
     def jobs(table):
         return [(name, train(folder / name, *settings), {}) for name, (_, *settings) in table.items()]
 
-    by_four = [*jobs(BY_FOUR), ("resumed", train(folder / "resumed", TARFLOW, FULL, max_steps=8), {})]
+    assert main(sample(folder, "by one")) == 0
+    by_four = [
+        *jobs(BY_FOUR),
+        ("resumed", train(folder / "resumed", TARFLOW, FULL, max_steps=8), {}),
+        ("sampled by four", sample(folder, "by four"), {}),
+    ]
     runs.printed.append(run_all(folder, "four", 4, by_four))
     by_two = [
         *jobs(BY_TWO),
         ("two again", train(folder / "two again", TARFLOW), {}),
+        ("sampled by two", sample(folder, "by two"), {"harm": "bad_samples"}),
+        ("sampled again by two", sample(folder, "by two"), {}),
+        ("one file", sample(folder, "picture.png"), {}),
         ("resumed by two", ["train", f"--resume={folder / 'resumed'}", "--max-steps=14"], {}),
         ("nan", train(folder / "nan", TARFLOW), {"harm": "nan"}),
         ("nan sharded", train(folder / "nan sharded", TARFLOW, FULL), {"harm": "nan"}),
@@ -204,6 +218,47 @@ def test_a_failure_of_one_process_is_one_line_and_the_end_of_all(runs, name, mes
     assert runs.statuses(name) == [1, 1]
     assert len(re.findall(f"tarflow train: error: {message}", "\n".join(runs.printed))) == 1
     assert not [*(runs.folder / name).glob("checkpoints/*")]
+
+
+def test_samples_are_the_same_for_any_number_of_processes_and_interruptions(runs):
+    assert runs.statuses("sampled by two") == [1, 1]  # once one file was drawn that was not finite
+    assert runs.statuses("sampled again by two") == [0, 0]
+    assert runs.statuses("sampled by four") == [0] * 4
+    files = {out: read_files(runs.folder / out) for out in ("by one", "by two", "by four")}
+    assert sorted(files["by one"]) == ["00000.npz", "00001.npz", "00002.npz", "samples.json"]
+    assert files["by one"] == files["by two"] == files["by four"]
+    images, labels = (
+        np.concatenate([np.load(path)[key] for path in sorted((runs.folder / "by two").glob("*.npz"))])
+        for key in ("images", "labels")
+    )
+    assert images.shape == (1200, 28, 28, 1)
+    assert len(np.unique(images, axis=0)) == 1200
+    assert (labels == np.arange(1200) % 10).all()
+    assert "1 of 500 samples are not finite; --on-nan redraw draws others" in "\n".join(runs.printed)
+
+
+def read_files(folder):
+    """The files of a folder, by name; archives are compared by what is in them, without their dates."""
+    return {
+        path.name: path.read_text() if path.suffix == ".json" else {k: v.tobytes() for k, v in np.load(path).items()}
+        for path in folder.iterdir()
+    }
+
+
+def test_samples_of_other_settings_are_not_added_to_a_folder(runs, capsys):
+    for flags, got in (["--seed=1"], "seed 1"), (["--num=1300"], "num 1300"):
+        assert main([*sample(runs.folder, "by one"), *flags]) == 1
+        assert (
+            f"out: expected a new folder, or one with samples of these settings; got {got}" in capsys.readouterr().err
+        )
+    model = runs.folder / "terminated"  # the same settings, some steps before
+    assert main(["sample", str(model), *sample(runs.folder, "by one")[2:]]) == 1
+    assert "samples of these settings; got another model" in capsys.readouterr().err
+
+
+def test_several_processes_do_not_write_one_file(runs):
+    assert runs.statuses("one file") == [1, 1]
+    assert "out: expected a folder, to which several processes write" in "\n".join(runs.printed)
 
 
 def test_weights_are_sharded_within_machines_and_copied_between_them(runs):

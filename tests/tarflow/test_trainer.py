@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
 from tarflow.datasets import ImageDataset
 from tarflow.hardware import uses_bfloat16
-from tarflow.noise import add_gaussian_noise, bits_per_dim
+from tarflow.noise import add_gaussian_noise, bits_per_dim, derive_seed
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
 from tarflow.training.muon import LayerMuon
 from tarflow.training.presets import PRESETS
-from tarflow.training.trainer import MEASURES, Trainer, derive_seed
+from tarflow.training.trainer import MEASURES, Trainer
 
 TARFLOW = TarFlowConfig(14, 1, patch_size=7, channels=64, num_blocks=2, layers_per_block=1)
 MIXTURE = replace(TARFLOW, coupling="mixture")

@@ -1,0 +1,103 @@
+"""Many samples, in a folder of files: drawn by one process or several, and gone on with after an interruption."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..decoding import ProgressCallback
+from ..files import atomic_write, remove_abandoned
+from ..image_flow import ImageFlow
+from ..noise import derive_seed, to_pixels
+from ..pictures import Gallery
+from ..training import parallel
+
+__all__ = ["SHARD_SIZE", "draw_shards", "missing_shards", "save_arrays"]
+
+SHARD_SIZE = 500
+"""Images in a file, which one process draws at a time."""
+
+RECORD = "samples.json"
+
+
+def missing_shards(folder: Path, model: ImageFlow, settings: dict[str, Any]) -> dict[int, Tensor]:
+    """The files that a folder of samples misses and this process is to write: the numbers of the images in each.
+
+    Args:
+        folder: where the files are; it is made, or holds those of an earlier try.
+        model: the model.
+        settings: what the samples depend on, with their number, ``num``; they are recorded in the folder.
+
+    Raises:
+        ValueError: the folder holds samples of other settings or of another model.
+    """
+
+    def prepare() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
+        _record(folder, json.loads(json.dumps(settings | {"weights": _excerpt(model)}, default=str)))
+        return [number for number in range(len(shards)) if not _path(folder, number).exists()]
+
+    shards = [*torch.arange(settings["num"]).split(SHARD_SIZE)]
+    missing = parallel.of_main(prepare)
+    return {number: shards[number] for number in missing[parallel.rank() :: parallel.num_ranks()]}
+
+
+def draw_shards(
+    gallery: Gallery,
+    model: ImageFlow,
+    folder: Path,
+    shards: dict[int, Tensor],
+    labels: Tensor | None,
+    progress: ProgressCallback,
+) -> None:
+    """Write the files of samples of :func:`missing_shards`: ``00000.npz`` and so on.
+
+    The latents of a file depend on (seed, number of the file) alone, so that the images are the same for any number of
+    processes. ``labels`` are those of all samples; ``progress`` is called after every block.
+
+    Raises:
+        ValueError: samples are not finite.
+    """
+    with parallel.together():
+        for number, indices in shards.items():
+            drawing = replace(gallery, seed=derive_seed(gallery.seed, number))
+            classes = None if labels is None else labels[indices]
+            (images,) = drawing.draw_samples(model, len(indices), classes, progress=progress)
+            save_arrays(_path(folder, number), to_pixels(images, gallery.quantization), classes)
+
+
+def save_arrays(path: Path, pixels: Tensor, labels: Tensor | None) -> None:
+    """Write images uint8 (num, H, W, C) and labels int64 (num,)."""
+    arrays: dict[str, Any] = {"images": pixels.permute(0, 2, 3, 1).cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    with atomic_write(path) as beside, beside.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npz"
+
+
+def _excerpt(model: ImageFlow) -> list[float]:
+    """The first number of every weight, which tell a model from what it was some steps of training ago."""
+    return [weight.flatten()[0].item() for weight in model.state_dict().values()]
+
+
+def _record(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down the settings, or check that they are those of the samples that are there."""
+    path = folder / RECORD
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                got = "another model" if name == "weights" else f"{name} {value}"
+                raise ValueError(f"out: expected a new folder, or one with samples of these settings; got {got}")
+        return
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(settings, indent=2) + "\n")
