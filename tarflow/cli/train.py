@@ -60,12 +60,14 @@ def run(arguments: Sequence[str]) -> None:
     if command.resume:
         _check_resumed(command, command.resume, given)
     _check_useful(config, given)
+    if parallel.is_restartable() and not (command.out or command.resume):
+        raise ValueError("out: expected a folder with --max-restarts, for a run that is started again to find; got none")
     if command.out:
         check_new_folder("out", command.out)
     with parallel.connected(config.training.device):
         out = command.resume or command.out or parallel.of_main(lambda: new_folder(Path("runs"), command.preset))
         try:
-            model = train(config, out, resume=command.resume is not None or parallel.is_restarted())
+            model = train(config, out, resume=command.resume is not None or parallel.is_restartable())
         except KeyboardInterrupt as stop:
             if parallel.num_ranks() == 1 or not str(stop):
                 raise

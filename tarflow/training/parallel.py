@@ -40,7 +40,7 @@ __all__ = [
     "gather_weights",
     "hand_over",
     "is_main",
-    "is_restarted",
+    "is_restartable",
     "layers_of",
     "local",
     "make_mesh",
@@ -106,9 +106,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started all processes again, after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def is_restartable() -> bool:
+    """Whether torchrun starts all processes again when one is lost; not every machine is told when it has done so."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 @contextlib.contextmanager
