@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> None:
         _check_resumed(command, command.resume, given)
     _check_useful(config, given)
     if parallel.is_restartable() and not (command.out or command.resume):
-        raise ValueError("out: expected a folder with --max-restarts, for a run that is started again to find; got none")
+        raise ValueError("out: expected a folder with --max-restarts, for the run to be found again; got none")
     if command.out:
         check_new_folder("out", command.out)
     with parallel.connected(config.training.device):

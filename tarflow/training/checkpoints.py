@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from ..files import atomic_write, name_full_disk, read_state
+from ..files import atomic_write, read_state
 from . import parallel
 
 __all__ = ["checkpoints", "load_latest", "remove_abandoned", "rotate", "save", "step_of"]
@@ -108,8 +108,7 @@ def _save_sharded(path: Path, state: dict[str, Any]) -> None:
         return
     beside = path.with_name(f"{path.name}.tmp")
     try:
-        with name_full_disk(path):
-            dcp.save(dict(_flat(state)), checkpoint_id=beside, process_group=parallel.control_group())
+        dcp.save(dict(_flat(state)), checkpoint_id=beside, process_group=parallel.control_group())
     except CheckpointException as error:  # which all processes raise
         parallel.by_main(lambda: shutil.rmtree(beside, ignore_errors=True))
         raise OSError(f"{_reason(error)} while writing {path}; what was there before is unchanged") from error
@@ -123,13 +122,12 @@ def _load_sharded(path: Path, like: dict[str, Any]) -> dict[str, Any]:
     try:
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         for name, kind in stored.items():
-            parts[name] = None
-            if isinstance(kind, TensorStorageMetadata):
-                parts[name] = (
-                    torch.empty_like(shards[name])
-                    if name in shards
-                    else torch.empty(kind.size, dtype=kind.properties.dtype)
-                )
+            if name in shards:
+                parts[name] = torch.empty_like(shards[name])
+            elif isinstance(kind, TensorStorageMetadata):
+                parts[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
+            else:
+                parts[name] = None
         is_alone = parallel.num_ranks() == 1
         group = None if is_alone else parallel.control_group()
         with warnings.catch_warnings(action="ignore"):  # that a process is alone

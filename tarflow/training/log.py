@@ -122,8 +122,8 @@ class Log:
         row["images_per_second"] = steps * self.config.batch_size / seconds
         row["images_per_second_per_device"] = row["images_per_second"] / parallel.num_ranks()
         row["share_of_time_waiting_for_data"] = self.waited / seconds
-        if torch.accelerator.is_available():
-            row["peak_memory_gib"] = torch.accelerator.max_memory_allocated() / 2**30
+        if torch.cuda.is_available():
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["learning_rate"] = learning_rate
         self._since, self._since_step, self.waited = now, step, 0.0
         self._note_steps(steps, seconds)

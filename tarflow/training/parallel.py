@@ -99,8 +99,10 @@ def pick_device(name: str) -> torch.device:
     device = hardware.pick_device(name)
     if device.type == "cpu" or not dist.is_torchelastic_launched():
         return device
-    if device.index is not None and num_local_ranks() > 1:
-        raise ValueError(f"device: expected {device.type}, of which each process takes another; got {name}")
+    if device.index is not None:
+        if num_local_ranks() > 1:
+            raise ValueError(f"device: expected {device.type}, of which each process takes another; got {name}")
+        return device
     if num_local_ranks() > (present := torch.accelerator.device_count()):
         raise ValueError(f"nproc-per-node: expected at most {present}, the devices here; got {num_local_ranks()}")
     return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
@@ -158,12 +160,12 @@ def _meet(store: dist.Store, number: int, count: int) -> dist.Store:
             store.set(store.get(key).decode(), "here")
         return dist.PrefixStore(name, store)
     while time.monotonic() < deadline:
-        main = store.get("main").decode()
-        store.set(f"{main}/{number}", name)
         with contextlib.suppress(RuntimeError):
+            main = store.get("main").decode()
+            store.set(f"{main}/{number}", name)
             store.wait([name], timedelta(seconds=1))
             return dist.PrefixStore(main, store)
-    raise TimeoutError(f"torchrun: expected all {count} processes to begin within {START}")
+    raise TimeoutError(f"torchrun: expected all {count} processes to begin within {START}; got no answer of number 0")
 
 
 @functools.cache

@@ -208,7 +208,7 @@ class Run:
 
     def _by_main(self, *works: Callable[[], None]) -> None:
         """Do work that looks at the average, which all processes gather for it, in the main one."""
-        assert self.trainer.average is not None
+        _ = self.trainer.average
         for work in works:
             parallel.by_main(work)
 

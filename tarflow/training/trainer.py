@@ -228,7 +228,7 @@ class Trainer:
 
         What is sharded is in tensors that PyTorch has for that, DTensors.
         """
-        assert self.average is not None  # for its prior
+        _ = self.average  # for its prior
         optimizer = self.optimizer.state_dict()
         for i, moments in optimizer["state"].items():
             optimizer["state"][i] = {
