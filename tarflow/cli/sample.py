@@ -114,7 +114,7 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
 
 def _check(command: Sample, given: Collection[str]) -> None:
     """Raise ValueError or OSError for what no model can be asked for, before one is read."""
-    if command.out.suffix not in (".png", ".npz", ""):
+    if command.out.suffix not in (".png", ".npz", "") or command.out.name in (".png", ".npz"):
         raise ValueError(f"out: expected a .png or .npz file, or a folder; got {command.out}")
     if command.out.suffix:
         check_file("out", command.out)

@@ -446,6 +446,22 @@ def test_an_epoch_draws_no_image_twice_and_drops_only_the_last_partial_batch(siz
         assert torch.equal(torch.cat([images for images, _ in epoch])[:, 0, 0, 0], drawn.to(torch.uint8))
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_shares_of_several_processes_are_the_batch_of_one(num_ranks):
+    whole = islice(batches(numbered(40), 16, seed=3), 3)
+    shares = [batches(numbered(40), 16, seed=3, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    for (images, labels), *parts in zip(whole, *shares, strict=False):
+        for rank, (part, part_labels) in enumerate(parts):
+            assert torch.equal(part, images[rank::num_ranks])
+            assert torch.equal(part_labels, labels[rank::num_ranks])
+
+
+@pytest.mark.parametrize("arguments", [{"num_ranks": 3}, {"rank": 2, "num_ranks": 2}, {"rank": -1}])
+def test_a_batch_without_equal_shares_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of the \d processes"):
+        batches(numbered(10), 4, seed=0, **arguments)
+
+
 def test_epochs_and_seeds_differ_in_their_order():
     first, second = islice(batches(numbered(200), 200, seed=0), 2)
     other = next(batches(numbered(200), 200, seed=1))

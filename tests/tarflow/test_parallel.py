@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from tarflow import TarFlow, TarFlowConfig
 from tarflow.cli import main
-from tarflow.training import checkpoints
+from tarflow.training import checkpoints, parallel
+from tarflow.training.config import TrainingConfig
 
 PROGRAM = Path(__file__).parents[1] / "support" / "several.py"
 TARFLOW = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "guidance.weight": 0.0}
@@ -283,6 +285,19 @@ def test_a_run_of_which_a_process_is_killed_while_it_saves_is_restarted_and_lose
     assert_same(runs, "killed", "one")
     left = [path.name for path in (runs.folder / "killed" / "checkpoints").iterdir()]
     assert sorted(left) == ["step-00000008", "step-00000016", "step-00000020"]
+
+
+def test_what_cannot_be_sharded_is_refused(monkeypatch):
+    model, device = TarFlow(TarFlowConfig(channels=64)), torch.device("cpu")
+    with pytest.raises(ValueError, match="sharding: expected none for a single process; got full; start several by"):
+        parallel.make_mesh("full", device, model)
+    monkeypatch.setattr(parallel, "num_ranks", lambda: 512)
+    with pytest.raises(
+        ValueError, match="sharding: expected layers of at least 512 rows, a row for each device; got 256"
+    ):
+        parallel.make_mesh("full", device, model)
+    with pytest.raises(ValueError, match="sharding: expected none with muon, which needs whole matrices; got hybrid"):
+        TrainingConfig(optimizer="muon", sharding="hybrid")
 
 
 def test_a_process_that_does_not_begin_is_named(runs):
