@@ -25,8 +25,9 @@ from tarflow.training import parallel
 from tarflow.training.trainer import Trainer
 
 torch.set_num_threads(1)
-RANK = int(os.environ["RANK"])
-IS_FIRST_TRY = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+# What torchrun sets; without it this file is only looked at, for examples in docstrings.
+RANK = int(os.environ.get("RANK", 0))
+IS_FIRST_TRY = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 write_data, prepare, train_step = FileSystemWriter.write_data, Trainer.prepare, Trainer.train_step
 draw = TarFlow.sample
 
