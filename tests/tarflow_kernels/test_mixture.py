@@ -90,6 +90,20 @@ def test_nothing_overflows_far_out(backend):
 
 
 @every_implementation
+def test_slopes_below_the_normal_numbers_keep_their_log(backend):
+    """Scales of e^84 to e^91: in float32 their inverses are denormal, and have fewer bits; gradients are finite."""
+    inputs = [t.requires_grad_() for t in elements((30.0, 1.0, uniform(84.0, 91.0)), COUNT, components=8)]
+    with use_backend(backend):
+        v, d = mixture_logistic(*inputs)
+        gradients = torch.autograd.grad(v.sum() + d.sum(), inputs)
+    for i, numbers in enumerate(zip(*(t.tolist() for t in inputs), strict=True)):
+        exact_v, exact_d = in_many_digits(*numbers)
+        assert abs(v[i].item() - exact_v) <= 1e-5
+        assert abs(d[i].item() - exact_d) <= 1e-4
+    assert all(t.isfinite().all() for t in gradients)
+
+
+@every_implementation
 @every_regime
 def test_what_is_inverted_comes_back(regime, backend):
     """v comes back to 1e-5, or to what the last bits of x weigh where the map is steep; the log-dets cancel."""
