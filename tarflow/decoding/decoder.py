@@ -186,13 +186,13 @@ class PassCost:
 
 
 PASS_COSTS = {
-    ("cpu", "float32"): (PassCost(1, 2.5, 0.05), PassCost(2, 2.5, 0.08), PassCost(4, 2.5, 0.15)),
+    ("cpu", "float32"): (PassCost(1, 3.6, 0.042), PassCost(2, 3.6, 0.057), PassCost(4, 4.0, 0.112)),
 }
 """Costs of passes by kind of device, precision of the layers and rows, for affine maps, where passes may pay.
 
-Those of one and two rows lie above what ``benchmarks/results/intel-xeon-processor.json`` has of the trained model on
-two cores: windows of 64 tokens took 4.2 and 4.1 steps, whole sequences of 195 tokens 8.5 and 12.9. Those of four rows
-are a prediction. ``python benchmarks/pass_costs.py`` measures all of them. Of no other device is anything known yet.
+They are no less than any that ``python benchmarks/pass_costs.py`` measured of three sizes of a block, in windows of 16,
+64 and 195 tokens, on two cores of an Intel Xeon: 4.0, 5.5 and 11.7 steps at most for one row, 4.2, 6.4 and 14.7 for
+two, 4.8, 9.7 and 25.4 for four. Of no other device is anything known yet.
 """
 
 LARGEST_LOSS = 0.05
