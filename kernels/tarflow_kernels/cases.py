@@ -20,19 +20,12 @@ HEADS, CAPACITY = 12, 1024
 
 
 def attention(
-    device: str,
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
-    head_dim: int,
-    *,
-    heads: int = HEADS,
-    tempered: bool = False,
+    device: str, dtype: torch.dtype, rows: int, length: int, head_dim: int, *, tempered: bool = False
 ) -> tuple[Launch, Launch]:
     """Attention forward and backward, of queries, keys and values that a fused projection made."""
     from .triton.attention import causal_attention_backward, causal_attention_forward
 
-    q, k, v = torch.randn(rows, length, 3, heads, head_dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    q, k, v = torch.randn(rows, length, 3, HEADS, head_dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     options = torch.ones(rows, device=device) if tempered else None, head_dim**-0.5
     forward = functools.partial(causal_attention_forward, q, k, v, *options)
     out, lse = forward()
@@ -46,15 +39,14 @@ def decoding(
     new: int,
     head_dim: int,
     *,
-    heads: int = HEADS,
     capacity: int = CAPACITY,
     tempered: bool = False,
 ) -> Launch:
     """Attention of new tokens, the last that fit into the cache."""
     from .triton.decode import decode_attention
 
-    q, k, v = torch.randn(rows, new, 3, heads, head_dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
-    cache_k, cache_v = torch.randn(2, rows, heads, capacity, head_dim, device=device).to(dtype)
+    q, k, v = torch.randn(rows, new, 3, HEADS, head_dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    cache_k, cache_v = torch.randn(2, rows, HEADS, capacity, head_dim, device=device).to(dtype)
     positions = torch.full((rows,), capacity - new, dtype=torch.int32, device=device)
     temperature = torch.ones(rows, device=device) if tempered else None
     return functools.partial(decode_attention, q, k, v, cache_k, cache_v, positions, temperature, head_dim**-0.5)

@@ -257,7 +257,6 @@ def simulate(
     resident: int,
     paths: Iterable[Sequence[int]],
     *,
-    bytes_per_cycle: float = L2_BYTES,
     latency: int = L2_LATENCY,
 ) -> Simulation:
     """Run programs through one partition of a multiprocessor, so many at a time.
@@ -267,10 +266,9 @@ def simulate(
         warps: warps of a program.
         resident: programs that a multiprocessor holds at a time.
         paths: what each program executes, in the order in which they start (:func:`unroll`).
-        bytes_per_cycle: what a multiprocessor gets of the L2.
-        latency: cycles that copies to shared memory take beside that.
+        latency: cycles that copies to shared memory take beside those of the bandwidth.
     """
-    partition = _Partition(code, max(warps // 4, 1), iter(paths), bytes_per_cycle, latency)
+    partition = _Partition(code, max(warps // 4, 1), iter(paths), latency)
     for _ in range(resident):
         partition.start_program(0.0)
     while partition.warps:
@@ -286,12 +284,11 @@ class _Partition:
         code: Sequence[Instruction],
         warps_each: int,
         paths: Iterator[Sequence[int]],
-        bytes_per_cycle: float,
         latency: int,
     ):
         self.steps = [_Step.of(instruction) for instruction in code]
         self.warps_each, self.paths = warps_each, paths
-        self.bytes_per_cycle, self.latency = bytes_per_cycle, latency
+        self.latency = latency
         self.warps: list[_Warp] = []
         self.last: _Warp | None = None
         self.left = Counter[int]()
@@ -369,7 +366,7 @@ class _Partition:
             warp.ready = max(warp.ready, time + ARRIVE)
         elif step.kind in ("copy", "load", "store"):
             # Four partitions ask for as much at the same time.
-            done_copying = self.occupy("bandwidth", time, 4 * step.bytes / self.bytes_per_cycle)
+            done_copying = self.occupy("bandwidth", time, 4 * step.bytes / L2_BYTES)
             if step.kind == "copy":
                 done = warp.copied = max(warp.copied, done_copying + self.latency)
             elif step.kind == "load":

@@ -86,10 +86,10 @@ class Prediction(NamedTuple):
 
 def rows() -> Iterator[Row]:
     """Yield the rows that are predicted: those of the published models, and decoding of few rows and heads."""
-    for (batch, heads, length), backward in itertools.product([(32, 12, 1024), (128, 12, 256)], (False, True)):
-        yield _attention(batch, heads, length, 64, backward)
+    for (batch, length), backward in itertools.product([(32, 1024), (128, 256)], (False, True)):
+        yield _attention(batch, length, 64, backward)
     for batch, length in ((64, 1024), (32, 1024), (16, 1024), (11, 1024), (2, 1024), (32, 256)):
-        yield _decoding(batch, 12, length, 64)
+        yield _decoding(batch, length, 64)
     for (length, token_dim), op in itertools.product([(1024, 12), (256, 48)], AFFINE):
         yield _affine(1376, length, token_dim, op)
     for backward, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
@@ -192,12 +192,13 @@ TRIPS: dict[str, Callable[[dict[str, int], dict[str, int]], Pattern]] = {
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _attention(batch: int, heads: int, length: int, head_dim: int, backward: bool) -> Row:
+def _attention(batch: int, length: int, head_dim: int, backward: bool) -> Row:
+    heads = cases.HEADS
     pairs, size = batch * heads * length * (length + 1) / 2, batch * heads * length * head_dim
     names = ("backward_queries", "backward_keys") if backward else ("forward",)
 
     def launch() -> None:
-        _, gradients = cases.attention("meta", torch.bfloat16, batch, length, head_dim, heads=heads)
+        _, gradients = cases.attention("meta", torch.bfloat16, batch, length, head_dim)
         if backward:
             gradients()
 
@@ -213,7 +214,8 @@ def _attention(batch: int, heads: int, length: int, head_dim: int, backward: boo
     )
 
 
-def _decoding(batch: int, heads: int, length: int, head_dim: int) -> Row:
+def _decoding(batch: int, length: int, head_dim: int) -> Row:
+    heads = cases.HEADS
     numbers = batch * heads * head_dim * (2 * length + 4)  # with the new key, value, query and output
     return Row(
         "decode_attention",
@@ -222,7 +224,7 @@ def _decoding(batch: int, heads: int, length: int, head_dim: int) -> Row:
         2 * numbers,
         0.0,
         {"decode_attention": 2 * numbers, "merge_splits": 0.0},
-        lambda: cases.decoding("meta", torch.bfloat16, batch, 1, head_dim, heads=heads, capacity=length)(),
+        lambda: cases.decoding("meta", torch.bfloat16, batch, 1, head_dim, capacity=length)(),
     )
 
 

@@ -23,7 +23,7 @@ import torch
 import triton
 
 from . import cases, predict
-from .offline import TARGETS, Resources, compile_only, launches, pretend, resources
+from .offline import TARGETS, Resources, compile_only, launches, resources
 from .scales import EXP, Scale, clamp, sigmoid, softclip, softplus, tanh
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "main",
     "measure",
     "measure_all",
-    "pretend",
     "resources",
 ]
 

@@ -186,7 +186,7 @@ class PassCost:
 
 
 PASS_COSTS = {
-    ("cpu", "float32"): (PassCost(1, 3.6, 0.042), PassCost(2, 3.6, 0.057), PassCost(4, 4.0, 0.112)),
+    ("cpu", "float32"): (PassCost(1, 3.6, 0.042), PassCost(2, 3.6, 0.057), PassCost(4, 3.6, 0.112)),
 }
 """Costs of passes by kind of device, precision of the layers and rows, for affine maps, where passes may pay.
 

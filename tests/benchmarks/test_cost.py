@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cost
 import models
@@ -16,10 +15,10 @@ import predictions
 import report
 import sampling
 from cost import BFLOAT16, DEVICES, SEQUENTIAL, Device
+from launches import Launches
 from tarflow import Decoder, Guidance, TarFlowConfig, TokenFlow
 from tarflow.decoding.step import CachedStep, GraphRunner
 from tarflow.training.presets import PRESETS
-from tarflow_kernels import dispatch
 
 H100 = DEVICES["H100 SXM"]
 ONE_CHAIN = replace(H100, streams=1)
@@ -51,33 +50,6 @@ def test_a_pass_over_whole_sequences_multiplies_as_often_as_scoring(config):
     kernels = cost.jacobi_pass(config, 1, 1, None, H100)
     counted = sum(kernel.operations for kernel in kernels if kernel.name not in ("tokens", "mu and alpha"))
     assert counted == pytest.approx(by_layers, rel=2 / config.num_tokens)
-
-
-class Launches(TorchDispatchMode):
-    """Counts what would be a kernel of its own on a GPU: our ops as one each, and views not at all."""
-
-    VIEWS = ("view", "flatten", "reshape", "slice", "select", "chunk", "split", "unbind", "transpose", "permute",
-             "squeeze", "expand")  # fmt: skip
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.count, self.inside = 0, False
-        for op in ("residual_norm", "decode_attention"):
-            implementations = dispatch.implementations[op]
-            monkeypatch.setitem(implementations, "torch", self.as_one(implementations["torch"]))
-
-    def as_one(self, op):
-        def run(*args):
-            self.count, self.inside = self.count + 1, True
-            result = op(*args)
-            self.inside = False
-            return result
-
-        return run
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += not self.inside and not any(view in op._schema.name for view in self.VIEWS)
-        return op(*args, **(kwargs or {}))
 
 
 def launches_of(monkeypatch, method, decoder, guidance, num_layers):

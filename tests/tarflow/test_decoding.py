@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import draw, randomize, tarflow
+from launches import Launches
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, TOLERANCE, calibration
 from tarflow.decoding import sequential as sequential_decoder
@@ -23,7 +23,6 @@ from tarflow.decoding.jacobi import JacobiIteration
 from tarflow.decoding.sequential import count_chains
 from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights
 from tarflow.model import unpatchify
-from tarflow_kernels import dispatch
 
 TRAINED = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
 TOKENS, CLASSES = 13, 3
@@ -402,35 +401,6 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
         assert tokens.shape == iteration.x.shape == z.shape
         with pytest.raises(RuntimeError, match="meta"):
             iteration.retire_finished(z)
-
-
-class Launches(TorchDispatchMode):
-    """Counts what would be a kernel of its own on a GPU: our ops as one each, and views not at all."""
-
-    VIEWS = ("view", "flatten", "reshape", "slice", "select", "chunk", "split", "unbind", "transpose", "permute",
-             "squeeze", "expand")  # fmt: skip
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.count, self.inside = 0, False
-        for op in ("residual_norm", "decode_attention", "embed_next", "mixture_logistic_inverse"):
-            monkeypatch.setitem(
-                dispatch.implementations[op], "torch", self.as_one(dispatch.implementations[op]["torch"])
-            )
-
-    def as_one(self, op):
-        def run(*args):
-            self.count, self.inside = self.count + 1, True
-            result = op(*args)
-            self.inside = False
-            return result
-
-        return run
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op._schema.name
-        self.count += not self.inside and not any(view in name for view in self.VIEWS)
-        return op(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("options", "around"), [({}, 3), (MIXTURE, 20)], ids=["affine", "mixture"])

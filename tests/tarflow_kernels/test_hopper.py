@@ -79,12 +79,11 @@ def test_programs_fit_by_registers_threads_and_shared_memory(registers, warps, s
 def test_work_takes_time_in_proportion(code):
     path = hopper.unroll(code, [Trips(8)])
 
-    def cycles(programs, **memory):
-        return hopper.simulate(code, 4, 3, [path] * programs, **memory).cycles
+    def cycles(programs, latency=hopper.L2_LATENCY):
+        return hopper.simulate(code, 4, 3, [path] * programs, latency=latency).cycles
 
     assert 1.8 < cycles(24) / cycles(12) < 2.2
-    assert cycles(12, bytes_per_cycle=7.0) > cycles(12) > cycles(12, bytes_per_cycle=280.0)
-    assert cycles(12, latency=3000) > cycles(12)
+    assert cycles(12, latency=3000) > cycles(12) > cycles(12, latency=30)
 
 
 def test_what_is_busy_is_busy_no_longer_than_the_whole(code):

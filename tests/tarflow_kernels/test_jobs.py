@@ -13,7 +13,7 @@ import torch
 import triton
 from packaging.version import Version
 
-from tarflow_kernels import cases, resources
+from tarflow_kernels import cases, offline
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -113,7 +113,7 @@ def test_matrices_are_multiplied_by_tensor_cores(compiled, target, instruction):
 def test_no_position_is_moved_before_all_threads_have_read_it():
     """No interpreter shows a race, and no card shows it surely: the order of the instructions excludes it."""
     launch = cases.embedding("meta", torch.bfloat16, 64, 1024, 12, 768, guided=True)
-    [kernel] = resources.compile_only(resources.TARGETS["sm_90"], launch)
+    [kernel] = offline.compile_only(offline.TARGETS["sm_90"], launch)
     kinds = {"ld.global": "read", "bar.sync": "wait", "atom.global.gpu.acq_rel": "count", "st.global": "write"}
     lines = kernel.asm["ptx"].splitlines()
     order = [kind for line in lines for instruction, kind in kinds.items() if instruction in line]

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime.jit import JITFunction
 
-from tarflow_kernels import resources
+from tarflow_kernels import offline
 from tarflow_kernels.triton import configs
 
 FAST, SLOW = {"BLOCK_N": 128, "num_warps": 8}, {"BLOCK_N": 16, "num_warps": 1}
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_launcher_finds_what_was_tuned_for_its_card(folder):
     tune.save(folder, "kernel", "a-card", "bfloat16,d64,n1024", FAST)
     tune.save(folder, "kernel", "another-card", "bfloat16,d64,n256", FAST)
-    with resources.pretend(resources.TARGETS["sm_90"]):
+    with offline.pretend(offline.TARGETS["sm_90"]):
         assert configs.choose("kernel", "bfloat16,d64,n1024", SLOW) == FAST
         assert configs.choose("kernel", "bfloat16,d64,n256", SLOW) == SLOW
         assert configs.choose("another kernel", "bfloat16,d64,n1024", SLOW) == SLOW
@@ -50,7 +50,7 @@ def test_what_is_tuned_is_what_launchers_look_up(problem, monkeypatch):
     asked = []
     monkeypatch.setattr(configs, "choose", lambda kernel, key, fallback: asked.append((kernel, key)) or fallback)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)
-    resources.compile_only(resources.TARGETS["sm_90"], lambda: problem.make("meta")())
+    offline.compile_only(offline.TARGETS["sm_90"], lambda: problem.make("meta")())
     assert (problem.kernel, problem.key) in asked
 
 
@@ -74,7 +74,7 @@ def test_the_command_keeps_what_it_found_while_there_was_time(seconds, written, 
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(tune, "tune", last_of)
-    with resources.pretend(resources.TARGETS["sm_90"]):
+    with offline.pretend(offline.TARGETS["sm_90"]):
         tune.main(["--op", "affine_map_backward", "--seconds", str(seconds), "--workers", "2"])
     found = {key for path in folder.iterdir() for key in json.loads(path.read_text())}
     assert found == written

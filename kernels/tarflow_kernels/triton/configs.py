@@ -26,9 +26,9 @@ _forced: dict[str, Config] = {}
 def choose(kernel: str, key: str, fallback: Config) -> Config:
     """Choose the configuration of a kernel for a key, such as :func:`attention_key` makes.
 
-    Fallbacks are made for Hopper. Elsewhere their limit of registers, ``maxnreg``, is left out, which is an option of
-    NVIDIA's compiler and counts on operands in shared memory; and but on NVIDIA's cards copies run one tile ahead, not
-    two, since they take registers.
+    Fallbacks are made for Hopper. Elsewhere their limit of registers, ``maxnreg``, is left out: it is an option of
+    NVIDIA's compiler, and counts on operands in shared memory. On cards of other makers copies run one tile ahead, not
+    two, since they take registers there.
     """
     if config := _forced.get(kernel) or tuned(kernel, device_name()).get(key):
         return config
