@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
             return
         if parallel.is_main():
             print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
-            print(f"next    {_next_commands(model, out)}")
+            print(f"next    {_next_commands(config, model, out)}")
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Train, dict[str, str]]:
@@ -175,9 +175,10 @@ def _check_resumed(command: Train, run: Path, given: dict[str, str]) -> None:
         raise ValueError(f"max_steps: expected at least {step}, which {run} is at; got {max_steps}")
 
 
-def _next_commands(model: ImageFlow, out: Path) -> str:
+def _next_commands(config: TrainConfig, model: ImageFlow, out: Path) -> str:
     """The commands to go on with, for the last line of a run."""
-    guided = " --guidance 2" if model.supports_guidance and model.config.num_classes else ""
+    guidance = config.sample_guidance
+    guided = f" --guidance {guidance.weight:g}" if guidance and model.config.num_classes else ""
     sample = f"tarflow sample {out}{guided} --out samples.png"
     if model.decoders == ("auto",):
         return f"{sample}; tarflow evaluate {out} --importance-samples 16"

@@ -56,7 +56,14 @@ def _published_flowpp(dataset: str, model: FlowPPConfig, **training: Any) -> Tra
 
 
 PRESETS: dict[str, TrainConfig] = {
-    "fashion-mnist": TrainConfig(),
+    "fashion-mnist": TrainConfig(
+        DataConfig(),
+        TarFlowConfig(patch_size=4, layers_per_block=2),
+        TrainingConfig(
+            max_steps=3000, batch_size=32, optimizer="muon", learning_rate=6e-3, warmup_steps=300,
+            guidance=Guidance(3.0),
+        ),
+    ),
     "fashion-mnist-flowpp": TrainConfig(
         DataConfig(conditional=False), FlowPPConfig.fashion_mnist(), replace(_FLOWPP, learning_rate=2e-3)
     ),

@@ -25,10 +25,11 @@ def report(monkeypatch):
 
 
 @pytest.fixture
-def recipe(monkeypatch, tmp_path):
-    module = load("recipe")
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "NUM_IMAGES", 20)
+def samples(monkeypatch, tmp_path):
+    module = load("samples")
+    monkeypatch.setitem(sys.modules, "samples", module)  # dataclasses look their module up
+    for name in ("RESULTS", "PAGE", "PICTURE"):
+        monkeypatch.setattr(module, name, tmp_path / name)
     return module
 
 
@@ -65,38 +66,46 @@ def test_errors_are_said_to_be_over_images_and_not_over_training(report, seeds, 
     assert len(rows) == len(seeds)
 
 
-def test_every_recipe_is_one_of_the_command_and_no_two_are_the_same(recipe):
-    configs = [recipe.read_flags(f"{flags} {recipe.COMMON}".split())[0].config for flags in recipe.RECIPES.values()]
+def test_every_row_of_samples_is_one_of_the_command_and_no_two_are_the_same(samples):
+    flags = {name: row.flags for name, row in samples.ROWS.items() if name != "sampling"}
+    configs = [samples.read_flags(f"{told} {samples.COMMON}".split())[0].config for told in flags.values()]
     assert len({str(config) for config in configs}) == len(configs)
 
 
-TINY = "--patch-size 7 --channels 64 --num-blocks 2 --layers-per-block 1 --device cpu"
+TINY = "--patch-size 7 --channels 64 --num-blocks 2 --layers-per-block 1 --max-steps 2 --device cpu"
 
 
-@pytest.mark.parametrize(("load", "comparable"), [(1.2, True), (2.0, False)])
-def test_a_recipe_is_trained_and_scored_once_and_says_whether_its_time_compares(
-    recipe, monkeypatch, tmp_path, capsys, load, comparable
-):
-    monkeypatch.setattr(recipe, "_load", lambda: load)
-    arguments = ["--add", "tiny", f"--optimizer muon {TINY}", "--steps=2", "--seeds", "0", "1", f"--out={tmp_path}"]
-    recipe.main(arguments)
-    paths = sorted((tmp_path / "results").iterdir())
-    assert [path.name for path in paths] == ["tiny-2-0.json", "tiny-2-1.json"]
-    first, second = (json.loads(path.read_text()) for path in paths)
+def test_a_row_is_trained_and_scored_once_for_each_seed_and_reported(samples, monkeypatch, tmp_path):
+    ways = {"guided": samples.guided(1), "no labels": samples.Sampling(labels=False)}
+    rows = {"tiny": samples.Row(TINY, ways, num=20)}
+    for name, given in (("ROWS", rows), ("RECIPES", rows), ("FIGURES", {}), ("NUM_IMAGES", 20)):
+        monkeypatch.setattr(samples, name, given)
+    samples.main(["tiny", "--seeds", "0", "1", f"--out={tmp_path / 'runs'}"])
+    first, second = (json.loads((tmp_path / "RESULTS" / f"tiny-{seed}.json").read_text()) for seed in (0, 1))
     assert first["noisy_bits_per_dim"] != second["noisy_bits_per_dim"]
-    assert (first["images"], first["samples"], first["config"]["training"]["optimizer"]) == (32, None, "muon")
-    assert [step for step, _ in first["curve"]] == [2]
-    assert first["seconds"] > 0
-    assert first["seconds_comparable"] == comparable
-    table = capsys.readouterr().out
-    assert ("not comparable: a shared machine" in table) != comparable
-    monkeypatch.setattr(recipe, "train", None)
-    recipe.main(arguments)
-    assert capsys.readouterr().out == table[table.index("| recipe") :]
+    assert first["scores"].keys() == ways.keys()
+    assert first["scores"]["guided"]["recognised"] is not None
+    assert first["scores"]["no labels"]["recognised"] is None
+    monkeypatch.setattr(samples, "train", None)
+    monkeypatch.setattr(samples, "score", None)
+    samples.main(["tiny", "--seeds", "0", "1", f"--out={tmp_path / 'runs'}"])  # all is there
+    (tmp_path / "PAGE").write_text(f"before\n{samples.BEGIN}\nold\n{samples.END}\nafter\n")
+    samples.main(["--report"])
+    page = (tmp_path / "PAGE").read_text()
+    bits, distances = (
+        samples.mean_and_deviation([get(result) for result in (first, second)], digits)
+        for get, digits in (
+            (lambda result: result["noisy_bits_per_dim"]["mean"], 3),
+            (lambda result: result["scores"]["guided"]["distance"], 2),
+        )
+    )
+    assert f"guided, n = 20 | 2 | 64 | {bits} (0.1) | {distances} |" in page
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "old" not in page
+    assert (tmp_path / "PICTURE").stat().st_size
 
 
-def test_samples_that_cannot_be_scored_are_recorded_with_the_reason(recipe, monkeypatch, tmp_path):
-    config = recipe.read_flags(TINY.split())[0].config
-    scored = recipe.score_samples(tmp_path / "nothing", config, samples=1000)
-    assert list(scored) == ["unavailable"]
-    assert "error: " in scored["unavailable"]
+def test_a_deviation_is_that_of_a_sample_of_seeds(samples):
+    assert samples.mean_and_deviation([1.0, 3.0]) == "2.00 ± 1.41"
+    assert samples.mean_and_deviation([1.0]) == "1.00"
