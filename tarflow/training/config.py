@@ -152,7 +152,7 @@ class TrainingConfig:
     calibrate: bool = setting(True, only=TarFlowConfig)
     """time the decoders for some seconds at the end, so that samples are drawn by the fastest"""
     guidance: Guidance = setting(Guidance(), only=TarFlowConfig)  # noqa: RUF009 (it is frozen)
-    """guidance of the sample grids; weight 0 for none, and without labels the default is none"""
+    """guidance of the sample grids; weight 0 for none, and without labels there is none by labels"""
 
     def __post_init__(self):
         if isinstance(self.guidance, dict):  # as JSON has it
@@ -248,9 +248,9 @@ class TrainConfig:
 
     @property
     def sample_guidance(self) -> Guidance | None:
-        """The guidance of the sample grids, if any: without labels the default, which drops them, is none."""
+        """The guidance of the sample grids, if any: without labels that by labels alone is none."""
         guidance = self.training.guidance
-        if not guidance.weight or (not self.data.conditional and guidance == Guidance()):
+        if not guidance.weight or (not self.data.conditional and guidance.temperature == 1):
             return None
         return guidance
 
