@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .decoding import BlockStatistics, Decoder, ProgressCallback
 from .decoding.decoder import Allowance, Timing, choose
-from .decoding.step import GraphMemory, count_branches
+from .decoding.step import DecodingMemory, count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
 from .transforms import MixtureTransform, make_transform
@@ -140,7 +140,7 @@ class TokenFlow(nn.Module):
 
     def _trajectory(self, tokens, labels, guidance, decoder, progress):
         rows, steps = len(tokens) * count_branches(guidance), tokens.shape[1] - 1
-        memory, weight = GraphMemory(), self.blocks[0].transformer.proj_in.weight
+        memory, weight = DecodingMemory(), self.blocks[0].transformer.proj_in.weight
         is_affine = not isinstance(self.transform, MixtureTransform)
         allowance = Allowance.for_flow(weight, rows, len(self.blocks), steps) if is_affine else None
         for t, block in reversed(list(enumerate(self.blocks))):
@@ -199,12 +199,12 @@ class Block(nn.Module):
         labels: Tensor | None,
         guidance: Guidance | None,
         decoder: Decoder,
-        memory: GraphMemory | None = None,
+        memory: DecodingMemory | None = None,
         allowance: Allowance | None = None,
     ) -> tuple[Tensor, int]:
         """Return the tokens x whose latents are z, and the number of passes of the transformer.
 
-        The ``memory`` is that of the graphs of other blocks, if they are to share it, and so is the ``allowance`` of
+        The ``memory`` is that of other blocks, if they are to share it, and so is the ``allowance`` of
         ``auto``.
         """
         x, passes = decoder(self.transformer, self._permute(z), labels, guidance, memory, allowance)

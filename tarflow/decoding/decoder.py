@@ -13,7 +13,7 @@ from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .jacobi import cautious_jacobi, jacobi
 from .sequential import sequential
-from .step import GraphMemory
+from .step import DecodingMemory
 
 __all__ = [
     "DISTANCE",
@@ -94,12 +94,12 @@ class Decoder:
         z: Tensor,
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
-        memory: GraphMemory | None = None,
+        memory: DecodingMemory | None = None,
         allowance: "Allowance | None" = None,
     ) -> tuple[Tensor, int]:
         """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes.
 
-        The ``memory`` is that of the graphs of other blocks, if they are to share it, and so is the ``allowance``,
+        The ``memory`` is that of other blocks, if they are to share it, and so is the ``allowance``,
         without which ``auto`` is sequential.
         """
         if self.name == "jacobi":

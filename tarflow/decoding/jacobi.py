@@ -26,7 +26,7 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..transformer import CausalTransformer
 from .sequential import resume
-from .step import CachedStep, GraphMemory, GraphRunner, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
+from .step import CachedStep, DecodingMemory, GraphRunner, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
 
 if TYPE_CHECKING:
     from .decoder import Allowance
@@ -48,7 +48,7 @@ def jacobi(
     guidance: Guidance | None = None,
     window: int | None = None,
     tolerance: float = 1e-2,
-    memory: GraphMemory | None = None,
+    memory: DecodingMemory | None = None,
 ) -> tuple[Tensor, int]:
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
@@ -56,7 +56,7 @@ def jacobi(
         window: G, the number of tokens of a row that a pass updates; None is the whole sequence.
         tolerance: the result is the exact inverse, for any transform, of latents each of which differs from z by at
             most this, and by the effect of the rounding of the layers' dtype, ``eps |x_i|``.
-        memory: that of the graphs of other blocks, if they are to share it.
+        memory: that of other blocks, if they are to share it.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
@@ -81,7 +81,7 @@ def cautious_jacobi(
     guidance: Guidance | None,
     tolerance: float,
     allowance: "Allowance",
-    memory: GraphMemory | None = None,
+    memory: DecodingMemory | None = None,
 ) -> tuple[Tensor, int]:
     """Decode like :func:`jacobi` for as long as the allowance lets it, and the rest like the sequential decoder.
 
@@ -130,10 +130,10 @@ class JacobiIteration:
         guidance: Guidance | None,
         window: int,
         tolerance: float,
-        memory: GraphMemory | None = None,
+        memory: DecodingMemory | None = None,
     ):
         self.batch = GuidedBatch(transformer, z, labels, guidance)
-        self.step = CachedStep(StepWeights(transformer, z.dtype), self.batch, window)
+        self.step = CachedStep(StepWeights(transformer, z.dtype), self.batch, window, memory)
         self.refine = transformer.transform.refine
         self.last = z.shape[1] - 1
         self.window = window

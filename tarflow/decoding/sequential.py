@@ -22,7 +22,7 @@ from ..transformer import CausalTransformer
 from ..transforms import MixtureTransform
 from .step import (
     CachedStep,
-    GraphMemory,
+    DecodingMemory,
     GraphRunner,
     GuidedBatch,
     StepWeights,
@@ -39,11 +39,11 @@ def sequential(
     z: Tensor,
     labels: Tensor | None = None,
     guidance: Guidance | None = None,
-    memory: GraphMemory | None = None,
+    memory: DecodingMemory | None = None,
 ) -> tuple[Tensor, int]:
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
-    The ``memory`` is that of the graphs of other blocks, if they are to share it.
+    The ``memory`` is that of other blocks, if they are to share it.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     x, num_steps = z.clone(), z.shape[1] - 1
@@ -51,7 +51,9 @@ def sequential(
     num_chains = count_chains(z.device, len(z), len(z) * count_branches(guidance), *weights.embedding.shape)
     labels_of_parts = [None] * num_chains if labels is None else labels.chunk(num_chains)
     parts = zip(x.chunk(num_chains), z.chunk(num_chains), labels_of_parts, strict=True)
-    chains = [_chain(transformer, weights, *part, guidance) for part in parts]
+    # Chains run side by side, each with a cache of its own.
+    place = memory if num_chains == 1 else None
+    chains = [_chain(transformer, weights, *part, guidance, memory=place) for part in parts]
     runner = GraphRunner(z.device, memory)
     # The step has cast its weights itself.
     with torch.autocast(z.device.type, enabled=False):
@@ -68,7 +70,7 @@ def resume(
     labels: Tensor | None,
     guidance: Guidance | None,
     position: int,
-    memory: GraphMemory | None = None,
+    memory: DecodingMemory | None = None,
 ) -> None:
     """Decode the tokens behind a position, the same in all rows, into x ``(B, N, D)``, which has all before.
 
@@ -100,10 +102,11 @@ def _chain(
     guidance: Guidance | None,
     position: int = 0,
     caches: list[tuple[Tensor, Tensor]] | None = None,
+    memory: DecodingMemory | None = None,
 ) -> Callable[[], None]:
     """Return a function that decodes the next token of some samples into x; the tokens up to ``position`` are there."""
     batch = GuidedBatch(transformer, z, labels, guidance)
-    step = CachedStep(weights, batch)
+    step = CachedStep(weights, batch, memory=memory)
     if caches is not None:
         step.caches = caches
     step.positions.fill_(position)

@@ -772,7 +772,7 @@ calibrate {flowpp}                    run: expected a TarFlow, whose decoders .*
 train --resume={broken}/old-config    .*/old-config/config\.json
 train --resume={broken}/bad-config    .*/bad-config/config\.json: noise: .* got 5
 train --learning-rate=inf|nan|1e+300|-1.0  learning_rate: expected a number > 0, at most 3\.4e\+38; got {value}
-train --min-learning-rate=nan|inf|1.0|-1.0  min_learning_rate: .* from 0 to the learning rate, 0\.001; got {value}
+train --min-learning-rate=nan|inf|1.0|-1.0  min_learning_rate: .* from 0 to the learning rate, 0\.006; got {value}
 train --gradient-clip=inf|nan         gradient_clip: expected a number > 0, at most 3\.4e\+38; got {value}
 train --sigma=0                     sigma: expected more than 0 with Gaussian noise
 train --resize=box                  resize: expected with --dataset folder alone, .*; got --resize=box

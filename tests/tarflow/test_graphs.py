@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers import draw, randomize
 from tarflow import Decoder, Guidance, TokenFlow
-from tarflow.decoding.step import GraphMemory, GraphRunner, side_streams
+from tarflow.decoding.step import DecodingMemory, GraphRunner, side_streams
 from tarflow_kernels import dispatch
 
 CUDA = torch.device("cuda", 0)
@@ -194,7 +194,7 @@ def capture(card, memory):
 
 
 def test_graphs_in_turn_share_a_pool_that_is_released_with_their_memory(card):
-    memory = GraphMemory()
+    memory = DecodingMemory()
     assert capture(card, memory) == capture(card, memory) == capture(card, memory)
     assert len(card.living()) == 1
     del memory
@@ -235,7 +235,7 @@ def test_a_run_that_raises_leaves_streams_joined_and_the_runner_usable(card, cal
 
 
 def test_a_capture_that_cuda_ends_leaves_the_callers_stream_the_current_one(card):
-    runner, memory = GraphRunner(CUDA), GraphMemory()
+    runner, memory = GraphRunner(CUDA), DecodingMemory()
     pool = capture(card, memory)
     card.invalid = True
     with pytest.raises(RuntimeError, match="invalid"):
