@@ -10,10 +10,10 @@ import tyro
 from matplotlib.backend_bases import FigureCanvasBase
 from torch import Tensor
 
+from .. import processes
 from ..image_flow import ImageFlow, at_least_one
 from ..noise import Quantization, quantization, to_pixels
 from ..pictures import Gallery
-from ..training import parallel
 from .drawing import Drawing, Progress
 from .parsing import Flat, fields_of, parse
 from .shards import SHARD_SIZE, draw_shards, missing_shards, save_arrays
@@ -53,11 +53,11 @@ def run(arguments: Sequence[str]) -> None:
     given, drawing = fields_of(flags), command.drawing
     _check(command, given)
     decoder, guidance = drawing.make_decoder(), drawing.make_guidance()
-    with parallel.connected(command.device):
-        with parallel.together():
-            if parallel.num_ranks() > 1 and command.out.suffix:
+    with processes.connected(command.device):
+        with processes.together():
+            if processes.num_ranks() > 1 and command.out.suffix:
                 raise ValueError(f"out: expected a folder, to which several processes write; got {command.out}")
-            model, metadata = load_model(command.run, str(parallel.pick_device(command.device)))
+            model, metadata = load_model(command.run, str(processes.pick_device(command.device)))
         drawing.check_usable(given, model)
         _check_labels(command.labels, model.config.num_classes)
         model.check_num(command.num)
@@ -104,11 +104,11 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
     }
     shards = missing_shards(command.out, model, settings)
     num = sum(map(len, shards.values()))
-    with Progress(num, len(model.stages), shown=parallel.is_main()) as progress:
+    with Progress(num, len(model.stages), shown=processes.is_main()) as progress:
         draw_shards(gallery, model, command.out, shards, _labels_in_turn(command, model), progress.note)
-    if parallel.is_main():
+    if processes.is_main():
         if num:
-            print(f"{progress.summary()}; by one of {parallel.num_ranks()} processes")
+            print(f"{progress.summary()}; by one of {processes.num_ranks()} processes")
         print(f"wrote {command.out}, {command.num} images in files of {SHARD_SIZE}")
 
 

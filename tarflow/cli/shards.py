@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..decoding import ProgressCallback
 from ..files import atomic_write, remove_abandoned
 from ..image_flow import ImageFlow
 from ..noise import derive_seed, to_pixels
 from ..pictures import Gallery
-from ..training import parallel
 
 __all__ = ["SHARD_SIZE", "draw_shards", "missing_shards", "save_arrays"]
 
@@ -43,8 +43,8 @@ def missing_shards(folder: Path, model: ImageFlow, settings: dict[str, Any]) -> 
         return [number for number in range(len(shards)) if not _path(folder, number).exists()]
 
     shards = [*torch.arange(settings["num"]).split(SHARD_SIZE)]
-    missing = parallel.of_main(prepare)
-    return {number: shards[number] for number in missing[parallel.rank() :: parallel.num_ranks()]}
+    missing = processes.of_main(prepare)
+    return {number: shards[number] for number in missing[processes.rank() :: processes.num_ranks()]}
 
 
 def draw_shards(
@@ -63,7 +63,7 @@ def draw_shards(
     Raises:
         ValueError: samples are not finite.
     """
-    with parallel.together():
+    with processes.together():
         for number, indices in shards.items():
             drawing = replace(gallery, seed=derive_seed(gallery.seed, number))
             classes = None if labels is None else labels[indices]

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .. import processes
 from ..files import atomic_write, name_full_disk
-from . import parallel
 from .config import TrainingConfig
 from .interruptions import raise_thread_errors_once
 from .timetable import TimeLeft, work_left
@@ -71,7 +71,7 @@ class Log:
         self._began = time.perf_counter()
         self._since, self._since_step = self._began, step
         self._time_left, self._rows = TimeLeft(), 0
-        if not parallel.is_main():
+        if not processes.is_main():
             yield
             return
         with (
@@ -120,7 +120,7 @@ class Log:
         now = time.perf_counter()
         steps, seconds = step - self._since_step, now - self._since
         row["images_per_second"] = steps * self.config.batch_size / seconds
-        row["images_per_second_per_device"] = row["images_per_second"] / parallel.num_ranks()
+        row["images_per_second_per_device"] = row["images_per_second"] / processes.num_ranks()
         row["share_of_time_waiting_for_data"] = self.waited / seconds
         if torch.cuda.is_available():
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -129,7 +129,7 @@ class Log:
         self._note_steps(steps, seconds)
         if step % self.config.log_every == 0:  # else a run that is made longer goes on with them
             self.pending = []
-        if parallel.is_main():
+        if processes.is_main():
             self.write(step, row)
             self._show(step, row)
         return last["bad_in_a_row"]

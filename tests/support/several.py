@@ -19,9 +19,8 @@ from unittest.mock import patch
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tarflow import TarFlow, datasets
+from tarflow import TarFlow, datasets, processes
 from tarflow.cli import main
-from tarflow.training import parallel
 from tarflow.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -109,7 +108,7 @@ def late():
     """The process does not begin."""
     if in_last():
         time.sleep(600)
-    return patch.object(parallel, "START", timedelta(seconds=8))
+    return patch.object(processes, "START", timedelta(seconds=8))
 
 
 def run(jobs):
@@ -131,6 +130,6 @@ def in_last():
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     alone = "late" in path.name  # the processes do not even connect
-    with contextlib.nullcontext() if alone else parallel.connected("cpu"):
+    with contextlib.nullcontext() if alone else processes.connected("cpu"):
         status = run(path)
     sys.exit(status if alone else 0)
