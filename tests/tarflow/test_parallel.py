@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,6 +44,23 @@ def train(out, *settings, **more):
 def sample(folder, out):
     """The arguments of ``tarflow sample``, for three files of images."""
     return ["sample", str(folder / "one"), f"--out={folder / out}", "--num=1200", "--device=cpu", "--sigma=0"]
+
+
+def evaluate(folder, name):
+    """The arguments of ``tarflow evaluate``, for 5 batches of samples, 3 of test images and 13 of training images."""
+    flags = ["--samples=70", "--guidance=1", "--num-images=42", "--importance-samples=2", "--batch-size=16"]
+    return ["evaluate", str(folder / name), f"--data-dir={folder / 'few'}", *flags, "--device=cpu"]
+
+
+def write_few_images(folder):
+    """The files of Fashion-MNIST, with few images of noise."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for prefix, size in ("train", 201), ("t10k", 60):
+        for kind, shape, most in ("images-idx3", (size, 28, 28), 256), ("labels-idx1", (size,), 10):
+            header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes()
+            path = folder / f"{prefix}-{kind}-ubyte"
+            path.write_bytes(header + draw.integers(0, most, shape, np.uint8).tobytes())
 
 
 def torchrun(jobs, processes, *options):
@@ -133,10 +151,15 @@ def runs(tmp_path_factory):
         return [(name, train(folder / name, *settings), {}) for name, (_, *settings) in table.items()]
 
     assert main(sample(folder, "by one")) == 0
+    write_few_images(folder / "few")
+    for processes in "one", "two", "four":
+        shutil.copytree(folder / "one", folder / f"scored by {processes}")
+    assert main(evaluate(folder, "scored by one")) == 0
     by_four = [
         *jobs(BY_FOUR),
         ("resumed", train(folder / "resumed", TARFLOW, FULL, max_steps=8), {}),
         ("sampled by four", sample(folder, "by four"), {}),
+        ("scored by four", evaluate(folder, "scored by four"), {}),
     ]
     runs.printed.append(run_all(folder, "four", 4, by_four))
     by_two = [
@@ -144,6 +167,7 @@ def runs(tmp_path_factory):
         ("two again", train(folder / "two again", TARFLOW), {}),
         ("sampled by two", sample(folder, "by two"), {"harm": "bad_samples"}),
         ("sampled again by two", sample(folder, "by two"), {}),
+        ("scored by two", evaluate(folder, "scored by two"), {}),
         ("one file", sample(folder, "picture.png"), {}),
         ("resumed by two", ["train", f"--resume={folder / 'resumed'}", "--max-steps=14"], {}),
         ("nan", train(folder / "nan", TARFLOW), {"harm": "nan"}),
@@ -256,6 +280,20 @@ def test_samples_of_other_settings_are_not_added_to_a_folder(runs, capsys):
     model = runs.folder / "terminated"  # the same settings, some steps before
     assert main(["sample", str(model), *sample(runs.folder, "by one")[2:]]) == 1
     assert "samples of these settings; got another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "processes"), [("scored by two", 2), ("scored by four", 4)])
+def test_scores_are_the_same_for_any_number_of_processes_and_told_by_one(runs, name, processes):
+    assert runs.statuses(name) == [0] * processes, runs.printed
+    one, several = (json.loads((runs.folder / run / "evaluation.json").read_text()) for run in ("scored by one", name))
+    assert several["samples"]["scores"] == pytest.approx(one["samples"]["scores"], rel=1e-9)
+    assert several["scores"].keys() == one["scores"].keys()
+    for score, estimate in one["scores"].items():
+        assert several["scores"][score] == pytest.approx(estimate, rel=1e-9)
+    assert one["samples"]["protocol"]["reference"] == several["samples"]["protocol"]["reference"]
+    assert several["samples"]["protocol"]["device"] == f"{processes} x cpu"
+    printed = runs.printed[0 if processes == 4 else 1]
+    assert all(printed.count(f"  {score}\n") == 1 for score in (*one["scores"], *one["samples"]["scores"]))
 
 
 def test_several_processes_do_not_write_one_file(runs):
