@@ -20,10 +20,11 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from tarflow import TarFlow, datasets, processes
-from tarflow.cli import main
+from tarflow.cli import main, shards
 from tarflow.training.trainer import Trainer
 
 torch.set_num_threads(1)
+shards.SHARD_SIZE = 50  # small files
 # What torchrun sets; without it this file is only looked at, for examples in docstrings.
 RANK = int(os.environ.get("RANK", 0))
 IS_FIRST_TRY = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"

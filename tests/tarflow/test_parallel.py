@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tarflow import TarFlow, TarFlowConfig
-from tarflow.cli import main
+from tarflow.cli import main, shards
 from tarflow.training import checkpoints, parallel
 from tarflow.training.config import TrainingConfig
 
@@ -43,7 +44,7 @@ def train(out, *settings, **more):
 
 def sample(folder, out):
     """The arguments of ``tarflow sample``, for three files of images."""
-    return ["sample", str(folder / "one"), f"--out={folder / out}", "--num=1200", "--device=cpu", "--sigma=0"]
+    return ["sample", str(folder / "one"), f"--out={folder / out}", "--num=120", "--device=cpu", "--sigma=0"]
 
 
 def evaluate(folder, name):
@@ -79,9 +80,11 @@ def run_all(folder, name, processes, jobs, *options):
     """Run jobs, each a name, a command and perhaps more, in one torchrun; returns all that was printed."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps([{"name": job, "command": command, **more} for job, command, more in jobs]))
-    started = torchrun(path, processes, *(options or ["--standalone"]))
-    printed, _ = started.communicate(timeout=300)
-    return printed
+    with torchrun(path, processes, *(options or ["--standalone"])) as started:
+        try:
+            return started.communicate(timeout=600)[0]
+        finally:
+            started.terminate()
 
 
 class Runs:
@@ -139,6 +142,14 @@ FAILING = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_files():
+    """Samples are in files of 50 images, as in the program for torchrun."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_SIZE", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs of one process, of two, of four, and of two on each of two machines."""
@@ -159,6 +170,7 @@ def runs(tmp_path_factory):
         *jobs(BY_FOUR),
         ("resumed", train(folder / "resumed", TARFLOW, FULL, max_steps=8), {}),
         ("sampled by four", sample(folder, "by four"), {}),
+        ("pictures", [*sample(folder, "pictures"), "--format=png"], {}),
         ("scored by four", evaluate(folder, "scored by four"), {}),
     ]
     runs.printed.append(run_all(folder, "four", 4, by_four))
@@ -257,10 +269,23 @@ def test_samples_are_the_same_for_any_number_of_processes_and_interruptions(runs
         np.concatenate([np.load(path)[key] for path in sorted((runs.folder / "by two").glob("*.npz"))])
         for key in ("images", "labels")
     )
-    assert images.shape == (1200, 28, 28, 1)
-    assert len(np.unique(images, axis=0)) == 1200
-    assert (labels == np.arange(1200) % 10).all()
-    assert "1 of 500 samples are not finite; --on-nan redraw draws others" in "\n".join(runs.printed)
+    assert images.shape == (120, 28, 28, 1)
+    assert len(np.unique(images, axis=0)) == 120
+    assert (labels == np.arange(120) % 10).all()
+    assert "1 of 50 samples are not finite; --on-nan redraw draws others" in "\n".join(runs.printed)
+
+
+def test_pictures_are_those_samples_and_what_is_lost_of_them_is_drawn_again(runs):
+    assert runs.statuses("pictures") == [0] * 4
+    folder = runs.folder / "pictures"
+    written = sorted(folder.glob("*.png"))
+    assert [path.name for path in written] == [f"{number:06d}.png" for number in range(120)]
+    contents, lost = [path.read_bytes() for path in written], written[110]
+    lost.unlink()
+    assert main([*sample(runs.folder, "pictures"), "--format=png"]) == 0
+    assert [path.read_bytes() for path in written] == contents
+    arrays = np.concatenate([np.load(path)["images"] for path in sorted((runs.folder / "by one").glob("*.npz"))])
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in written]), arrays[..., 0])
 
 
 def read_files(folder):
@@ -272,7 +297,7 @@ def read_files(folder):
 
 
 def test_samples_of_other_settings_are_not_added_to_a_folder(runs, capsys):
-    for flags, got in (["--seed=1"], "seed 1"), (["--num=1300"], "num 1300"):
+    for flags, got in (["--seed=1"], "seed 1"), (["--num=130"], "num 130"):
         assert main([*sample(runs.folder, "by one"), *flags]) == 1
         assert (
             f"out: expected a new folder, or one with samples of these settings; got {got}" in capsys.readouterr().err
