@@ -22,7 +22,7 @@ from ..image_flow import ImageFlow
 from ..noise import quantization
 from ..pictures import Gallery
 from ..pretrained import read_config, write_config
-from . import checkpoints
+from . import checkpoints, throughput
 from .config import TrainConfig, TrainingConfig
 from .folder import check_same_data, lock_folder, refuse_taken
 from .interruptions import TrainingDiverged, name_memory_errors, stop_signals
@@ -124,7 +124,7 @@ class Run:
         self.trainer = trainer
         self.config, self.settings = trainer.config, trainer.config.training
         self.checkpoints = folder / "checkpoints"
-        self.log = Log(folder, self.settings)
+        self.log = Log(folder, self.settings, trainer.device, trainer.model.config)
         self.data = {"train": datasets.fingerprint(trainer.dataset), "test": datasets.fingerprint(test_set)}
         conditional = self.config.data.conditional
         self.test_pixels, test_labels = test_set.get_batch(evenly_spaced(len(test_set), EVALUATED_IMAGES))
@@ -190,7 +190,9 @@ class Run:
                 with self.log.timed("evaluate"):
                     self._by_main(self.evaluate)
             while not self.is_complete and not processes.anywhere(is_stopped()):
-                measures = trainer.train_step(*self._next_batch(batches))
+                batch = self._next_batch(batches)
+                with self.log.profiled(trainer.step):
+                    measures = trainer.train_step(*batch)
                 bad_in_a_row = self.log.add(trainer.step, measures, trainer.optimizer.param_groups[0]["lr"])
                 if bad_in_a_row >= settings.max_bad_steps:
                     raise self._diverged(bad_in_a_row)
@@ -347,19 +349,18 @@ def summarize(config: TrainConfig, dataset: ImageDataset | ImageFolder, device: 
     with torch.device("meta"):
         model = build(config, dataset)
     settings, parameters = config.training, sum(parameter.numel() for parameter in model.parameters())
-    bfloat16 = uses_bfloat16(settings.precision, device)
-    activations = model.config.activation_bytes(2 if bfloat16 else 4)
-    if settings.activation_checkpointing:
-        activations //= model.config.num_layers
-    shards = {"none": 1, "full": processes.num_ranks(), "hybrid": processes.num_local_ranks()}[settings.sharding]
-    images = settings.batch_size // (settings.accumulate * processes.num_ranks())
-    total = hardware.training_bytes(activations, parameters // shards, images)
+    bfloat16, num_ranks = uses_bfloat16(settings.precision, device), processes.num_ranks()
+    shards = {"none": 1, "full": num_ranks, "hybrid": processes.num_local_ranks()}[settings.sharding]
+    needed = throughput.memory(model.config, settings, parameters, num_ranks, shards, 2 if bfloat16 else 4)
+    total = sum(needed.values())
     hardware.check_memory(total, device, f"training at batch size {settings.batch_size}")
+    present = hardware.total_bytes(device)
+    parts = ", ".join(f"{name} {part / 2**30:.2g}" for name, part in needed.items())
     noise = f"Gaussian noise of sigma {settings.sigma}" if settings.noise == "gaussian" else f"{settings.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"
         f"model   {model.config.summary}, {parameters / 1e6:.1f}M parameters\n"
-        f"memory  about {total / 2**30:.1f} GiB at batch {settings.batch_size}\n"
+        f"memory  about {total / 2**30:.2g} of {present / 2**30:.1f} GiB for each process: {parts}\n"
         f"device  {_describe(device, settings)}, {model.network_name} in {'bfloat16' if bfloat16 else 'float32'}"
     )
 

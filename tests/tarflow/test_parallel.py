@@ -31,6 +31,7 @@ VOLUME_PRESERVING = TARFLOW | {"volume_preserving": None, "noise": "uniform"}
 MUON = TARFLOW | {"optimizer": "muon", "noise": "variational"}
 COMMON = {"batch_size": 16, "device": "cpu", "precision": "float32", "schedule": "constant", "warmup_steps": 5}
 COMMON |= {"max_steps": 20, "log_every": 1, "checkpoint_every": 8}
+COMMUNICATION = "share_of_time_in_communication"
 FULL, ACCUMULATE = {"sharding": "full"}, {"accumulate": 4}
 
 
@@ -201,12 +202,18 @@ def assert_same(runs, name, as_name):
     rows, expected = runs.rows(name), runs.rows(as_name)
     assert len(rows) == len(expected) == 21
     for row, other in zip(rows, expected, strict=True):
-        assert row.keys() == other.keys()
+        assert row.keys() - {COMMUNICATION} == other.keys()
         for measure in row.keys() & {"loss", "bits_per_dim", "grad_norm", "bad_steps", "eval_bits_per_dim"}:
             assert row[measure] == pytest.approx(other[measure], abs=tolerance, rel=tolerance), (measure, row)
     weights = runs.weights(as_name)
     for key, value in runs.weights(name).items():
         assert_close(felt(key, value), felt(key, weights[key]), atol=tolerance, rtol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize("name", ["two", "two sharded"])
+def test_the_share_of_time_in_communication_is_logged_once(runs, name):
+    (share,) = [row[COMMUNICATION] for row in runs.rows(name) if COMMUNICATION in row]
+    assert 0 < share < 1
 
 
 def felt(key, value):
