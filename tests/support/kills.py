@@ -1,9 +1,10 @@
-"""Trains under torchrun while processes are killed at random moments, and compares the run with one that was left alone.
+"""Trains under torchrun while processes are killed, and compares the run with one that was left alone.
 
     python tests/support/kills.py --kills 20 --sharding full
 
-Moments are uniform in time from the start of a try, so that they fall into the beginning, steps, saves, and what is
-written at the end alike. After each, every checkpoint that was complete before must still be there and be readable.
+One kill in two comes while a checkpoint is being written; the others at moments that are uniform from the start of a
+try, so that they fall into the beginning, steps, and saves alike. After each, every checkpoint that was complete before
+must still be there and be readable.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from safetensors.torch import load_file
 from tarflow.files import read_state
 from tarflow.training import checkpoints
 
-TRAINING = (
-    "--patch-size=7 --channels=64 --num-blocks=2 --layers-per-block=1 --guidance.weight=0 --no-calibrate "
-    "--device=cpu --precision=float32 --batch-size=8 --log-every=1 --checkpoint-every=2 --keep-checkpoints=1000"
-).split()
+TRAINING = [
+    *("--patch-size=7", "--channels=64", "--num-blocks=2", "--layers-per-block=1", "--guidance.weight=0"),
+    *("--no-calibrate", "--device=cpu", "--precision=float32", "--batch-size=8"),
+    *("--log-every=1", "--checkpoint-every=2", "--keep-checkpoints=1000"),
+]
 PROCESSES = 2
 
 
@@ -49,13 +51,23 @@ def workers(agent):
     return [int(child) for part in children for child in part]
 
 
-def kill_one(agent, draw, longest):
-    """Kill one of the processes, up to so many seconds after there are all; returns whether there was one to kill."""
+def half_written(saved):
+    """The checkpoints that are being written, or that a process was writing when it was killed."""
+    return [path for path in saved.glob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+def kill_one(agent, draw, longest, saved):
+    """Kill one of the processes: at a random moment or, as often, in a save; returns whether there was one."""
     while len(found := workers(agent)) < PROCESSES:
         if agent.poll() is not None:
             return False
         time.sleep(0.01)
-    time.sleep(draw.uniform(0, longest))
+    if draw.random() < 0.5:
+        time.sleep(draw.uniform(0, longest))
+    else:
+        left = set(half_written(saved))
+        while set(half_written(saved)) <= left and agent.poll() is None:
+            time.sleep(0.0005)
     if agent.poll() is not None:
         return False
     try:
@@ -87,17 +99,16 @@ def run(folder, kills, sharding, steps, seed=0, longest=12.0):
     disturbed = start(folder / "disturbed", steps, sharding, restarts=kills)
     saved = folder / "disturbed" / "checkpoints"
     try:
-        while sum(moments.values()) < kills and kill_one(disturbed, draw, longest):
-            half_written = [path for path in saved.glob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+        while sum(moments.values()) < kills and kill_one(disturbed, draw, longest, saved):
             progress = len(checkpoints.checkpoints(saved)) - len(known)
-            moments["in a save" if half_written else "between saves" if progress else "before a save"] += 1
+            moments["in a save" if half_written(saved) else "between saves" if progress else "before a save"] += 1
             known = check_readable(saved, known)
         printed = disturbed.communicate(timeout=600)[0]
     finally:
         disturbed.terminate()
     assert disturbed.returncode == 0, printed
     check_readable(saved, known)
-    assert not [path for path in saved.glob("*") if not path.name.startswith("step-") or path.suffix == ".tmp"]
+    assert not half_written(saved)
     one, other = (load_file(folder / name / "model.safetensors") for name in ("undisturbed", "disturbed"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
