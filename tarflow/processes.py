@@ -7,16 +7,20 @@ one, for as long as that scores, draws and writes.
 
 import contextlib
 import functools
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+import tarflow_kernels
 
 from . import hardware
 
@@ -98,7 +102,7 @@ def connected(device_name: str) -> Iterator[None]:
     """Within the block the processes that torchrun has started are connected, if they are not already.
 
     Raises:
-        ValueError: see :func:`pick_device`.
+        ValueError: see :func:`pick_device`; or the code of one is another.
         TimeoutError: some did not begin; the message names them.
     """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
@@ -113,6 +117,7 @@ def connected(device_name: str) -> Iterator[None]:
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=device_id)
     try:
+        check_same("code", _code())
         yield
     finally:
         control_group.cache_clear()
@@ -146,6 +151,15 @@ def _meet(store: dist.Store, number: int, count: int) -> dist.Store:
             store.wait([name], timedelta(seconds=1))
             return dist.PrefixStore(main, store)
     raise TimeoutError(f"torchrun: expected all {count} processes to begin within {START}; got no answer of number 0")
+
+
+def _code() -> str:
+    """A SHA-256 of the sources of both packages and of the version of PyTorch."""
+    sha = hashlib.sha256(torch.__version__.encode())
+    for folder in (Path(__file__).parent, Path(tarflow_kernels.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            sha.update(path.read_bytes())
+    return sha.hexdigest()
 
 
 @functools.cache

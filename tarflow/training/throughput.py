@@ -1,4 +1,4 @@
-"""What training takes of a device: the operations of an image, the memory of a process, and time for communication."""
+"""The operations of an image, the memory of a process, and the time for communication that training takes."""
 
 import re
 

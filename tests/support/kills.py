@@ -103,6 +103,7 @@ def run(folder, kills, sharding, steps, seed=0, longest=12.0):
             progress = len(checkpoints.checkpoints(saved)) - len(known)
             moments["in a save" if half_written(saved) else "between saves" if progress else "before a save"] += 1
             known = check_readable(saved, known)
+            print(f"killed {sum(moments.values())}, {len(known)} checkpoints", flush=True)
         printed = disturbed.communicate(timeout=600)[0]
     finally:
         disturbed.terminate()
@@ -120,7 +121,7 @@ def cli():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--sharding", default="none")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

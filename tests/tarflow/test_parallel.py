@@ -164,8 +164,8 @@ def runs(tmp_path_factory):
 
     assert main(sample(folder, "by one")) == 0
     write_few_images(folder / "few")
-    for processes in "one", "two", "four":
-        shutil.copytree(folder / "one", folder / f"scored by {processes}")
+    for name in "by one", "by two", "by four", "in part":
+        shutil.copytree(folder / "one", folder / f"scored {name}")
     assert main(evaluate(folder, "scored by one")) == 0
     by_four = [
         *jobs(BY_FOUR),
@@ -181,6 +181,7 @@ def runs(tmp_path_factory):
         ("sampled by two", sample(folder, "by two"), {"harm": "bad_samples"}),
         ("sampled again by two", sample(folder, "by two"), {}),
         ("scored by two", evaluate(folder, "scored by two"), {}),
+        ("scored in part", evaluate(folder, "scored in part"), {"harm": "bad_samples"}),
         ("one file", sample(folder, "picture.png"), {}),
         ("resumed by two", ["train", f"--resume={folder / 'resumed'}", "--max-steps=14"], {}),
         ("nan", train(folder / "nan", TARFLOW), {"harm": "nan"}),
@@ -328,6 +329,13 @@ def test_scores_are_the_same_for_any_number_of_processes_and_told_by_one(runs, n
     assert all(printed.count(f"  {score}\n") == 1 for score in (*one["scores"], *one["samples"]["scores"]))
 
 
+def test_samples_of_one_process_that_are_never_finite_end_the_scores_of_all(runs):
+    assert runs.statuses("scored in part") == [1, 1]
+    error = "tarflow evaluate: error: 1 of 16 samples are not finite after being drawn anew 10 times (process 1 of 2)"
+    assert "\n".join(runs.printed).count(error) == 1
+    assert not (runs.folder / "scored in part" / "evaluation.json").exists()
+
+
 def test_several_processes_do_not_write_one_file(runs):
     assert runs.statuses("one file") == [1, 1]
     assert "out: expected a folder, to which several processes write" in "\n".join(runs.printed)
@@ -370,8 +378,33 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
         TrainingConfig(optimizer="muon", sharding="hybrid")
 
 
+def run_alone(runs, harm):
+    """Run a training of two processes, of which one does harm while they connect; returns all that was printed."""
+    return run_all(runs.folder, f"alone {harm}", 2, [(harm, train(runs.folder / harm, TARFLOW), {"harm": harm})])
+
+
+def test_processes_of_other_code_are_refused(runs):
+    printed = run_alone(runs, "other_code")
+    message = "tarflow train: error: code: expected the same in all processes; process 1 has others than process 0"
+    assert printed.count(message) == 1
+    assert runs.statuses("other_code") == [1, 1]
+    assert not (runs.folder / "other_code").exists()
+
+
+def test_a_port_that_is_taken_is_named_and_nothing_begins(runs):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        jobs = [("taken", train(runs.folder / "taken", TARFLOW), {})]
+        printed = run_all(runs.folder, "taken", 2, jobs, "--master-addr=localhost", f"--master-port={port}")
+    assert f"port: {port}" in printed
+    assert "EADDRINUSE" in printed
+    assert not (runs.folder / "taken").exists()
+
+
 def test_a_process_that_does_not_begin_is_named(runs):
-    printed = run_all(runs.folder, "late", 2, [("late", train(runs.folder / "late", TARFLOW), {"harm": "late"})])
+    printed = run_alone(runs, "late")
     assert (
         "tarflow train: error: torchrun: expected all 2 processes to begin within 0:00:08; got none of number 1"
         in printed
