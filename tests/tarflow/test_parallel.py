@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 from torch.testing import assert_close
 
 from tarflow import TarFlow, TarFlowConfig
@@ -22,7 +23,8 @@ from tarflow.cli import main, shards
 from tarflow.training import checkpoints, parallel
 from tarflow.training.config import TrainingConfig
 
-PROGRAM = Path(__file__).parents[1] / "support" / "several.py"
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "support" / "several.py"
 TARFLOW = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "guidance.weight": 0.0}
 TARFLOW |= {"no_calibrate": None, "learning_rate": 1e-3}
 FLOWPP = {"model": "flowpp", "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze channel2"}
@@ -363,6 +365,21 @@ def test_a_run_of_which_a_process_is_killed_while_it_saves_is_restarted_and_lose
     assert_same(runs, "killed", "one")
     left = [path.name for path in (runs.folder / "killed" / "checkpoints").iterdir()]
     assert sorted(left) == ["step-00000008", "step-00000016", "step-00000020"]
+
+
+DOCUMENTED = [
+    line
+    for page in ("README.md", "docs/distributed.md")
+    for line in re.findall(r"^torchrun .*|(?<=`)torchrun [^`]*-m [^`]*", (ROOT / page).read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_torchrun_takes_the_commands_that_are_documented(command):
+    taken = get_args_parser().parse_args(command.split()[1:])
+    assert taken.module
+    assert taken.training_script == "tarflow"
+    assert taken.training_script_args[0] in ("train", "sample", "evaluate", "statistics")
 
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch):
