@@ -46,6 +46,7 @@ from records import Record
 from tarflow import Decoder, TarFlowConfig
 from tarflow.decoding.sequential import count_chains
 from tarflow.files import atomic_write
+from tarflow.hardware import PEAKS
 
 CHECK = Path(__file__).parent / "predictions" / "decoding-cpu-check.json"
 # Residuals, and the projections at both ends, are in full precision; so are weights before they are cast.
@@ -76,7 +77,7 @@ class Device:
     streams: int = 1
 
 
-_H100 = Device("NVIDIA H100 80GB HBM3", 3.0e12, 0.65 * 989e12, 3e-6, processors=132, streams=2)
+_H100 = Device("NVIDIA H100 80GB HBM3", 3.0e12, 0.65 * PEAKS["NVIDIA H100 80GB HBM3"], 3e-6, processors=132, streams=2)
 DEVICES = {"H100 SXM": _H100, "H200": replace(_H100, name="NVIDIA H200", copy=4.8 / 3.35 * _H100.copy)}
 SOURCES = {
     "copy": "assumed: 90 % of what the data sheets say, 3.35 and 4.8 TB/s",

@@ -67,12 +67,6 @@ def latents_and_labels(model: TarFlow, batch: int) -> tuple[Tensor, Tensor]:
     return model.flow.sample_prior(batch, generator), torch.arange(batch, device=device) % model.config.num_classes
 
 
-def operations(config: TarFlowConfig) -> tuple[float, float]:
-    """Count the operations of one image in one direction: by the weights of the layers, and by causal attention."""
-    layers, tokens = config.num_blocks * config.layers_per_block, config.num_tokens
-    return 24 * layers * tokens * config.channels**2, 4 * layers * config.channels * tokens * (tokens + 1) / 2
-
-
 def step_bytes(config: TarFlowConfig, rows: int, known: float, itemsize: int) -> float:
     """Count what a step of sequential decoding reads in one block with ``known`` tokens: weights and cache."""
     layers, channels = config.layers_per_block, config.channels

@@ -25,7 +25,6 @@ from models import (
     imagenet64,
     imagenet128,
     latents_and_labels,
-    operations,
     step_bytes,
     trained,
     trained_config,
@@ -35,6 +34,7 @@ from tarflow import Decoder, Guidance, TarFlow, TarFlowConfig
 from tarflow.decoding import DISTANCE, TOLERANCE, BlockStatistics
 from tarflow.decoding.calibration import Timing, calibrate
 from tarflow.model import patchify
+from tarflow.training.throughput import operations
 
 OTHERS = ("eager", "published")
 # About so many samples of a batch are checked.

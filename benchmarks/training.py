@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import checkout
 import eager
-from models import autocast, build, fashion_mnist, imagenet64, operations
+from models import autocast, build, fashion_mnist, imagenet64
 from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow import TarFlow, TarFlowConfig
 from tarflow.model import patchify
+from tarflow.training.throughput import operations
 from tarflow_kernels import use_backend
 
 

@@ -11,16 +11,18 @@ in force. These arguments are the same for every score:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
+from . import processes
 from .compatibility import renamed_arguments, renamed_attributes
 from .image_flow import ImageFlow, in_mode, log_mean_exp
-from .noise import add_gaussian_noise
+from .noise import add_gaussian_noise, derive_seed
 from .noise import bits_per_dim as to_bits_per_dim
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "class_log_posterior",
     "dequantized_bits_per_dim",
     "evaluate",
+    "evaluate_batches",
     "noisy_bits_per_dim",
 ]
 
@@ -63,23 +66,58 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """Compute all scores that make sense for a model trained with Gaussian noise of sigma, or, for 0, noise in bins."""
-    if not len(pixels):
+    batches = zip(pixels.split(batch_size), labels.split(batch_size), strict=True)
+    own = islice(batches, processes.rank(), None, processes.num_ranks())
+    return evaluate_batches(model, own, sigma, num_samples, seed)
+
+
+def evaluate_batches(
+    model: ImageFlow, batches: Iterable[tuple[Tensor, Tensor]], sigma: float, num_samples: int = 4, seed: int = 0
+) -> dict[str, Estimate]:
+    """Compute the scores of :func:`evaluate` of images in batches, of several processes the share of each.
+
+    The noise of a batch depends on (seed, number of the batch), so that the scores are the same for any number of
+    processes.
+
+    Args:
+        model, sigma, num_samples, seed: as in :func:`evaluate`.
+        batches: (pixels, labels) of this process, which has every ``num_ranks()``-th batch from ``rank()`` on.
+
+    Returns:
+        the scores of the images of all processes.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    generator, parts = Generator(model.device), []
+    with processes.together():
+        for place, batch in enumerate(batches):
+            number = processes.rank() + place * processes.num_ranks()
+            generator.manual_seed(derive_seed(seed, number))
+            if len(batch[0]):
+                parts.append(_all_scores(model, *batch, sigma, num_samples, generator))
+    parts = processes.in_turn(parts)
+    if not parts:
         raise ValueError("pixels: expected at least one image to score; got none")
-    generator = Generator(model.device).manual_seed(seed)
-    conditions = labels if model.config.num_classes else None
-    scores = {}
+    return {name: Estimate.of(torch.cat([part[name] for part in parts])) for name in parts[0]}
+
+
+def _all_scores(
+    model: ImageFlow, pixels: Tensor, labels: Tensor, sigma: float, num_samples: int, generator: Generator
+) -> dict[str, Tensor]:
+    """Compute the scores of a batch, one number an image, ``(B,)``."""
+    conditions, size, scores = labels if model.config.num_classes else None, len(pixels), {}
     if sigma:
         name = f"bits/dim of images with Gaussian noise of sigma {sigma:g} (a density, comparable at equal sigma only)"
-        scores[name] = noisy_bits_per_dim(model, pixels, conditions, sigma, batch_size, generator)
-    one_sample, weighted = dequantized_bits_per_dim(model, pixels, conditions, num_samples, batch_size, generator)
+        scores[name] = _noisy_bits(model, pixels, conditions, sigma, size, generator)
+    one_sample, weighted = dequantized_bits_per_dim(model, pixels, conditions, num_samples, size, generator)
     noise = "uniform" if model.dequantizer is None else "variational"
     name = f"bits/dim of 8-bit images, {noise} dequantization"
     unseen = " (the model never saw such noise)" if sigma else ""
-    scores[f"{name}, one sample (the mean over {num_samples})" + unseen] = Estimate.of(one_sample)
-    scores[f"{name}, {num_samples} importance-weighted draws" + unseen] = Estimate.of(weighted)
+    scores[f"{name}, one sample (the mean over {num_samples})" + unseen] = one_sample
+    scores[f"{name}, {num_samples} importance-weighted draws" + unseen] = weighted
     if model.config.num_classes:
-        name = "accuracy of classification by Bayes' rule"
-        scores[name] = accuracy(model, pixels, labels, sigma, batch_size, generator)
+        scores["accuracy of classification by Bayes' rule"] = _hits(model, pixels, labels, sigma, size, generator)
     return scores
 
 
@@ -138,12 +176,17 @@ def noisy_bits_per_dim(
     Training with such noise minimizes it. In spite of its unit, bits/dim, it is no code length of 8-bit images, and
     comparable only between models of the same sigma.
     """
+    return Estimate.of(_noisy_bits(model, pixels, labels, sigma, batch_size, generator))
 
+
+def _noisy_bits(
+    model: ImageFlow, pixels: Tensor, labels: Tensor | None, sigma: float, batch_size: int, generator: Generator | None
+) -> Tensor:
     def score(pixels: Tensor, labels: Tensor | None) -> Tensor:
         x = add_gaussian_noise(pixels, sigma, generator).to(model.dtype)
         return to_bits_per_dim(model.log_prob(x, labels), model.config.num_dims)
 
-    return Estimate.of(_score_batches(model, score, pixels, labels, batch_size))
+    return _score_batches(model, score, pixels, labels, batch_size)
 
 
 def accuracy(
@@ -155,12 +198,17 @@ def accuracy(
     generator: Generator | None = None,
 ) -> Estimate:
     """Average how often Bayes' rule finds the label of an image, given the noise of training (for sigma 0, in bins)."""
+    return Estimate.of(_hits(model, pixels, labels, sigma, batch_size, generator))
 
+
+def _hits(
+    model: ImageFlow, pixels: Tensor, labels: Tensor, sigma: float, batch_size: int, generator: Generator | None
+) -> Tensor:
     def score(pixels: Tensor, labels: Tensor) -> Tensor:
         x = add_gaussian_noise(pixels, sigma, generator) if sigma else model.dequantize(pixels, generator)[0]
         return (class_log_posterior(model, x.to(model.dtype)).argmax(1) == labels).float()
 
-    return Estimate.of(_score_batches(model, score, pixels, labels, batch_size))
+    return _score_batches(model, score, pixels, labels, batch_size)
 
 
 @torch.no_grad()

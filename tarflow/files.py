@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["atomic_write", "name_full_disk", "read_state", "remove_abandoned"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["atomic_write", "locked", "name_full_disk", "read_state", "remove_abandoned"]
 
 
 @contextlib.contextmanager
@@ -36,6 +41,15 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within the block no other process is in one of the same lock file; wait for that, where the system has locks."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

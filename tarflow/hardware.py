@@ -6,14 +6,26 @@ import sys
 import torch
 
 __all__ = [
+    "PEAKS",
     "check_memory",
     "chunk_size",
     "free_bytes",
+    "peak_operations",
     "pick_device",
     "total_bytes",
-    "training_bytes",
     "uses_bfloat16",
 ]
+
+
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+"""Operations per second of dense products in bfloat16 that the data sheets tell, by PyTorch's names of the devices."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,12 +54,9 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and capabilities.get("amx_bf16", False)
 
 
-def training_bytes(per_sample: int, num_parameters: int, batch_size: int) -> int:
-    """Estimate the memory of training: weights, gradients, Adam's two moments, averaged weights, and activations.
-
-    All but the activations, ``per_sample``, are float32.
-    """
-    return 5 * 4 * num_parameters + batch_size * per_sample
+def peak_operations(device: torch.device) -> float | None:
+    """Return the operations per second of dense products in bfloat16 by the data sheet; None of an unknown device."""
+    return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from . import datasets
+from . import datasets, processes
 from .datasets import ImageDataset, ImageFolder
 from .features import Extractor
 from .files import atomic_write
@@ -48,20 +48,23 @@ class Reference:
     ) -> "Reference":
         """Compute the features of all images, where ``flip`` is set of half of them mirrored, as in training.
 
+        Of several processes each reads its share of the images; all return the whole.
+
         Raises:
             ValueError: there are too few images.
         """
         if len(dataset) < 2 * LEAST_IMAGES:  # two disjoint sets of them are compared
             raise ValueError(f"dataset: expected at least {2 * LEAST_IMAGES} images; got {len(dataset)}")
         generator = torch.Generator().manual_seed(seed)
-
-        def mirror(pixels: Tensor) -> Tensor:
-            chosen = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5
-            return torch.where(chosen, pixels.flip(-1), pixels) if flip else pixels
-
         order = torch.randperm(len(dataset), generator=generator)
-        with contextlib.closing(datasets.read(dataset, order.split(min(batch_size, len(order))))) as batches:
-            sums, features = collect(extractor(mirror(pixels)) for pixels, _ in batches)
+        mirrored = (torch.rand(len(dataset), 1, 1, 1, generator=generator) < 0.5) & flip
+        own = slice(processes.rank(), None, processes.num_ranks())
+        indices, chosen = (of_all.split(min(batch_size, len(order)))[own] for of_all in (order, mirrored))
+        with contextlib.closing(datasets.read(dataset, indices, processes.num_readers())) as batches:
+            pairs = zip(batches, chosen, strict=True)
+            sums, features = collect(
+                extractor(torch.where(flips, pixels.flip(-1), pixels)) for (pixels, _), flips in pairs
+            )
         about = {
             "data": dataset.source,
             "digest": datasets.fingerprint(dataset)["digest"],
@@ -121,12 +124,20 @@ class Reference:
 
 
 def collect(batches: Iterable[Tensor]) -> tuple[FeatureSums, Tensor]:
-    """Sum over batches of features, at least one, and keep the features of the first ``MOST_FEATURES`` images."""
+    """Sum over batches of features, at least one, and keep the features of the first ``MOST_FEATURES`` images.
+
+    Of several processes each has every ``num_ranks()``-th batch from ``rank()`` on, if there are so many; all return
+    the sums and the features of all batches.
+    """
     sums, kept, num = None, [], 0
-    for features in batches:
-        part = FeatureSums.of(features)
-        sums = part if sums is None else sums.merge(part)
-        kept.append(features[: max(0, MOST_FEATURES - num)])
-        num += len(features)
-    assert sums is not None
-    return sums, torch.cat(kept)
+    with processes.together():
+        for features in batches:
+            part = FeatureSums.of(features)
+            sums = part if sums is None else sums.merge(part)
+            if num * processes.num_ranks() < MOST_FEATURES:
+                kept.append(features)
+            num += len(features)
+    none = processes.of_main(lambda: kept[0][:0])
+    sums = FeatureSums.of(none) if sums is None else sums
+    total = FeatureSums(*map(processes.total, sums))
+    return total, torch.cat(processes.in_turn(kept))[:MOST_FEATURES]

@@ -7,17 +7,22 @@ Samples are drawn by a *protocol*, without which no score of them can be compare
 
 A distance stands between its floor, that of two disjoint sets of real images, and its ceiling, that of uniform noise.
 Its bias falls as 1/n, so that only distances of one n are comparable.
+
+Of several processes each draws its share of the samples and computes the features of these; all return the scores of
+all samples, which are the same for any number of processes, up to the order of sums.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
+from . import processes
 from .features import Extractor
-from .noise import Quantization, to_pixels
+from .noise import Quantization, derive_seed, to_pixels
 from .reference import Reference, collect
 from .scores import FeatureSums, frechet_distance, kernel_distance, precision_recall
 from .validation import not_finite
@@ -50,25 +55,32 @@ class Sampler:
     """A source of 8-bit samples: one that is not finite is counted, and another drawn in its place, of the same label.
 
     Args:
-        draw: number and labels to samples, float ``(B, C, H, W)``, others with every call.
+        draw: number and labels to samples, float ``(B, C, H, W)``, of the next numbers of the generator.
         quantization: how they become 8-bit pixels.
-        not_finite: how many have held a nan or an infinity so far.
+        generator: the source of randomness of ``draw``; its seed for a batch depends on (seed, number of the batch).
+        seed: seed of all samples.
+        not_finite: how many have held a nan or an infinity so far, in this process.
     """
 
     draw: Callable[[int, Tensor | None], Tensor]
     quantization: Quantization
+    generator: Generator
+    seed: int = 0
     not_finite: int = 0
 
     def batches(self, num: int, labels: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Draw samples of labels ``(num,)``, or of none: uint8 ``(B, C, H, W)``, and the labels ``(B,)`` of each batch.
 
+        Of several processes, each draws every ``num_ranks()``-th batch from ``rank()`` on.
+
         Raises:
             ValueError: a sample is not finite after being drawn anew ten times.
         """
-        for start in range(0, num, batch_size):
-            size = min(batch_size, num - start)
-            part = None if labels is None else labels[start : start + size]
-            yield self._draw_finite(size, part), part
+        batches = enumerate(torch.arange(num).split(batch_size))
+        for number, places in islice(batches, processes.rank(), None, processes.num_ranks()):
+            self.generator.manual_seed(derive_seed(self.seed, number))
+            part = None if labels is None else labels[places]
+            yield self._draw_finite(len(places), part), part
 
     def _draw_finite(self, num: int, labels: Tensor | None) -> Tensor:
         images = self.draw(num, labels)
@@ -93,7 +105,7 @@ def score_samples(
 
     Args:
         batches: 8-bit samples, uint8 ``(B, C, H, W)``, at least ``LEAST_IMAGES`` in all, each batch with its classes,
-            int64 ``(B,)``, or None.
+            int64 ``(B,)``, or None; of several processes, as :meth:`Sampler.batches` shares them out.
         extractor: the network by whose features they are compared.
         reference: statistics of real images by the same network.
         seed: seed of the subsets and the noise of the scores.
@@ -111,12 +123,16 @@ def score_samples(
             yield features
 
     sums, features = collect(features_of_batches())
-    generator = Generator().manual_seed(seed)
-    scores = {extractor.frechet_name: frechet_distance(sums, reference.sums)}
-    scores |= _kept_scores(features, reference.features, extractor, generator)
-    if recognised:
-        scores["recognised as their class"] = torch.cat(recognised).double().mean().item()
-    return scores
+    hits = processes.in_turn(recognised)
+
+    def compare() -> dict[str, float]:
+        scores = {extractor.frechet_name: frechet_distance(sums, reference.sums)}
+        scores |= _kept_scores(features, reference.features, extractor, Generator().manual_seed(seed))
+        if hits:
+            scores["recognised as their class"] = torch.cat(hits).double().mean().item()
+        return scores
+
+    return processes.of_main(compare)
 
 
 def distance_range(
@@ -133,11 +149,15 @@ def distance_range(
         torch.randint(0, 256, (len(part), *image_shape), dtype=torch.uint8, generator=generator)
         for part in torch.arange(num).split(64)
     )
-    sums, _ = collect(map(extractor, noise))
-    return {
-        f"floor: the distance between two disjoint sets of {num:,} real images": frechet_distance(*halves),
-        f"ceiling: the distance of {num:,} images of uniform noise": frechet_distance(sums, reference.sums),
-    }
+    sums, _ = collect(map(extractor, islice(noise, processes.rank(), None, processes.num_ranks())))
+
+    def compare() -> dict[str, float]:
+        return {
+            f"floor: the distance between two disjoint sets of {num:,} real images": frechet_distance(*halves),
+            f"ceiling: the distance of {num:,} images of uniform noise": frechet_distance(sums, reference.sums),
+        }
+
+    return processes.of_main(compare)
 
 
 def _kept_scores(samples: Tensor, real: Tensor, extractor: Extractor, generator: Generator) -> dict[str, float]:

@@ -26,7 +26,17 @@ LAYERS = {
     "results": ["evaluation", "features", "pictures", "reference", "samples", "scores"],
     "models": ["model", "published", "flowpp", "image_flow", "pretrained"],
     "parts": ["decoding", "denoising", "flow", "transformer", "transforms"],
-    "foundations": ["compatibility", "data", "datasets", "files", "guidance", "hardware", "noise", "validation"],
+    "foundations": [
+        "compatibility",
+        "data",
+        "datasets",
+        "files",
+        "guidance",
+        "hardware",
+        "noise",
+        "processes",
+        "validation",
+    ],
 }
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS.values()) for module in modules}
 

@@ -1,5 +1,6 @@
 """``tarflow evaluate``: score a trained model on test images and, if asked to, its samples."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from .. import datasets, evaluation, hardware
+from .. import datasets, evaluation, hardware, processes
 from ..datasets import ImageDataset, ImageFolder
 from ..features import Extractor, load_extractor
 from ..files import atomic_write
@@ -64,35 +65,54 @@ def run(arguments: Sequence[str]) -> None:
     """Print the scores and write them to ``evaluation.json`` in the run's folder."""
     command, flags = parse(Evaluate, arguments)
     _check(command, flags)
-    model, metadata = load_model(command.run, command.device)
-    trained = read_data(command.run, metadata)
-    dataset = _load_images(command, trained, "test")
+    with processes.connected(command.device):
+        processes.check_same("settings", str(command))
+        with processes.together():
+            model, metadata = load_model(command.run, str(processes.pick_device(command.device)))
+            trained = read_data(command.run, metadata)
+            dataset = _load_images(command, trained, "test")
+            _check_images(dataset, model)
+        chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
+        processes.by_main(lambda: check_scored(metadata.get("data"), dataset, chosen))
+        record: dict[str, Any] = {"data": dataset.source, "settings": asdict(command)}
+        if command.samples:
+            with processes.together():
+                command.drawing.check_usable(fields_of(flags), model)
+                extractor = load_extractor(command.weights, dataset.class_names, model.device)
+            reference = _reference(command, trained, extractor)
+            record["samples"] = _score_samples(command, model, metadata, extractor, reference)
+        scores = _score_images(command, model, metadata, dataset)
+        record["scores"] = {name: asdict(estimate) for name, estimate in scores.items()}
+        processes.by_main(lambda: _write(record, command.run / "evaluation.json"))
+
+
+def _check_images(dataset: ImageDataset | ImageFolder, model: ImageFlow) -> None:
+    """Raise ValueError for images that the model cannot score."""
     if model.config.num_classes and not dataset.num_classes:
         raise ValueError(f"dataset: expected labels for a model that is conditional on them; got {dataset.source}")
     if (shape := (dataset.in_channels, *[dataset.image_size] * 2)) != model.config.image_shape:
         raise ValueError(f"dataset: expected images of shape {model.config.image_shape}; got {shape}: {dataset.source}")
-    chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
-    check_scored(metadata.get("data"), dataset, chosen)
-    record: dict[str, Any] = {"data": dataset.source, "settings": asdict(command)}
-    if command.samples:
-        command.drawing.check_usable(fields_of(flags), model)
-        extractor = load_extractor(command.weights, dataset.class_names, model.device)
-        reference = _reference(command, trained, extractor)
-        record["samples"] = _score_samples(command, model, metadata, extractor, reference)
-    scores = evaluation.evaluate(
-        model,
-        *dataset.get_batch(datasets.evenly_spaced(len(dataset), command.num_images)),
-        sigma=metadata.get("sigma", 0.0),
-        num_samples=command.importance_samples,
-        batch_size=command.batch_size,
-        seed=command.seed,
-    )
-    print(f"{dataset.source}; {min(command.num_images, len(dataset)):,} of them, mean ± standard error over images")
-    for name, estimate in scores.items():
-        print(f"{estimate}   {name}")
-    record["scores"] = {name: asdict(estimate) for name, estimate in scores.items()}
-    with atomic_write(command.run / "evaluation.json") as path:
-        path.write_text(json.dumps(record, indent=2, default=str))
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(record, indent=2, default=str))
+
+
+def _score_images(
+    command: Evaluate, model: ImageFlow, metadata: dict[str, Any], dataset: ImageDataset | ImageFolder
+) -> dict[str, evaluation.Estimate]:
+    """Score test images, of several processes each its share, and print the scores."""
+    indices = datasets.evenly_spaced(len(dataset), command.num_images)
+    own = indices.split(command.batch_size)[processes.rank() :: processes.num_ranks()]
+    with contextlib.closing(datasets.read(dataset, own, processes.num_readers())) as batches:
+        sigma = metadata.get("sigma", 0.0)
+        scores = evaluation.evaluate_batches(model, batches, sigma, command.importance_samples, command.seed)
+    if processes.is_main():
+        print(f"{dataset.source}; {len(indices):,} of them, mean ± standard error over images")
+        for name, estimate in scores.items():
+            print(f"{estimate}   {name}")
+    return scores
 
 
 def _check(command: Evaluate, flags: Mapping[str, str]) -> None:
@@ -138,9 +158,10 @@ def _load_images(command: Evaluate, trained: DataConfig, split: str) -> ImageDat
 
 def _reference(command: Evaluate, trained: DataConfig, extractor: Extractor) -> Reference:
     """Read the statistics of the flags, or else compute those of the training images, mirrored as in training."""
-    if command.statistics is not None:
-        return Reference.load(command.statistics, extractor)
-    dataset = _load_images(command, trained, "train")
+    with processes.together():
+        if command.statistics is not None:
+            return Reference.load(command.statistics, extractor)
+        dataset = _load_images(command, trained, "train")
     flip = dataset.flip if trained.flip is None else trained.flip
     return Reference.of(dataset, extractor, flip, command.batch_size, command.seed)
 
@@ -151,9 +172,10 @@ def _score_samples(
     """Draw samples, print their scores with the protocol of these, and return both."""
     drawing, num, config = command.drawing, command.samples, model.config
     decoder, guidance, sigma = drawing.make_decoder(), drawing.make_guidance(), drawing.denoise_sigma(metadata)
-    generator = torch.Generator(model.device).manual_seed(command.seed)
+    generator = torch.Generator(model.device)
     labels = draw_labels(command.protocol, num, config.num_classes, command.seed)
-    with Progress(num, len(model.stages)) as progress:
+    share = sum(map(len, torch.arange(num).split(command.batch_size)[:: processes.num_ranks()]))  # the main one's
+    with Progress(share, len(model.stages), shown=processes.is_main()) as progress:
 
         def draw(num: int, labels: Tensor | None) -> Tensor:
             with autocast(model, drawing.precision, command.run):
@@ -161,14 +183,14 @@ def _score_samples(
             assert isinstance(drawn, Tensor)
             return drawn
 
-        sampler = Sampler(draw, QUANTIZATION[command.protocol])
+        sampler = Sampler(draw, QUANTIZATION[command.protocol], generator, command.seed)
         batches = sampler.batches(num, labels, command.batch_size)
         scores = score_samples(batches, extractor, reference, command.seed)
     scores |= distance_range(num, config.image_shape, extractor, reference, command.seed)
     protocol = {
         "protocol": command.protocol,
         "samples": num,
-        "not finite, drawn anew": sampler.not_finite,
+        "not finite, drawn anew": int(processes.total(torch.tensor(sampler.not_finite))),
         "labels": f"{LABELS[command.protocol]} from {config.num_classes} classes" if config.num_classes else "none",
         "quantization": sampler.quantization,
         "guidance": None if guidance is None else asdict(guidance),
@@ -177,14 +199,15 @@ def _score_samples(
         "precision": drawing.precision,
         "batch size": command.batch_size,
         "seed": command.seed,
-        "device": str(model.device),
+        "device": str(model.device) if processes.num_ranks() == 1 else f"{processes.num_ranks()} x {model.device.type}",
         "features": f"{extractor.name}, weights of SHA-256 {extractor.digest}",
         "resize": extractor.resize,
         "reference": reference.about,
         "versions": {name: version(name) for name in ("tarflow", "torch")},
     }
-    for name, value in protocol.items():
-        print(f"{name:22} {value}")
-    for name, score in scores.items():
-        print(f"{score:.4g}   {name}")
+    if processes.is_main():
+        for name, value in protocol.items():
+            print(f"{name:22} {value}")
+        for name, score in scores.items():
+            print(f"{score:.4g}   {name}")
     return {"protocol": protocol, "scores": scores}

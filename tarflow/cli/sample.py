@@ -10,13 +10,13 @@ import tyro
 from matplotlib.backend_bases import FigureCanvasBase
 from torch import Tensor
 
+from .. import processes
 from ..image_flow import ImageFlow, at_least_one
 from ..noise import Quantization, quantization, to_pixels
 from ..pictures import Gallery
-from ..training import parallel
 from .drawing import Drawing, Progress
 from .parsing import Flat, fields_of, parse
-from .shards import SHARD_SIZE, draw_shards, missing_shards, save_arrays
+from .shards import SHARD_SIZE, Format, draw_shards, missing_shards, save_arrays
 from .shared import autocast, check_file, check_new_folder, check_seed, load_model
 
 __all__ = ["Sample", "run"]
@@ -31,7 +31,9 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """folder of a run or of a saved model, or the name of one on the Hugging Face hub"""
     out: Path = Path("samples.png")
-    """a picture (.png), uint8 images with their labels (.npz), or a folder of such files, which may be gone on with"""
+    """a picture (.png), uint8 images with their labels (.npz), or a folder of files, which may be gone on with"""
+    format: Format = "npz"
+    """files of a folder: npz, of 500 images with their labels, or png, an image each"""
     num: int = 80
     """images to draw; a picture has them in a row for each class, or in rows of eight"""
     labels: tuple[int, ...] = ()
@@ -53,13 +55,15 @@ def run(arguments: Sequence[str]) -> None:
     given, drawing = fields_of(flags), command.drawing
     _check(command, given)
     decoder, guidance = drawing.make_decoder(), drawing.make_guidance()
-    with parallel.connected(command.device):
-        with parallel.together():
-            if parallel.num_ranks() > 1 and command.out.suffix:
+    with processes.connected(command.device):
+        with processes.together():
+            if processes.num_ranks() > 1 and command.out.suffix:
                 raise ValueError(f"out: expected a folder, to which several processes write; got {command.out}")
-            model, metadata = load_model(command.run, str(parallel.pick_device(command.device)))
+            model, metadata = load_model(command.run, str(processes.pick_device(command.device)))
         drawing.check_usable(given, model)
         _check_labels(command.labels, model.config.num_classes)
+        if command.format == "png" and (channels := model.config.image_shape[0]) not in (1, 3):
+            raise ValueError(f"format: expected npz for images of {channels} channels; got png")
         model.check_num(command.num)
         gallery = Gallery(
             metadata.get("class_names", ()),
@@ -102,14 +106,16 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
         **asdict(command.drawing),
         "sigma": gallery.denoise_sigma,
     }
-    shards = missing_shards(command.out, model, settings)
+    shards = missing_shards(command.out, model, settings, command.format)
     num = sum(map(len, shards.values()))
-    with Progress(num, len(model.stages), shown=parallel.is_main()) as progress:
-        draw_shards(gallery, model, command.out, shards, _labels_in_turn(command, model), progress.note)
-    if parallel.is_main():
+    with Progress(num, len(model.stages), shown=processes.is_main()) as progress:
+        labels = _labels_in_turn(command, model)
+        draw_shards(gallery, model, command.out, shards, labels, command.format, progress.note)
+    if processes.is_main():
         if num:
-            print(f"{progress.summary()}; by one of {parallel.num_ranks()} processes")
-        print(f"wrote {command.out}, {command.num} images in files of {SHARD_SIZE}")
+            print(f"{progress.summary()}; by one of {processes.num_ranks()} processes")
+        kind = f"in files of {SHARD_SIZE}" if command.format == "npz" else "as PNG"
+        print(f"wrote {command.out}, {command.num} images {kind}")
 
 
 def _check(command: Sample, given: Collection[str]) -> None:
@@ -118,6 +124,8 @@ def _check(command: Sample, given: Collection[str]) -> None:
         raise ValueError(f"out: expected a .png or .npz file, or a folder; got {command.out}")
     if command.out.suffix:
         check_file("out", command.out)
+        if "format" in given:
+            raise ValueError(f"format: expected with a folder alone; got {command.format} and the file {command.out}")
     else:
         check_new_folder("out", command.out)
         if command.trajectory is not None:

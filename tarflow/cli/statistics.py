@@ -7,9 +7,8 @@ from typing import Literal
 
 import tyro
 
-from .. import datasets
+from .. import datasets, processes
 from ..features import load_extractor
-from ..hardware import pick_device
 from ..image_flow import at_least_one
 from ..reference import Reference
 from .parsing import parse
@@ -50,13 +49,19 @@ def run(arguments: Sequence[str]) -> None:
     check_resize(command.dataset, command.resize)
     check_seed(command.seed)
     batch_size = at_least_one("batch_size", command.batch_size)
-    dataset = datasets.load(
-        command.dataset, command.split, command.data_dir, command.image_size, command.resize or "lanczos"
-    )
-    extractor = load_extractor(command.weights, dataset.class_names, pick_device(command.device))
-    flip = dataset.flip if command.flip is None else command.flip
-    reference = Reference.of(dataset, extractor, flip, batch_size, command.seed)
-    reference.save(command.out)
+    with processes.connected(command.device):
+        with processes.together():
+            dataset = datasets.load(
+                command.dataset, command.split, command.data_dir, command.image_size, command.resize or "lanczos"
+            )
+            extractor = load_extractor(command.weights, dataset.class_names, processes.pick_device(command.device))
+        flip = dataset.flip if command.flip is None else command.flip
+        reference = Reference.of(dataset, extractor, flip, batch_size, command.seed)
+        processes.by_main(lambda: _write(reference, command.out))
+
+
+def _write(reference: Reference, out: Path) -> None:
+    reference.save(out)
     for name, value in reference.about.items():
         print(f"{name.replace('_', ' '):18} {value}")
-    print(f"wrote {command.out}")
+    print(f"wrote {out}")

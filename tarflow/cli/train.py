@@ -9,11 +9,12 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .. import processes
 from ..decoding import calibration
 from ..flowpp.config import FlowPPConfig
 from ..image_flow import ImageFlow
 from ..model import TarFlow, TarFlowConfig
-from ..training import checkpoints, parallel
+from ..training import checkpoints
 from ..training.config import MODELS, DataConfig, TrainConfig, TrainingConfig
 from ..training.folder import new_folder, read_run
 from ..training.presets import PRESETS
@@ -60,22 +61,22 @@ def run(arguments: Sequence[str]) -> None:
     if command.resume:
         _check_resumed(command, command.resume, given)
     _check_useful(config, given)
-    if parallel.is_restartable() and not (command.out or command.resume):
+    if processes.is_restartable() and not (command.out or command.resume):
         raise ValueError("out: expected a folder with --max-restarts, for the run to be found again; got none")
     if command.out:
         check_new_folder("out", command.out)
-    with parallel.connected(config.training.device):
-        out = command.resume or command.out or parallel.of_main(lambda: new_folder(Path("runs"), command.preset))
+    with processes.connected(config.training.device):
+        out = command.resume or command.out or processes.of_main(lambda: new_folder(Path("runs"), command.preset))
         try:
-            model = train(config, out, resume=command.resume is not None or parallel.is_restartable())
+            model = train(config, out, resume=command.resume is not None or processes.is_restartable())
         except KeyboardInterrupt as stop:
-            if parallel.num_ranks() == 1 or not str(stop):
+            if processes.num_ranks() == 1 or not str(stop):
                 raise
             # The status of a failure would have torchrun start all processes again.
-            if parallel.is_main():
+            if processes.is_main():
                 print(f"tarflow train: {stop}", file=sys.stderr)
             return
-        if parallel.is_main():
+        if processes.is_main():
             print(f"done    {out}; look at samples.png, trajectory.png and curves.png in it")
             print(f"next    {_next_commands(config, model, out)}")
 

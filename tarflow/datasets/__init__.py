@@ -44,8 +44,7 @@ def load(
     mnist           the four IDX files in `data_dir`, plain or .gz
     cifar10         the published binary version in `data_dir`, plain or .gz
     imagenet64, imagenet32
-                    ImageNet downsampled by Chrabaszcz et al. (arXiv 1707.08819): the .npz batches in `data_dir` (the
-                    train split of 64 takes 16 GB of memory)
+                    ImageNet downsampled by Chrabaszcz et al. (arXiv 1707.08819): the .npz batches in `data_dir`
     imagenet64-2016, imagenet32-2016
                     ImageNet downsampled by van den Oord et al. (arXiv 1601.06759), on which most bits/dim are
                     published, those of TarFlow and Flow++ among them: `train_64x64/` and `valid_64x64/`, the folders of
@@ -54,6 +53,10 @@ def load(
                     `image_size`; without such splits 5% are the test split, chosen by the hash of each image's name, so
                     that other images stay where they are when one is added
     hub:<id>        a Hugging Face dataset, cached in `data_dir`, resized to `image_size` where given
+
+    The .npz files of ImageNet are unpacked once, to an .npy file beside them or, where nothing can be written to that
+    folder, in that of temporary files (the train split of 64 takes 16 GB of disk). It is mapped: all processes of a
+    machine share the pages that they read, and a process needs no memory of its own for it.
 
     An image of `folder` or of a hub is resized so that its shorter side has `image_size` pixels and the longer, in
     proportion, a whole number rounded down; the centre of that is cut out. That is what torchvision's `Resize` and

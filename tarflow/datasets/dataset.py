@@ -17,7 +17,7 @@ __all__ = ["ImageDataset", "ImageFolder", "evenly_spaced", "fingerprint"]
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """A dataset of images in memory.
+    """A dataset of images in memory, or of a file that is mapped into it.
 
     Args:
         images: uint8 (N, C, S, S).

@@ -4,23 +4,31 @@ A file may be damaged, or be made to fill the memory: sizes are checked before a
 """
 
 import gzip
+import hashlib
 import math
+import os
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files import atomic_write, locked
+
 __all__ = [
     "RESIZE",
     "Resize",
     "Unreadable",
+    "array_shape",
+    "map_arrays",
     "open_decompressed",
     "read_array",
     "read_idx",
@@ -91,6 +99,72 @@ def read_array(path: Path, key: str) -> np.ndarray:
     with reading(path, f"an .npz file with {key}"), path.open("rb") as file, np.load(file) as arrays:
         _check_size(path, arrays.zip.getinfo(f"{key}.npy").file_size)
         return arrays[key]
+
+
+def array_shape(path: Path, key: str) -> tuple[int, ...]:
+    """Read the shape of an array of uint8 in an .npz file, and nothing else of it."""
+    with _open_array(path, key) as (_, (shape, in_columns, dtype)):
+        if dtype != np.uint8 or in_columns:
+            raise Unreadable(f"{path}: expected {key} of uint8, row by row, got {dtype} {shape}")
+        return shape
+
+
+def map_arrays(paths: list[Path], key: str, shape: tuple[int, ...], name: str) -> Tensor:
+    """Map arrays of several .npz files as one tensor of uint8, whose pages all processes of a machine share.
+
+    What is packed cannot be mapped: so the rows of all are written, once, to an .npy file beside them or, where nothing
+    can be written to that folder, in that of temporary files. It is written anew when an .npz file is newer.
+
+    Args:
+        paths: the .npz files.
+        key: the name of the array.
+        shape: that of the tensor; the arrays have as many numbers in all.
+        name: name of the .npy file.
+
+    Raises:
+        Unreadable: a file is damaged.
+        OSError: there is no space.
+    """
+    folder = paths[0].parent.absolute()
+    out = folder / name
+    if not os.access(folder, os.W_OK):
+        digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
+        out = Path(tempfile.gettempdir()) / f"tarflow-{digest[:16]}-{name}"
+    with locked(out.with_name(f".{out.name}.lock")):
+        if not _is_unpacked(out, paths, shape):
+            for abandoned in out.parent.glob(f".{out.name}.[0-9]*"):
+                abandoned.unlink()
+            with atomic_write(out) as beside, beside.open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for path in paths:
+                    file.writelines(_blocks(path, key))
+    return torch.from_numpy(np.load(out, mmap_mode="c"))  # of "r" PyTorch warns that it could be written to
+
+
+def _is_unpacked(out: Path, paths: list[Path], shape: tuple[int, ...]) -> bool:
+    if not out.exists() or any(path.stat().st_mtime >= out.stat().st_mtime for path in paths):
+        return False
+    with reading(out, "an .npy file; delete it"):
+        return np.load(out, mmap_mode="r").shape == shape
+
+
+def _blocks(path: Path, key: str) -> Iterator[bytes]:
+    """Yield the numbers of an array, a mebibyte at a time."""
+    with _open_array(path, key) as (file, _):
+        while block := file.read(2**20):
+            yield block
+
+
+@contextmanager
+def _open_array(path: Path, key: str) -> Iterator[tuple[IO[bytes], tuple[tuple[int, ...], bool, np.dtype]]]:
+    """Open an array of an .npz file: its numbers, as bytes, and their shape, order and dtype."""
+    what = f"an .npz file with {key}"
+    with reading(path, what), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        _check_size(path, archive.getinfo(f"{key}.npy").file_size)
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        yield file, read_header(file)
 
 
 def _check_size(path: Path, size: int) -> None:

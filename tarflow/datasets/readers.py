@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .dataset import ImageDataset, ImageFolder
-from .formats import Unreadable, open_decompressed, read_array, read_idx, reading, to_tensor
+from .formats import Unreadable, array_shape, map_arrays, open_decompressed, read_array, read_idx, reading, to_tensor
 
 __all__ = ["FASHION_MNIST", "READERS", "SHIPPED_SUBSET", "read_folder", "read_hub"]
 
@@ -77,14 +77,10 @@ def _read_imagenet(side: int, split: str, data_dir: Path) -> ImageDataset:
     for path, part in zip(paths, parts, strict=True):
         if part.dtype.kind not in "iu" or part.ndim != 1:
             raise Unreadable(f"{path}: expected labels of integers (n,), got {part.dtype} {part.shape}")
-    # Filled file by file: joining the arrays at the end would need the memory twice.
-    images = torch.empty(sum(map(len, parts)), 3, side, side, dtype=torch.uint8)
-    for path, slot in zip(paths, images.split([*map(len, parts)]), strict=True):
-        data, expected = read_array(path, "data"), (len(slot), 3 * side**2)
-        if data.dtype != np.uint8 or data.shape != expected:
-            raise Unreadable(f"{path}: expected data of uint8 {expected}, got {data.dtype} {data.shape}")
-        slot.copy_(torch.from_numpy(data).view_as(slot))
+        if (shape := array_shape(path, "data")) != (expected := (len(part), 3 * side**2)):
+            raise Unreadable(f"{path}: expected data of uint8 {expected}, got {shape}")
     labels = torch.from_numpy(np.concatenate(parts).astype(np.int64) - 1)
+    images = map_arrays(paths, "data", (len(labels), 3, side, side), f"imagenet{side}-{split}.npy")
     title = f"ImageNet {side}x{side} as released in 2017 (arXiv 1707.08819)"
     source = f"{title}, {len(labels):,} {split} images from {data_dir}"
     return ImageDataset(images, labels, tuple(map(str, range(1000))), True, source)
@@ -98,12 +94,11 @@ def _read_imagenet_2016(side: int, split: str, data_dir: Path) -> ImageDataset |
         paths = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() == ".png")
         size = len(paths)
     elif packed.is_file():
-        images = torch.from_numpy(read_array(packed, "arr_0"))
-        images = images.movedim(3, 1) if images.dim() == 4 and images.shape[3] == 3 else images
-        size = len(images)
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
-            got = f"{images.dtype} {list(images.shape)}"
-            raise Unreadable(f"{packed}: expected arr_0 of uint8 [n, {side}, {side}, 3], got {got}")
+        size, *shape = array_shape(packed, "arr_0") or (0,)
+        if shape not in ([side, side, 3], [3, side, side]):
+            raise Unreadable(f"{packed}: expected arr_0 of uint8 (n, {side}, {side}, 3), got {(size, *shape)}")
+        images = map_arrays([packed], "arr_0", (size, *shape), f"{folder.name}.npy")
+        images = images.movedim(3, 1) if shape[-1] == 3 else images
     else:
         raise FileNotFoundError(f"data_dir: expected {folder.name}/ or {packed.name} in {data_dir}, found neither")
     if not size:

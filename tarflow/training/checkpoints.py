@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from .. import processes
 from ..files import atomic_write, read_state
 from . import parallel
 
@@ -34,7 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """
     if any(isinstance(part, DTensor) for _, part in _flat(state)):
         _save_sharded(folder / f"step-{step:08d}", state)
-    elif parallel.is_main():
+    elif processes.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / f"step-{step:08d}.pt") as beside, beside.open("wb") as file:
             _dump(state, file)
@@ -104,15 +105,15 @@ def _nested(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_sharded(path: Path, state: dict[str, Any]) -> None:
-    if parallel.anywhere(path.exists()):  # a run that goes on from a step and ends at it
+    if processes.anywhere(path.exists()):  # a run that goes on from a step and ends at it
         return
     beside = path.with_name(f"{path.name}.tmp")
     try:
-        dcp.save(dict(_flat(state)), checkpoint_id=beside, process_group=parallel.control_group())
+        dcp.save(dict(_flat(state)), checkpoint_id=beside, process_group=processes.control_group())
     except CheckpointException as error:  # which all processes raise
-        parallel.by_main(lambda: shutil.rmtree(beside, ignore_errors=True))
+        processes.by_main(lambda: shutil.rmtree(beside, ignore_errors=True))
         raise OSError(f"{_reason(error)} while writing {path}; what was there before is unchanged") from error
-    parallel.by_main(lambda: beside.rename(path))
+    processes.by_main(lambda: beside.rename(path))
 
 
 def _load_sharded(path: Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def _load_sharded(path: Path, like: dict[str, Any]) -> dict[str, Any]:
                 parts[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
             else:
                 parts[name] = None
-        is_alone = parallel.num_ranks() == 1
-        group = None if is_alone else parallel.control_group()
+        is_alone = processes.num_ranks() == 1
+        group = None if is_alone else processes.control_group()
         with warnings.catch_warnings(action="ignore"):  # that a process is alone
             dcp.load(parts, checkpoint_id=path, process_group=group, no_dist=is_alone)
     except CheckpointException as error:

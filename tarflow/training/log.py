@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .. import hardware, processes
 from ..files import atomic_write, name_full_disk
-from . import parallel
+from ..image_flow import FlowConfig
+from . import throughput
 from .config import TrainingConfig
 from .interruptions import raise_thread_errors_once
 from .timetable import TimeLeft, work_left
@@ -24,22 +27,32 @@ from .trainer import MEASURES
 
 __all__ = ["Log"]
 
+PROFILED = 5
+"""Steps after which one is profiled: by then all is compiled and allocated."""
+
 
 class Log:
     """The metrics of a run, of which :meth:`add` averages those of several steps into a row.
 
     Of several processes, all of which have the same measures, the main one writes them.
 
+    Args:
+        folder: that of the run.
+        config: the settings of the training.
+        device: the one that trains.
+        model: the configuration of the model.
+
     Attributes:
         pending: the measures of each step that no row holds yet.
         waited: the seconds for which training has waited for images since the last row.
     """
 
-    def __init__(self, folder: Path, config: TrainingConfig):
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: TrainingConfig, device: torch.device, model: FlowConfig):
+        self.folder, self.config, self.device, self.model = folder, config, device, model
         self.path = folder / "metrics.jsonl"
         self.pending: list[dict[str, Tensor]] = []
         self.waited = 0.0
+        self._measured: dict[str, float] = {}
 
     def forget_after(self, step: int) -> None:
         """Drop the rows that a run which goes on from a step would not have logged by now, had it not been interrupted.
@@ -69,9 +82,9 @@ class Log:
     def open(self, step: int) -> Iterator[None]:
         """Keep the events and the progress bar open, from a step on."""
         self._began = time.perf_counter()
-        self._since, self._since_step = self._began, step
+        self._since, self._since_step, self._profiled_step = self._began, step, step + PROFILED
         self._time_left, self._rows = TimeLeft(), 0
-        if not parallel.is_main():
+        if not processes.is_main():
             yield
             return
         with (
@@ -103,6 +116,28 @@ class Log:
         self._since += seconds
         self._time_left.note(work, seconds)
 
+    @contextlib.contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Within the block, a step after so many others, find out how much of its time is communication.
+
+        That is done once, in the main of several processes, since it takes time itself. A device that waits for
+        another one is communicating.
+        """
+        if step != self._profiled_step or processes.num_ranks() == 1 or not processes.is_main():
+            yield
+            return
+        before = time.perf_counter()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints when it starts
+        with torch.profiler.profile() as profile:
+            began = time.perf_counter()
+            yield
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds = time.perf_counter() - began
+        self._since += time.perf_counter() - before - seconds
+        share = throughput.share_of_time(profile, throughput.COLLECTIVE, seconds)
+        self._measured["share_of_time_in_communication"] = share
+
     def add(self, step: int, measures: dict[str, Tensor], learning_rate: float) -> int:
         """Collect the measures of a step on the device, and look at them only when a row is due.
 
@@ -120,8 +155,11 @@ class Log:
         now = time.perf_counter()
         steps, seconds = step - self._since_step, now - self._since
         row["images_per_second"] = steps * self.config.batch_size / seconds
-        row["images_per_second_per_device"] = row["images_per_second"] / parallel.num_ranks()
+        row["images_per_second_per_device"] = row["images_per_second"] / processes.num_ranks()
+        row |= self._utilization(row["images_per_second_per_device"])
         row["share_of_time_waiting_for_data"] = self.waited / seconds
+        row |= self._measured
+        self._measured = {}
         if torch.cuda.is_available():
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["learning_rate"] = learning_rate
@@ -129,10 +167,17 @@ class Log:
         self._note_steps(steps, seconds)
         if step % self.config.log_every == 0:  # else a run that is made longer goes on with them
             self.pending = []
-        if parallel.is_main():
+        if processes.is_main():
             self.write(step, row)
             self._show(step, row)
         return last["bad_in_a_row"]
+
+    def _utilization(self, images_per_second: float) -> dict[str, float]:
+        """The operations of training over those that the device could do, where both are known."""
+        operations, peak = throughput.training_operations(self.model), hardware.peak_operations(self.device)
+        if operations is None or peak is None or not hardware.uses_bfloat16(self.config.precision, self.device):
+            return {}
+        return {"model_flop_utilization": images_per_second * operations / peak}
 
     def _show(self, step: int, row: dict[str, float]) -> None:
         """Move the progress bar."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import datasets, evaluation, hardware, pictures
+from .. import datasets, evaluation, hardware, pictures, processes
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..decoding import calibration
 from ..decoding.step import count_branches
@@ -22,7 +22,7 @@ from ..image_flow import ImageFlow
 from ..noise import quantization
 from ..pictures import Gallery
 from ..pretrained import read_config, write_config
-from . import checkpoints, parallel
+from . import checkpoints, throughput
 from .config import TrainConfig, TrainingConfig
 from .folder import check_same_data, lock_folder, refuse_taken
 from .interruptions import TrainingDiverged, name_memory_errors, stop_signals
@@ -59,37 +59,37 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
     """
     if config.data.data_dir is not None:  # so that the run finds it from wherever it is resumed or evaluated
         config = replace(config, data=replace(config.data, data_dir=config.data.data_dir.absolute()))
-    device = parallel.pick_device(config.training.device)
+    device = processes.pick_device(config.training.device)
     with contextlib.ExitStack() as stack:
-        with parallel.together():
-            if parallel.is_main():
+        with processes.together():
+            if processes.is_main():
                 stack.enter_context(lock_folder(out))
                 _tidy(out, resume)
-        parallel.check_same("settings", f"{config} {out}")
-        with parallel.together():
-            data, num_ranks = config.data, parallel.num_ranks()
+        processes.check_same("settings", f"{config} {out}")
+        with processes.together():
+            data, num_ranks = config.data, processes.num_ranks()
             train_set, test_set = (
                 datasets.load(data.dataset, split, data.data_dir, data.image_size, data.resize)
                 for split in ("train", "test")
             )
             _check_shares(config)
             summary = summarize(config, train_set, device)
-        parallel.by_main(lambda: print(summary, flush=True))
+        processes.by_main(lambda: print(summary, flush=True))
         with name_memory_errors(config.training.batch_size):
-            with parallel.together():
+            with processes.together():
                 trainer = Trainer(config, train_set, device)
                 run = Run(out, trainer, test_set)
-            parallel.check_same("data", str(run.data))
+            processes.check_same("data", str(run.data))
             if resume:
-                with parallel.together():
+                with processes.together():
                     run.resume()
             batches = datasets.batches(
                 train_set,
                 config.training.batch_size,
                 config.training.seed,
                 trainer.step,
-                num_workers=parallel.num_readers(),
-                rank=parallel.rank(),
+                num_workers=processes.num_readers(),
+                rank=processes.rank(),
                 num_ranks=num_ranks,
             )
             with contextlib.closing(batches):
@@ -108,7 +108,7 @@ def _tidy(out: Path, resume: bool) -> None:
 
 def _check_shares(config: TrainConfig) -> None:
     """Raise ValueError where a batch has no equal shares for all processes and their parts of an update."""
-    batch_size, accumulate, num_ranks = config.training.batch_size, config.training.accumulate, parallel.num_ranks()
+    batch_size, accumulate, num_ranks = config.training.batch_size, config.training.accumulate, processes.num_ranks()
     if batch_size % (accumulate * num_ranks):
         raise ValueError(
             f"batch_size: expected a multiple of {accumulate * num_ranks}, of {num_ranks} processes and "
@@ -124,7 +124,7 @@ class Run:
         self.trainer = trainer
         self.config, self.settings = trainer.config, trainer.config.training
         self.checkpoints = folder / "checkpoints"
-        self.log = Log(folder, self.settings)
+        self.log = Log(folder, self.settings, trainer.device, trainer.model.config)
         self.data = {"train": datasets.fingerprint(trainer.dataset), "test": datasets.fingerprint(test_set)}
         conditional = self.config.data.conditional
         self.test_pixels, test_labels = test_set.get_batch(evenly_spaced(len(test_set), EVALUATED_IMAGES))
@@ -184,13 +184,15 @@ class Run:
     def train(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Do all steps that are left, and what is to be done between and after them."""
         trainer, settings = self.trainer, self.settings
-        parallel.by_main(self._begin)
+        processes.by_main(self._begin)
         with stop_signals() as is_stopped, self.log.open(trainer.step):
             if trainer.step and is_due(trainer.step, settings.evaluate_every) and not self.is_complete:
                 with self.log.timed("evaluate"):
                     self._by_main(self.evaluate)
-            while not self.is_complete and not parallel.anywhere(is_stopped()):
-                measures = trainer.train_step(*self._next_batch(batches))
+            while not self.is_complete and not processes.anywhere(is_stopped()):
+                batch = self._next_batch(batches)
+                with self.log.profiled(trainer.step):
+                    measures = trainer.train_step(*batch)
                 bad_in_a_row = self.log.add(trainer.step, measures, trainer.optimizer.param_groups[0]["lr"])
                 if bad_in_a_row >= settings.max_bad_steps:
                     raise self._diverged(bad_in_a_row)
@@ -210,19 +212,19 @@ class Run:
         """Do work that looks at the average, which all processes gather for it, in the main one."""
         _ = self.trainer.average
         for work in works:
-            parallel.by_main(work)
+            processes.by_main(work)
 
     def _next_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The next batch; where a process cannot read its share, what was learned is saved first."""
         began = time.perf_counter()
         try:
-            with parallel.together():
+            with processes.together():
                 batch = next(batches)
         except (ValueError, OSError):
             if self.trainer.step:
                 self.save()
                 saved = f"saved   step {self.trainer.step}; go on with --resume {self.folder}"
-                parallel.by_main(lambda: print(saved, flush=True))
+                processes.by_main(lambda: print(saved, flush=True))
             raise
         self.log.waited += time.perf_counter() - began
         return batch
@@ -317,7 +319,7 @@ class Run:
         None is deleted while steps are not finite, so that those from before remain.
         """
         trainer = self.trainer
-        with parallel.together():
+        with processes.together():
             checkpoints.save(self.checkpoints, trainer.step, trainer.state_dict() | {"measures": self.log.state_dict()})
         self._by_main(self._save_weights)
 
@@ -347,26 +349,25 @@ def summarize(config: TrainConfig, dataset: ImageDataset | ImageFolder, device: 
     with torch.device("meta"):
         model = build(config, dataset)
     settings, parameters = config.training, sum(parameter.numel() for parameter in model.parameters())
-    bfloat16 = uses_bfloat16(settings.precision, device)
-    activations = model.config.activation_bytes(2 if bfloat16 else 4)
-    if settings.activation_checkpointing:
-        activations //= model.config.num_layers
-    shards = {"none": 1, "full": parallel.num_ranks(), "hybrid": parallel.num_local_ranks()}[settings.sharding]
-    images = settings.batch_size // (settings.accumulate * parallel.num_ranks())
-    total = hardware.training_bytes(activations, parameters // shards, images)
+    bfloat16, num_ranks = uses_bfloat16(settings.precision, device), processes.num_ranks()
+    shards = {"none": 1, "full": num_ranks, "hybrid": processes.num_local_ranks()}[settings.sharding]
+    needed = throughput.memory(model.config, settings, parameters, num_ranks, shards, 2 if bfloat16 else 4)
+    total = sum(needed.values())
     hardware.check_memory(total, device, f"training at batch size {settings.batch_size}")
+    present = hardware.total_bytes(device)
+    parts = ", ".join(f"{name} {part / 2**30:.2g}" for name, part in needed.items())
     noise = f"Gaussian noise of sigma {settings.sigma}" if settings.noise == "gaussian" else f"{settings.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"
         f"model   {model.config.summary}, {parameters / 1e6:.1f}M parameters\n"
-        f"memory  about {total / 2**30:.1f} GiB at batch {settings.batch_size}\n"
+        f"memory  about {total / 2**30:.2g} of {present / 2**30:.1f} GiB for each process: {parts}\n"
         f"device  {_describe(device, settings)}, {model.network_name} in {'bfloat16' if bfloat16 else 'float32'}"
     )
 
 
 def _describe(device: torch.device, settings: TrainingConfig) -> str:
     """The devices, in words: ``cpu``, or ``8 x cuda, weights sharded (full)``."""
-    if parallel.num_ranks() == 1:
+    if processes.num_ranks() == 1:
         return str(device)
     weights = "a copy of the weights on each" if settings.sharding == "none" else f"{settings.sharding} sharding"
-    return f"{parallel.num_ranks()} x {device.type}, {weights}"
+    return f"{processes.num_ranks()} x {device.type}, {weights}"

@@ -19,6 +19,7 @@ from launches import Launches
 from tarflow import Decoder, Guidance, TarFlowConfig, TokenFlow
 from tarflow.decoding.step import CachedStep, GraphRunner
 from tarflow.training.presets import PRESETS
+from tarflow.training.throughput import operations
 
 H100 = DEVICES["H100 SXM"]
 ONE_CHAIN = replace(H100, streams=1)
@@ -46,7 +47,7 @@ def test_the_layers_of_a_step_move_weights_and_cache_once_and_the_activations(co
 @every_model
 def test_a_pass_over_whole_sequences_multiplies_as_often_as_scoring(config):
     one_block = replace(config, num_blocks=1)
-    by_layers = sum(models.operations(one_block))
+    by_layers = sum(operations(one_block))
     kernels = cost.jacobi_pass(config, 1, 1, None, H100)
     counted = sum(kernel.operations for kernel in kernels if kernel.name not in ("tokens", "mu and alpha"))
     assert counted == pytest.approx(by_layers, rel=2 / config.num_tokens)

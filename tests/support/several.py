@@ -19,12 +19,12 @@ from unittest.mock import patch
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tarflow import TarFlow, datasets
-from tarflow.cli import main
-from tarflow.training import parallel
+from tarflow import TarFlow, datasets, processes
+from tarflow.cli import main, shards
 from tarflow.training.trainer import Trainer
 
 torch.set_num_threads(1)
+shards.SHARD_SIZE = 50  # small files
 # What torchrun sets; without it this file is only looked at, for examples in docstrings.
 RANK = int(os.environ.get("RANK", 0))
 IS_FIRST_TRY = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
@@ -86,7 +86,7 @@ def bad_samples():
 
     def harmed(model, *arguments, **options):
         images = draw(model, *arguments, **options)
-        images[3] = math.nan
+        images[-1] = math.nan
         return images
 
     return in_one(TarFlow, "sample", harmed)
@@ -105,11 +105,16 @@ def die_in_a_save(number=2):
     return in_one(FileSystemWriter, "write_data", harmed)
 
 
+def other_code():
+    """The process runs another version of the code."""
+    return in_one(processes, "_code", lambda: "another")
+
+
 def late():
     """The process does not begin."""
     if in_last():
         time.sleep(600)
-    return patch.object(parallel, "START", timedelta(seconds=8))
+    return patch.object(processes, "START", timedelta(seconds=8))
 
 
 def run(jobs):
@@ -130,7 +135,7 @@ def in_last():
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    alone = "late" in path.name  # the processes do not even connect
-    with contextlib.nullcontext() if alone else parallel.connected("cpu"):
+    alone = path.name.startswith("alone")  # the processes have to connect by themselves, or do not even do so
+    with contextlib.nullcontext() if alone else processes.connected("cpu"):
         status = run(path)
     sys.exit(status if alone else 0)

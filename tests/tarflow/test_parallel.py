@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 from torch.testing import assert_close
 
 from tarflow import TarFlow, TarFlowConfig
-from tarflow.cli import main
+from tarflow.cli import main, shards
 from tarflow.training import checkpoints, parallel
 from tarflow.training.config import TrainingConfig
 
-PROGRAM = Path(__file__).parents[1] / "support" / "several.py"
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "support" / "several.py"
 TARFLOW = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "guidance.weight": 0.0}
 TARFLOW |= {"no_calibrate": None, "learning_rate": 1e-3}
 FLOWPP = {"model": "flowpp", "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze channel2"}
@@ -29,6 +33,7 @@ VOLUME_PRESERVING = TARFLOW | {"volume_preserving": None, "noise": "uniform"}
 MUON = TARFLOW | {"optimizer": "muon", "noise": "variational"}
 COMMON = {"batch_size": 16, "device": "cpu", "precision": "float32", "schedule": "constant", "warmup_steps": 5}
 COMMON |= {"max_steps": 20, "log_every": 1, "checkpoint_every": 8}
+COMMUNICATION = "share_of_time_in_communication"
 FULL, ACCUMULATE = {"sharding": "full"}, {"accumulate": 4}
 
 
@@ -42,7 +47,24 @@ def train(out, *settings, **more):
 
 def sample(folder, out):
     """The arguments of ``tarflow sample``, for three files of images."""
-    return ["sample", str(folder / "one"), f"--out={folder / out}", "--num=1200", "--device=cpu", "--sigma=0"]
+    return ["sample", str(folder / "one"), f"--out={folder / out}", "--num=120", "--device=cpu", "--sigma=0"]
+
+
+def evaluate(folder, name):
+    """The arguments of ``tarflow evaluate``, for 5 batches of samples, 3 of test images and 13 of training images."""
+    flags = ["--samples=70", "--guidance=1", "--num-images=42", "--importance-samples=2", "--batch-size=16"]
+    return ["evaluate", str(folder / name), f"--data-dir={folder / 'few'}", *flags, "--device=cpu"]
+
+
+def write_few_images(folder):
+    """The files of Fashion-MNIST, with few images of noise."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for prefix, size in ("train", 201), ("t10k", 60):
+        for kind, shape, most in ("images-idx3", (size, 28, 28), 256), ("labels-idx1", (size,), 10):
+            header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes()
+            path = folder / f"{prefix}-{kind}-ubyte"
+            path.write_bytes(header + draw.integers(0, most, shape, np.uint8).tobytes())
 
 
 def torchrun(jobs, processes, *options):
@@ -61,9 +83,11 @@ def run_all(folder, name, processes, jobs, *options):
     """Run jobs, each a name, a command and perhaps more, in one torchrun; returns all that was printed."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps([{"name": job, "command": command, **more} for job, command, more in jobs]))
-    started = torchrun(path, processes, *(options or ["--standalone"]))
-    printed, _ = started.communicate(timeout=300)
-    return printed
+    with torchrun(path, processes, *(options or ["--standalone"])) as started:
+        try:
+            return started.communicate(timeout=600)[0]
+        finally:
+            started.terminate()
 
 
 class Runs:
@@ -121,6 +145,14 @@ FAILING = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_files():
+    """Samples are in files of 50 images, as in the program for torchrun."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_SIZE", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs of one process, of two, of four, and of two on each of two machines."""
@@ -133,10 +165,16 @@ def runs(tmp_path_factory):
         return [(name, train(folder / name, *settings), {}) for name, (_, *settings) in table.items()]
 
     assert main(sample(folder, "by one")) == 0
+    write_few_images(folder / "few")
+    for name in "by one", "by two", "by four", "in part":
+        shutil.copytree(folder / "one", folder / f"scored {name}")
+    assert main(evaluate(folder, "scored by one")) == 0
     by_four = [
         *jobs(BY_FOUR),
         ("resumed", train(folder / "resumed", TARFLOW, FULL, max_steps=8), {}),
         ("sampled by four", sample(folder, "by four"), {}),
+        ("pictures", [*sample(folder, "pictures"), "--format=png"], {}),
+        ("scored by four", evaluate(folder, "scored by four"), {}),
     ]
     runs.printed.append(run_all(folder, "four", 4, by_four))
     by_two = [
@@ -144,6 +182,8 @@ def runs(tmp_path_factory):
         ("two again", train(folder / "two again", TARFLOW), {}),
         ("sampled by two", sample(folder, "by two"), {"harm": "bad_samples"}),
         ("sampled again by two", sample(folder, "by two"), {}),
+        ("scored by two", evaluate(folder, "scored by two"), {}),
+        ("scored in part", evaluate(folder, "scored in part"), {"harm": "bad_samples"}),
         ("one file", sample(folder, "picture.png"), {}),
         ("resumed by two", ["train", f"--resume={folder / 'resumed'}", "--max-steps=14"], {}),
         ("nan", train(folder / "nan", TARFLOW), {"harm": "nan"}),
@@ -165,12 +205,18 @@ def assert_same(runs, name, as_name):
     rows, expected = runs.rows(name), runs.rows(as_name)
     assert len(rows) == len(expected) == 21
     for row, other in zip(rows, expected, strict=True):
-        assert row.keys() == other.keys()
+        assert row.keys() - {COMMUNICATION} == other.keys()
         for measure in row.keys() & {"loss", "bits_per_dim", "grad_norm", "bad_steps", "eval_bits_per_dim"}:
             assert row[measure] == pytest.approx(other[measure], abs=tolerance, rel=tolerance), (measure, row)
     weights = runs.weights(as_name)
     for key, value in runs.weights(name).items():
         assert_close(felt(key, value), felt(key, weights[key]), atol=tolerance, rtol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize("name", ["two", "two sharded"])
+def test_the_share_of_time_in_communication_is_logged_once(runs, name):
+    (share,) = [row[COMMUNICATION] for row in runs.rows(name) if COMMUNICATION in row]
+    assert 0 < share < 1
 
 
 def felt(key, value):
@@ -233,10 +279,23 @@ def test_samples_are_the_same_for_any_number_of_processes_and_interruptions(runs
         np.concatenate([np.load(path)[key] for path in sorted((runs.folder / "by two").glob("*.npz"))])
         for key in ("images", "labels")
     )
-    assert images.shape == (1200, 28, 28, 1)
-    assert len(np.unique(images, axis=0)) == 1200
-    assert (labels == np.arange(1200) % 10).all()
-    assert "1 of 500 samples are not finite; --on-nan redraw draws others" in "\n".join(runs.printed)
+    assert images.shape == (120, 28, 28, 1)
+    assert len(np.unique(images, axis=0)) == 120
+    assert (labels == np.arange(120) % 10).all()
+    assert "1 of 50 samples are not finite; --on-nan redraw draws others" in "\n".join(runs.printed)
+
+
+def test_pictures_are_those_samples_and_what_is_lost_of_them_is_drawn_again(runs):
+    assert runs.statuses("pictures") == [0] * 4
+    folder = runs.folder / "pictures"
+    written = sorted(folder.glob("*.png"))
+    assert [path.name for path in written] == [f"{number:06d}.png" for number in range(120)]
+    contents, lost = [path.read_bytes() for path in written], written[110]
+    lost.unlink()
+    assert main([*sample(runs.folder, "pictures"), "--format=png"]) == 0
+    assert [path.read_bytes() for path in written] == contents
+    arrays = np.concatenate([np.load(path)["images"] for path in sorted((runs.folder / "by one").glob("*.npz"))])
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in written]), arrays[..., 0])
 
 
 def read_files(folder):
@@ -248,7 +307,7 @@ def read_files(folder):
 
 
 def test_samples_of_other_settings_are_not_added_to_a_folder(runs, capsys):
-    for flags, got in (["--seed=1"], "seed 1"), (["--num=1300"], "num 1300"):
+    for flags, got in (["--seed=1"], "seed 1"), (["--num=130"], "num 130"):
         assert main([*sample(runs.folder, "by one"), *flags]) == 1
         assert (
             f"out: expected a new folder, or one with samples of these settings; got {got}" in capsys.readouterr().err
@@ -256,6 +315,27 @@ def test_samples_of_other_settings_are_not_added_to_a_folder(runs, capsys):
     model = runs.folder / "terminated"  # the same settings, some steps before
     assert main(["sample", str(model), *sample(runs.folder, "by one")[2:]]) == 1
     assert "samples of these settings; got another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "processes"), [("scored by two", 2), ("scored by four", 4)])
+def test_scores_are_the_same_for_any_number_of_processes_and_told_by_one(runs, name, processes):
+    assert runs.statuses(name) == [0] * processes, runs.printed
+    one, several = (json.loads((runs.folder / run / "evaluation.json").read_text()) for run in ("scored by one", name))
+    assert several["samples"]["scores"] == pytest.approx(one["samples"]["scores"], rel=1e-9)
+    assert several["scores"].keys() == one["scores"].keys()
+    for score, estimate in one["scores"].items():
+        assert several["scores"][score] == pytest.approx(estimate, rel=1e-9)
+    assert one["samples"]["protocol"]["reference"] == several["samples"]["protocol"]["reference"]
+    assert several["samples"]["protocol"]["device"] == f"{processes} x cpu"
+    printed = runs.printed[0 if processes == 4 else 1]
+    assert all(printed.count(f"  {score}\n") == 1 for score in (*one["scores"], *one["samples"]["scores"]))
+
+
+def test_samples_of_one_process_that_are_never_finite_end_the_scores_of_all(runs):
+    assert runs.statuses("scored in part") == [1, 1]
+    error = "tarflow evaluate: error: 1 of 16 samples are not finite after being drawn anew 10 times (process 1 of 2)"
+    assert "\n".join(runs.printed).count(error) == 1
+    assert not (runs.folder / "scored in part" / "evaluation.json").exists()
 
 
 def test_several_processes_do_not_write_one_file(runs):
@@ -287,6 +367,21 @@ def test_a_run_of_which_a_process_is_killed_while_it_saves_is_restarted_and_lose
     assert sorted(left) == ["step-00000008", "step-00000016", "step-00000020"]
 
 
+DOCUMENTED = [
+    line
+    for page in ("README.md", "docs/distributed.md")
+    for line in re.findall(r"^torchrun .*|(?<=`)torchrun [^`]*-m [^`]*", (ROOT / page).read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_torchrun_takes_the_commands_that_are_documented(command):
+    taken = get_args_parser().parse_args(command.split()[1:])
+    assert taken.module
+    assert taken.training_script == "tarflow"
+    assert taken.training_script_args[0] in ("train", "sample", "evaluate", "statistics")
+
+
 def test_what_cannot_be_sharded_is_refused(monkeypatch):
     model, device = TarFlow(TarFlowConfig(channels=64)), torch.device("cpu")
     with pytest.raises(ValueError, match="sharding: expected none for a single process; got full; start several by"):
@@ -300,8 +395,33 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
         TrainingConfig(optimizer="muon", sharding="hybrid")
 
 
+def run_alone(runs, harm):
+    """Run a training of two processes, of which one does harm while they connect; returns all that was printed."""
+    return run_all(runs.folder, f"alone {harm}", 2, [(harm, train(runs.folder / harm, TARFLOW), {"harm": harm})])
+
+
+def test_processes_of_other_code_are_refused(runs):
+    printed = run_alone(runs, "other_code")
+    message = "tarflow train: error: code: expected the same in all processes; process 1 has others than process 0"
+    assert printed.count(message) == 1
+    assert runs.statuses("other_code") == [1, 1]
+    assert not (runs.folder / "other_code").exists()
+
+
+def test_a_port_that_is_taken_is_named_and_nothing_begins(runs):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        jobs = [("taken", train(runs.folder / "taken", TARFLOW), {})]
+        printed = run_all(runs.folder, "taken", 2, jobs, "--master-addr=localhost", f"--master-port={port}")
+    assert f"port: {port}" in printed
+    assert "EADDRINUSE" in printed
+    assert not (runs.folder / "taken").exists()
+
+
 def test_a_process_that_does_not_begin_is_named(runs):
-    printed = run_all(runs.folder, "late", 2, [("late", train(runs.folder / "late", TARFLOW), {"harm": "late"})])
+    printed = run_alone(runs, "late")
     assert (
         "tarflow train: error: torchrun: expected all 2 processes to begin within 0:00:08; got none of number 1"
         in printed

@@ -140,7 +140,7 @@ class Draw:
 
 @pytest.mark.parametrize(("quantization", "pixel"), [("truncate", 165), ("round", 166)])
 def test_samples_that_are_not_finite_are_counted_and_others_drawn_in_their_place(quantization, pixel):
-    sampler = Sampler(Draw({3: 1, 5: 10}), quantization)
+    sampler = Sampler(Draw({3: 1, 5: 10}), quantization, torch.Generator())
     drawn = list(sampler.batches(8, torch.arange(8), batch_size=3))
     assert [len(pixels) for pixels, _ in drawn] == [3, 3, 2]
     assert torch.cat([labels for _, labels in drawn]).tolist() == [*range(8)]
@@ -152,7 +152,7 @@ def test_samples_that_are_not_finite_are_counted_and_others_drawn_in_their_place
 
 def test_a_sample_that_is_never_finite_ends_the_scores():
     with pytest.raises(ValueError, match="1 of 4 samples are not finite after being drawn anew 10 times"):
-        list(Sampler(Draw({1: 99}), "round").batches(4, torch.arange(4), batch_size=4))
+        list(Sampler(Draw({1: 99}), "round", torch.Generator()).batches(4, torch.arange(4), batch_size=4))
 
 
 def test_the_distance_of_samples_is_that_of_their_features():

@@ -1,0 +1,91 @@
+"""What training takes is counted: operations by what runs, memory by what is held, shares of time by a profile."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tarflow import TarFlow, TarFlowConfig, hardware
+from tarflow.cli import main
+from tarflow.flowpp.config import FlowPPConfig
+from tarflow.training.config import TrainingConfig
+from tarflow.training.presets import PRESETS
+from tarflow.training.throughput import memory, operations, share_of_time, training_operations
+
+TINY = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=3)
+
+
+@pytest.mark.parametrize("expansion", [4, 2])
+def test_the_operations_of_the_layers_are_those_of_their_products(expansion):
+    config = replace(TINY, expansion=expansion)
+    model = TarFlow(config)
+    ends = 2 * config.num_tokens * config.token_dim * config.channels * 3 * config.num_blocks  # into C, to mu and alpha
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 1, 8, 8))
+    products = sum(
+        count
+        for name, count in counter.get_flop_counts()["Global"].items()
+        if "mm" in str(name) and "bmm" not in str(name)
+    )
+    assert operations(config)[0] == products - ends
+
+
+def test_causal_attention_is_half_of_the_products_of_all_pairs():
+    pairs = TINY.num_tokens * (TINY.num_tokens + 1) // 2
+    assert operations(TINY)[1] == TINY.num_layers * pairs * TINY.channels * 2 * 2  # q k and its weights times v
+
+
+def test_the_operations_of_a_flow_plus_plus_are_not_counted():
+    assert training_operations(FlowPPConfig()) is None
+
+
+def test_weights_are_split_and_activations_are_not():
+    training = TrainingConfig(batch_size=32, accumulate=2)
+    alone, of_four = (memory(TINY, training, 1000, 4, shards, itemsize=2) for shards in (1, 4))
+    assert {name: part for name, part in alone.items() if "act" not in name} == {
+        "weights": 4000, "gradients": 4000, "moments": 8000, "average": 4000
+    }  # fmt: skip
+    assert [of_four[name] * 4 for name in of_four if "act" not in name] == [4000, 4000, 8000, 4000]
+    assert alone["activations of 4 images"] == of_four["activations of 4 images"] == 4 * TINY.activation_bytes(2)
+    checkpointed = memory(TINY, replace(training, activation_checkpointing=True), 1000, 4, 1, itemsize=2)
+    assert checkpointed["activations of 4 images"] * TINY.num_layers == alone["activations of 4 images"]
+
+
+@pytest.mark.parametrize(
+    ("spans", "share"), [([(0, 2)], 0.2), ([(0, 2), (1, 4)], 0.4), ([(6, 8), (0, 2), (1, 2)], 0.4), ([], 0.0)]
+)
+def test_a_share_of_time_counts_no_moment_twice(spans, share):
+    events = [SimpleNamespace(name="gloo:all_reduce", time_range=SimpleNamespace(start=a, end=b)) for a, b in spans]
+    events.append(SimpleNamespace(name="aten::mm", time_range=SimpleNamespace(start=0, end=10)))
+    assert share_of_time(SimpleNamespace(events=lambda: events), "gloo:", 10e-6) == pytest.approx(share)
+
+
+def test_utilization_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_operations", lambda device: 1e12)
+    flags = [
+        "--patch-size=7",
+        "--channels=64",
+        "--num-blocks=1",
+        "--layers-per-block=1",
+        "--max-steps=2",
+        "--log-every=1",
+    ]
+    flags += ["--device=cpu", "--batch-size=4", "--no-calibrate"]
+    for precision, known in ("bfloat16", True), ("float32", False):
+        assert main(["train", f"--out={tmp_path / precision}", f"--precision={precision}", *flags]) == 0
+        rows = [json.loads(line) for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()]
+        for row in (row for row in rows if "loss" in row):
+            assert ("model_flop_utilization" in row) == known
+            if known:
+                config = TarFlow.from_pretrained(tmp_path / precision).config
+                expected = row["images_per_second"] * training_operations(config) / 1e12
+                assert row["model_flop_utilization"] == pytest.approx(expected)
+
+
+def test_the_published_model_of_imagenet_fits_eight_devices_at_its_published_batch():
+    config, training = PRESETS["imagenet64-cond"].model, PRESETS["imagenet64-cond"].training
+    needed = memory(config, training, 466_000_000, 8, 1, itemsize=2)
+    assert sum(needed.values()) < 80e9
