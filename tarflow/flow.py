@@ -20,9 +20,9 @@ from .decoding.step import GraphMemory, count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
 from .transforms import MixtureTransform, make_transform
-from .validation import describe_argument
+from .validation import PerBlock, describe_argument
 
-__all__ = ["Block", "TokenFlow", "check_labels"]
+__all__ = ["Block", "TokenFlow", "check_labels", "for_each_block"]
 
 
 class TokenFlow(nn.Module):
@@ -30,7 +30,8 @@ class TokenFlow(nn.Module):
 
     Args:
         num_tokens, token_dim: N and D.
-        channels, num_blocks, layers_per_block: width of the transformers, number of blocks, layers of each.
+        channels, num_blocks, layers_per_block: width of the transformers, number of blocks, number of layers in each;
+            widths and layers are one for all blocks or one for each, beginning with the data.
         head_dim, expansion: size of an attention head, factor of the hidden layer of the MLPs.
         num_classes: number of classes, 0 for an unconditional flow.
         volume_preserving: whether alpha = 0 throughout; the prior then keeps a variance per coordinate, averaged in
@@ -40,8 +41,8 @@ class TokenFlow(nn.Module):
         num_mixtures: number of components of the mixture.
 
     Raises:
-        ValueError: a head_dim that is no divisor of channels, an unknown coupling, a mixture of no or too many
-            components, or one that is to preserve volumes.
+        ValueError: a head_dim that is no divisor of channels, sizes that are neither one nor one for each block, an
+            unknown coupling, a mixture of no or too many components, or one that is to preserve volumes.
 
     Labels are int64 ``(B,)``, below num_classes, where -1 is a dropped label; None for an unconditional flow. On a GPU
     their range is not checked, because looking would stall it.
@@ -55,9 +56,9 @@ class TokenFlow(nn.Module):
         self,
         num_tokens: int,
         token_dim: int,
-        channels: int,
+        channels: PerBlock,
         num_blocks: int,
-        layers_per_block: int,
+        layers_per_block: PerBlock,
         *,
         head_dim: int = 64,
         expansion: int = 4,
@@ -70,13 +71,15 @@ class TokenFlow(nn.Module):
         self.num_classes = num_classes
         self.volume_preserving = volume_preserving
         self.transform = make_transform(coupling, num_mixtures, volume_preserving)
+        widths = for_each_block("channels", channels, num_blocks)
+        depths = for_each_block("layers_per_block", layers_per_block, num_blocks)
         self.blocks = nn.ModuleList(
             Block(
                 CausalTransformer(
                     num_tokens,
                     token_dim,
-                    channels,
-                    layers_per_block,
+                    width,
+                    depth,
                     head_dim=head_dim,
                     expansion=expansion,
                     num_classes=num_classes,
@@ -84,8 +87,10 @@ class TokenFlow(nn.Module):
                 ),
                 reverse=bool(t % 2),
             )
-            for t in range(num_blocks)
+            for t, (width, depth) in enumerate(zip(widths, depths, strict=True))
         )
+        weights = [depth * width**2 for width, depth in zip(widths, depths, strict=True)]
+        self._step_costs = [num_blocks * read / sum(weights) for read in weights]  # relative to their mean
         self.register_buffer("prior_variance", torch.ones(num_tokens, token_dim))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -146,6 +151,8 @@ class TokenFlow(nn.Module):
         for t, block in reversed(list(enumerate(self.blocks))):
             # The block that is generated first converges slowly: nothing is staked on it.
             stake = allowance if t < len(self.blocks) - 1 else None
+            if stake is not None:
+                stake.step_cost = self._step_costs[t]
             chosen = choose(self.calibration, decoder, t, rows, weight, stake)
             with torch.inference_mode():
                 decoded, passes = block.inverse(tokens, labels, guidance, chosen, memory, stake)
@@ -212,6 +219,14 @@ class Block(nn.Module):
 
     def _permute(self, tokens: Tensor) -> Tensor:
         return tokens.flip(1) if self.reverse else tokens
+
+
+def for_each_block(name: str, size: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    """Return the size of each block, given one for all or one for each; ValueError for any other number of them."""
+    sizes = (size,) * num_blocks if isinstance(size, int) else tuple(size)
+    if len(sizes) != num_blocks:
+        raise ValueError(f"{name}: expected one number, or {num_blocks}, one for each block; got {size}")
+    return sizes
 
 
 def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> None:

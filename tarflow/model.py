@@ -12,13 +12,13 @@ from . import hardware
 from .decoding import NAMES, Decoder, ProgressCallback
 from .decoding.decoder import Timing
 from .denoising import tweedie
-from .flow import TokenFlow, check_labels
+from .flow import TokenFlow, check_labels, for_each_block
 from .flowpp.dequantizer import Dequantizer, DequantizerConfig
 from .flowpp.splits import parse_stack
 from .guidance import Guidance
 from .image_flow import ImageFlow, at_least_one
 from .transforms import make_transform
-from .validation import check_fields, check_sigma, check_totals
+from .validation import PerBlock, check_fields, check_sigma, check_totals
 
 __all__ = ["TarFlow", "TarFlowConfig", "patchify", "unpatchify"]
 
@@ -30,9 +30,9 @@ class TarFlowConfig:
     Args:
         image_size, in_channels: size and channels of the images.
         patch_size: side of a patch.
-        channels: width of the transformers.
+        channels: width of the transformers, one for all blocks or one for each, beginning with the data.
         num_blocks: number of blocks.
-        layers_per_block: number of transformer layers in a block.
+        layers_per_block: number of transformer layers in a block, one for all or one for each.
         num_classes: number of classes, 0 for an unconditional model.
         head_dim: size of an attention head.
         expansion: factor of the hidden layer of the MLPs.
@@ -51,9 +51,9 @@ class TarFlowConfig:
     image_size: int = 28
     in_channels: int = 1
     patch_size: int = 4
-    channels: int = 128
+    channels: PerBlock = 128
     num_blocks: int = 4
-    layers_per_block: int = 4
+    layers_per_block: PerBlock = 4
     num_classes: int = 0
     head_dim: int = 64
     expansion: int = 4
@@ -67,7 +67,7 @@ class TarFlowConfig:
         check_totals("layers_per_block", self.num_layers, self.image_shape)
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}")
-        if self.channels % self.head_dim:
+        if any(channels % self.head_dim for channels in self.channels_of_blocks):
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
         make_transform(self.coupling, self.num_mixtures, self.volume_preserving)
         if self.dequantizer is not None:
@@ -79,9 +79,19 @@ class TarFlowConfig:
         return self.in_channels, self.image_size, self.image_size
 
     @property
+    def channels_of_blocks(self) -> tuple[int, ...]:
+        """The width of each block."""
+        return for_each_block("channels", self.channels, self.num_blocks)
+
+    @property
+    def layers_of_blocks(self) -> tuple[int, ...]:
+        """The number of layers of each block."""
+        return for_each_block("layers_per_block", self.layers_per_block, self.num_blocks)
+
+    @property
     def num_layers(self) -> int:
         """The number of layers of all blocks; each has weights of its own."""
-        return self.num_blocks * self.layers_per_block
+        return sum(self.layers_of_blocks)
 
     @property
     def num_tokens(self) -> int:
@@ -101,8 +111,9 @@ class TarFlowConfig:
     @property
     def summary(self) -> str:
         """The architecture in one line."""
+        channels, layers = (str(size).strip("()").replace(", ", "/") for size in (self.channels, self.layers_per_block))
         return (
-            f"TarFlow {self.patch_size}-{self.channels}-{self.num_blocks}-{self.layers_per_block} "
+            f"TarFlow {self.patch_size}-{channels}-{self.num_blocks}-{layers} "
             f"(patch-channels-blocks-layers), {self.num_tokens} tokens of {self.token_dim}"
         )
 
@@ -116,18 +127,21 @@ class TarFlowConfig:
         Per layer these are two norms' inputs and outputs, qkv, attention, the MLP twice; per block the parameters of
         its mixtures, and about as much again for the computation of their map.
         """
-        per_token = (4 + 3 + 1 + 2 * self.expansion) * self.channels * itemsize
-        return self.num_layers * self.num_tokens * per_token + 2 * self.num_blocks * self._mixture_bytes
+        blocks = zip(self.layers_of_blocks, self.channels_of_blocks, strict=True)
+        per_token = (4 + 3 + 1 + 2 * self.expansion) * sum(layers * channels for layers, channels in blocks) * itemsize
+        return self.num_tokens * per_token + 2 * self.num_blocks * self._mixture_bytes
 
     def decoding_bytes(self, branches: int = 1, itemsize: int = 4) -> int:
         """Estimate the bytes that decoding one image takes.
 
-        These are the key-value cache in the block being decoded, and a layer's activations of all its tokens; or the
-        parameters of their mixtures, of each branch and guided, and the intermediate results of solving for the tokens.
+        These are the key-value cache in the block being decoded, the largest one, and a layer's activations of all its
+        tokens; or the parameters of their mixtures, of each branch and guided, and the intermediate results of solving
+        for the tokens.
         """
-        cached = 2 * self.layers_per_block
         active = 3 + 2 * self.expansion + 6  # qkv, the MLP before and after its GELU, residuals and norms
-        layers = branches * self.num_tokens * self.channels * (cached + active) * itemsize
+        blocks = zip(self.layers_of_blocks, self.channels_of_blocks, strict=True)
+        widest = max(channels * (2 * layers + active) for layers, channels in blocks)
+        layers = branches * self.num_tokens * widest * itemsize
         solving = 7  # exponentials, sums and their products, in stock operators, over the parameters
         return layers + (branches + 1 + solving) * self._mixture_bytes
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -19,7 +20,7 @@ __all__ = ["infer_config", "load_published", "to_published"]
 
 HEAD_DIM = 64  # the published code has no other, and no shape tells
 
-# The weights whose shapes tell the configuration.
+# The weights whose shapes tell the configuration; of other blocks it is the first.
 _TELLING = tuple(
     f"blocks.0.{name}" for name in ("proj_in.weight", "pos_embed", "attn_blocks.0.mlp.main.0.weight", "proj_out.weight")
 )
@@ -80,7 +81,8 @@ def _check(state: Any) -> None:
             raise ValueError(f"source: expected names and tensors; got {short(name)} and a {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"source: expected dense weights; got {name} of {tensor.layout} on {tensor.device}")
-        dims = 2 if name in _TELLING or name.endswith("pos_embed") else 3 if name.endswith("class_embed") else None
+        is_matrix = name in _TELLING or name.endswith(("pos_embed", "proj_in.weight"))
+        dims = 2 if is_matrix else 3 if name.endswith("class_embed") else None
         if dims is not None and (tensor.dim() != dims or not tensor.numel()):
             raise ValueError(f"source: expected {name} of {dims} dimensions; got shape {tuple(tensor.shape)}")
 
@@ -95,14 +97,19 @@ def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowCo
         )
     side = math.isqrt(len(state["blocks.0.pos_embed"]))
     classes = state.get("blocks.0.class_embed")
+    num_blocks = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+    layers = {match.groups() for name in state if (match := re.match(r"blocks\.(\d+)\.attn_blocks\.(\d+)\.", name))}
+    layers_of_block = Counter(int(block) for block, _ in layers)
+    # A block that is not there is like the first, for the missing weights to be named.
+    widths = [len(state.get(f"blocks.{t}.proj_in.weight", state["blocks.0.proj_in.weight"])) for t in range(num_blocks)]
     try:
         return TarFlowConfig(
             image_size=side * patch_size,
             in_channels=in_channels,
             patch_size=patch_size,
-            channels=channels,
-            num_blocks=_count(state, r"blocks\.(\d+)\."),
-            layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
+            channels=tuple(widths),
+            num_blocks=num_blocks,
+            layers_per_block=tuple(layers_of_block[t] or layers_of_block[0] for t in range(num_blocks)),
             num_classes=0 if classes is None else len(classes),
             head_dim=HEAD_DIM,
             expansion=len(state["blocks.0.attn_blocks.0.mlp.main.0.weight"]) // channels,
@@ -110,10 +117,6 @@ def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowCo
         )
     except ValueError as error:
         raise ValueError(f"source: expected the state dict of a published TarFlow; {error}") from error
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
 def _our_name(name: str) -> str:

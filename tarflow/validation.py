@@ -10,7 +10,17 @@ from torch import Tensor
 
 from tarflow_kernels.mixture import MAX_COMPONENTS
 
-__all__ = ["check_fields", "check_sigma", "check_totals", "describe_argument", "not_finite"]
+__all__ = [
+    "PerBlock",
+    "check_fields",
+    "check_sigma",
+    "check_totals",
+    "describe_argument",
+    "not_finite",
+]
+
+PerBlock = int | tuple[int, ...]
+"""A size that all blocks of a model have, or one for each block."""
 
 LARGEST = {
     "image_size": 8192,
@@ -43,15 +53,16 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: an integer that is none or not in [1, ``LARGEST``] (classes: [0, ...]), a value of another type
             where a bool, number or string has to be, a name that is not among its choices.
+
+    Sizes that may differ between blocks become a tuple where they do, and one integer where they do not.
     """
     kinds = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
         kind, value = kinds[name], getattr(config, name)
         if kind is int:
-            least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-                raise ValueError(f"{name}: expected an integer in [{least}, {most}]; got {short(value)}")
-            object.__setattr__(config, name, int(value))
+            object.__setattr__(config, name, _integer(name, value))
+        elif kind == PerBlock:
+            object.__setattr__(config, name, _size_per_block(name, value, config.num_blocks))
         elif kind is float and (not isinstance(value, Real) or isinstance(value, bool)):
             raise ValueError(f"{name}: expected a number; got {short(value)}")
         elif kind in (bool, str) and not isinstance(value, kind):
@@ -60,6 +71,21 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected a {get_args(kind)[0].__name__} or None; got {short(value)}")
         elif get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}; got {short(value)}")
+
+
+def _integer(name: str, value: Any, otherwise: str = "") -> int:
+    least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+        raise ValueError(f"{name}: expected an integer in [{least}, {most}]{otherwise}; got {short(value)}")
+    return int(value)
+
+
+def _size_per_block(name: str, value: Any, num_blocks: int) -> PerBlock:
+    otherwise = f", or {num_blocks} of them, one for each block"
+    if not isinstance(value, list | tuple) or len(value) != num_blocks:
+        return _integer(name, value, otherwise)
+    sizes = tuple(_integer(name, size, otherwise) for size in value)
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> None:

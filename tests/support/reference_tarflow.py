@@ -75,7 +75,7 @@ def transformer(params, config, tokens, label, temperature=1.0):
             embeddings = params["class_embed"]
             h = h + (embeddings.mean(0) if label == -1 else embeddings[label])
         stream.append(h)
-    for number in range(config.layers_per_block):
+    for number in range(num_layers(params)):
         layer = below(params, f"layers.{number}.")
         normed = [layer_norm(layer, "attention_norm", h) for h in stream]
         attended = attention(layer, config.head_dim, normed, temperature)
@@ -175,6 +175,11 @@ def unpatchify(tokens, config):
 def block_parameters(state, t):
     """The parameters of the transformer of block t, in float64; positions are in the order of generation."""
     return {name: value.double() for name, value in below(state, f"flow.blocks.{t}.transformer.").items()}
+
+
+def num_layers(params):
+    """The number of layers of a block, which may differ between blocks."""
+    return 1 + max(int(name.split(".")[1]) for name in params if name.startswith("layers."))
 
 
 def below(params, prefix):

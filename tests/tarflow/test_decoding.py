@@ -565,6 +565,19 @@ def test_passes_never_lose_more_than_a_twentieth_whatever_they_bring(cost, luck)
         assert spent <= (1 + LARGEST_LOSS) * num_blocks * steps + 1e-6
 
 
+@pytest.mark.parametrize("costs", [(1.0, 1.0, 1.0, 1.0), (0.2, 0.2, 0.2, 3.4), (3.4, 0.2, 0.2, 0.2)], ids=str)
+def test_passes_that_bring_one_token_lose_a_twentieth_of_the_time_whatever_the_sizes_of_the_blocks(costs):
+    cost, steps, spent = PASS_COSTS["cpu", "float32"][0], 1023, 0.0
+    allowance = Allowance(cost, len(costs), steps)
+    for allowance.step_cost in costs:
+        remaining, window = steps, 0
+        while window := allowance.window(remaining, window):
+            allowance.settle(window, 1)
+            remaining, spent = remaining - 1, spent + allowance.step_cost * cost.of(window)
+        spent += allowance.step_cost * remaining
+    assert sum(costs) * steps < spent <= (1 + LARGEST_LOSS) * sum(costs) * steps + 1e-6
+
+
 class Costs:
     """The time of blocks that ``auto`` decodes, by the table of costs, in steps of the sequential decoder."""
 

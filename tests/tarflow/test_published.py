@@ -29,32 +29,37 @@ VARIANTS = {
     "volume preserving, classes": {"nvp": False, "classes": 5, "blocks": 2},
     "gray": {"in_channels": 1},
     "one head": {"channels": 64, "blocks": 1},
+    "sizes of their own": {"channels": (128, 64, 128), "layers": (1, 1, 3), "classes": 5},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def published_shapes(side, patch, channels, blocks, layers, classes=0, in_channels=3, nvp=True):
-    """Name and shape of every tensor in a state dict of the published code."""
+    """Name and shape of every tensor in a state dict of the published code; channels and layers are for each block."""
     tokens, values = side**2, in_channels * patch**2
     yield "var", (tokens, values)
-    for t in range(blocks):
+    for t, width, depth in zip(range(blocks), each(channels, blocks), each(layers, blocks), strict=True):
         yield f"blocks.{t}.attn_mask", (tokens, tokens)
-        yield f"blocks.{t}.pos_embed", (tokens, channels)
+        yield f"blocks.{t}.pos_embed", (tokens, width)
         if classes:
-            yield f"blocks.{t}.class_embed", (classes, 1, channels)
-        linear = {"proj_in": (channels, values), "proj_out": ((1 + nvp) * values, channels)}
-        for number in range(layers):
+            yield f"blocks.{t}.class_embed", (classes, 1, width)
+        linear = {"proj_in": (width, values), "proj_out": ((1 + nvp) * values, width)}
+        for number in range(depth):
             layer = f"attn_blocks.{number}"
             for norm in ("attention", "mlp"):
-                yield f"blocks.{t}.{layer}.{norm}.norm.weight", (channels,)
-                yield f"blocks.{t}.{layer}.{norm}.norm.bias", (channels,)
-            linear[f"{layer}.attention.qkv"] = (3 * channels, channels)
-            linear[f"{layer}.attention.proj"] = (channels, channels)
-            linear[f"{layer}.mlp.main.0"] = (4 * channels, channels)
-            linear[f"{layer}.mlp.main.2"] = (channels, 4 * channels)
+                yield f"blocks.{t}.{layer}.{norm}.norm.weight", (width,)
+                yield f"blocks.{t}.{layer}.{norm}.norm.bias", (width,)
+            linear[f"{layer}.attention.qkv"] = (3 * width, width)
+            linear[f"{layer}.attention.proj"] = (width, width)
+            linear[f"{layer}.mlp.main.0"] = (4 * width, width)
+            linear[f"{layer}.mlp.main.2"] = (width, 4 * width)
         for name, shape in linear.items():
             yield f"blocks.{t}.{name}.weight", shape
             yield f"blocks.{t}.{name}.bias", shape[:1]
+
+
+def each(size, blocks):
+    return size if isinstance(size, tuple) else (size,) * blocks
 
 
 def published_state(**variant):
@@ -178,6 +183,10 @@ def test_no_two_recorded_kinds_of_guidance_draw_the_same_images():
     ("published", "config"),
     [
         (
+            {"side": 4, "patch": 2, "channels": (64, 128), "blocks": 2, "layers": (1, 3)},
+            TarFlowConfig(8, 3, 2, (64, 128), 2, (1, 3)),
+        ),
+        (
             {"side": 32, "patch": 2, "channels": 768, "blocks": 8, "layers": 8},
             TarFlowConfig(64, 3, 2, 768, 8, 8, 0),
         ),
@@ -194,7 +203,7 @@ def test_no_two_recorded_kinds_of_guidance_draw_the_same_images():
             TarFlowConfig(28, 1, 4, 128, 4, 12, volume_preserving=True),
         ),
     ],
-    ids=["ImageNet 64", "ImageNet 128", "AFHQ 256", "digits, volume preserving"],
+    ids=["deep-shallow", "ImageNet 64", "ImageNet 128", "AFHQ 256", "digits, volume preserving"],
 )
 def test_shapes_alone_tell_the_configuration(published, config):
     state = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(**published)}

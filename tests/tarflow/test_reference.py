@@ -22,6 +22,7 @@ MODELS = {
     "mixture": {"coupling": "mixture", "num_mixtures": 3},
     "one component, classes": {"num_blocks": 1, "coupling": "mixture", "num_mixtures": 1, "num_classes": 4},
     "mixture, one token": {"image_size": 2, "coupling": "mixture"},
+    "sizes of their own": {"channels": (32, 16, 48), "layers_per_block": (1, 3, 2), "num_classes": 3},
     "patches of one pixel, narrow MLP": {"image_size": 3, "patch_size": 1, "expansion": 2, "num_blocks": 2},
 }
 
