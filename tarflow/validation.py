@@ -11,6 +11,7 @@ from torch import Tensor
 from tarflow_kernels.mixture import MAX_COMPONENTS
 
 __all__ = [
+    "NoiseLevels",
     "PerBlock",
     "check_fields",
     "check_sigma",
@@ -18,6 +19,9 @@ __all__ = [
     "describe_argument",
     "not_finite",
 ]
+
+NoiseLevels = tuple[float, float] | None
+"""The smallest and the largest level of noise that a model is conditioned on, None where it is on none."""
 
 PerBlock = int | tuple[int, ...]
 """A size that all blocks of a model have, or one for each block."""
@@ -43,6 +47,9 @@ LARGEST = {
 MOST_LAYERS = 1024
 """The largest number of layers of a model: so many take seconds to build."""
 
+MAX_SIGMA = 10
+"""The largest standard deviation of noise, 5 times the range of images."""
+
 MOST_VALUES = 2**28
 """The largest number of values in an image."""
 
@@ -63,6 +70,8 @@ def check_fields(config: Any) -> None:
             object.__setattr__(config, name, _integer(name, value))
         elif kind == PerBlock:
             object.__setattr__(config, name, _size_per_block(name, value, config.num_blocks))
+        elif kind == NoiseLevels:
+            object.__setattr__(config, name, _noise_levels(name, value))
         elif kind is float and (not isinstance(value, Real) or isinstance(value, bool)):
             raise ValueError(f"{name}: expected a number; got {short(value)}")
         elif kind in (bool, str) and not isinstance(value, kind):
@@ -88,6 +97,15 @@ def _size_per_block(name: str, value: Any, num_blocks: int) -> PerBlock:
     return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
+def _noise_levels(name: str, value: Any) -> NoiseLevels:
+    if value is None:
+        return None
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(t, Real) for t in value)
+    if not is_pair or not 0 < value[0] <= value[1] <= MAX_SIGMA:
+        raise ValueError(f"{name}: expected two rising numbers > 0, at most {MAX_SIGMA}, or None; got {short(value)}")
+    return float(value[0]), float(value[1])
+
+
 def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> None:
     """Raise ValueError, with the name of the field that asks for them, for more layers or values than any model has."""
     if layers > MOST_LAYERS:
@@ -97,9 +115,9 @@ def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> N
 
 
 def check_sigma(name: str, sigma: float) -> None:
-    """Raise ValueError for a standard deviation of noise that is no number in [0, 10], 5 times the range of images."""
-    if not 0 <= sigma <= 10:
-        raise ValueError(f"{name}: expected a number from 0 to 10, images being in [-1, 1]; got {sigma}")
+    """Raise ValueError for a standard deviation of noise that is no number in [0, 10]."""
+    if not 0 <= sigma <= MAX_SIGMA:
+        raise ValueError(f"{name}: expected a number from 0 to {MAX_SIGMA}, images being in [-1, 1]; got {sigma}")
 
 
 def describe_argument(value: object) -> str:

@@ -92,21 +92,23 @@ class Decoder:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        labels: Tensor | None = None,
+        context: Tensor | None = None,
         guidance: Guidance | None = None,
         memory: GraphMemory | None = None,
         allowance: "Allowance | None" = None,
     ) -> tuple[Tensor, int]:
         """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes.
 
+        The ``context`` is what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``.
+
         The ``memory`` is that of the graphs of other blocks, if they are to share it, and so is the ``allowance``,
         without which ``auto`` is sequential.
         """
         if self.name == "jacobi":
-            return jacobi(transformer, z, labels, guidance, self.window, self.tolerance, memory)
+            return jacobi(transformer, z, context, guidance, self.window, self.tolerance, memory)
         if self.name == "auto" and allowance is not None:
-            return cautious_jacobi(transformer, z, labels, guidance, self.tolerance, allowance, memory)
-        return sequential(transformer, z, labels, guidance, memory)
+            return cautious_jacobi(transformer, z, context, guidance, self.tolerance, allowance, memory)
+        return sequential(transformer, z, context, guidance, memory)
 
     def __str__(self) -> str:
         return self.name if self.window is None else f"{self.name}, window {self.window}"

@@ -396,7 +396,9 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
         flow = TokenFlow(TOKENS, 2, 16, 1, 2, **{"head_dim": 8, "num_classes": CLASSES} | options)
         z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64) if flow.num_classes else None
         tokens = flow.inverse(z, labels, guidance, "sequential")
-        iteration = JacobiIteration(flow.blocks[0].transformer, z, labels, guidance, 5, 1e-2)
+        branches = 2 if guidance is not None and guidance.weight else 1
+        context = torch.empty(4, branches, 16) if flow.num_classes else None
+        iteration = JacobiIteration(flow.blocks[0].transformer, z, context, guidance, 5, 1e-2)
         iteration.advance()
         assert tokens.shape == iteration.x.shape == z.shape
         with pytest.raises(RuntimeError, match="meta"):
@@ -589,9 +591,9 @@ class Costs:
             self.total += cost.of(iteration.window)
             advance(iteration)
 
-        def resumed(transformer, step, x, z, labels, guidance, position, memory=None):
+        def resumed(transformer, step, x, z, context, guidance, position, memory=None):
             self.total += z.shape[1] - 1 - position
-            go_on(transformer, step, x, z, labels, guidance, position, memory)
+            go_on(transformer, step, x, z, context, guidance, position, memory)
 
         monkeypatch.setattr(JacobiIteration, "advance", counted)
         monkeypatch.setattr("tarflow.decoding.jacobi.resume", resumed)
