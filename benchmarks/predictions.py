@@ -60,11 +60,11 @@ def main() -> None:
 
 
 def families() -> dict[str, tuple[TarFlowConfig, list[str]]]:
-    """Return the TarFlows that differ in tokens, width, blocks or layers, with the presets that are of each."""
+    """Return the TarFlows of like blocks that differ in tokens, width, blocks or layers, with the presets of each."""
     found: dict[tuple[int, ...], tuple[TarFlowConfig, list[str]]] = {}
     for preset, settings in PRESETS.items():
         config = settings.model
-        if isinstance(config, TarFlowConfig):
+        if isinstance(config, TarFlowConfig) and isinstance(config.layers_per_block, int):
             shape = config.num_tokens, config.channels, config.num_blocks, config.layers_per_block
             found.setdefault(shape, (config, []))[1].append(preset)
     return {_name(config): (config, presets) for config, presets in found.values()}

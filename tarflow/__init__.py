@@ -1,6 +1,7 @@
 """tarflow: transformer autoregressive normalizing flows with exact likelihoods and fast, exact sampling."""
 
 from .decoding import Decoder
+from .denoising import Denoising
 from .flow import TokenFlow
 from .flowpp.dequantizer import Dequantizer, DequantizerConfig
 from .flowpp.model import FlowPP, FlowPPConfig
@@ -13,6 +14,7 @@ from .published import load_published
 __version__ = "0.1.0"
 __all__ = [
     "Decoder",
+    "Denoising",
     "Dequantizer",
     "DequantizerConfig",
     "FlowPP",

@@ -1,11 +1,80 @@
-"""Denoising by the model's own score: Tweedie's formula."""
+"""Denoising by the model's own score: Tweedie's formula, once or along falling levels of noise."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["tweedie"]
+__all__ = ["Denoising", "denoise_by_levels", "tweedie"]
+
+MAX_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a model that is conditioned on the level of noise removes it: in steps, each by its score at a lower level.
+
+    Args:
+        steps: number of levels, each of which takes a forward and a backward pass.
+        stochastic: whether each step replaces a part of the noise that is left by other noise.
+        clip: whether estimates of the clean image are clipped to [-1, 1].
+
+    Raises:
+        ValueError: no or too many steps.
+
+    Source: iTarFlow (arXiv 2604.20041).
+    """
+
+    steps: int = 10
+    stochastic: bool = False
+    clip: bool = False
+
+    def __post_init__(self):
+        if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps: expected an integer from 1 to {MAX_STEPS}; got {self.steps!r}")
+
+    def levels(self, first: float, last: float) -> list[float]:
+        """Return equally spaced levels from the first to the last, and 0.
+
+        >>> Denoising(steps=3).levels(0.5, 0.25)
+        [0.5, 0.375, 0.25, 0.0]
+        """
+        return [first + (last - first) * k / max(self.steps - 1, 1) for k in range(self.steps)] + [0.0]
+
+
+def denoise_by_levels(
+    denoise: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    levels: list[float],
+    denoising: Denoising,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield images as their noise falls from each level t to the next, t'.
+
+    With the estimate x0 of the clean image, and v = (x - x0) / t of its noise, ``x <- x0 + t' v``, an Euler step of the
+    flow along which densities of all levels agree. The stochastic variant replaces v by ``sqrt(a) v + sqrt(1 - a) eps``
+    with ``a = (t' / t)^2`` and eps ~ N(0, 1).
+
+    Args:
+        denoise: images ``(B, C, H, W)`` and their level to x0.
+        x: images with noise of the first level.
+        levels: the levels, ending with 0.
+        denoising: the variant.
+        generator: source of eps.
+    """
+    for level, lower in itertools.pairwise(levels):
+        clean = denoise(x, level)
+        if denoising.clip:
+            clean = clean.clamp(-1, 1)
+        noise = (x - clean) / level
+        if denoising.stochastic:
+            kept = lower / level
+            eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            noise = kept * noise + (1 - kept**2) ** 0.5 * eps
+        x = clean + lower * noise
+        yield x
 
 
 def tweedie(log_prob: Callable[[Tensor], Tensor], y: Tensor, sigma: float) -> Tensor:

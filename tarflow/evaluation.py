@@ -65,7 +65,11 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Compute all scores that make sense for a model trained with Gaussian noise of sigma, or, for 0, noise in bins."""
+    """Compute all scores that make sense for a model trained with Gaussian noise of sigma, or, for 0, noise in bins.
+
+    A model with noise levels is one of noisy images alone: its bits/dim are those at its smallest and largest level,
+    and it classifies images with noise of sigma.
+    """
     batches = zip(pixels.split(batch_size), labels.split(batch_size), strict=True)
     own = islice(batches, processes.rank(), None, processes.num_ranks())
     return evaluate_batches(model, own, sigma, num_samples, seed)
@@ -107,15 +111,16 @@ def _all_scores(
 ) -> dict[str, Tensor]:
     """Compute the scores of a batch, one number an image, ``(B,)``."""
     conditions, size, scores = labels if model.config.num_classes else None, len(pixels), {}
-    if sigma:
-        name = f"bits/dim of images with Gaussian noise of sigma {sigma:g} (a density, comparable at equal sigma only)"
-        scores[name] = _noisy_bits(model, pixels, conditions, sigma, size, generator)
-    one_sample, weighted = dequantized_bits_per_dim(model, pixels, conditions, num_samples, size, generator)
-    noise = "uniform" if model.dequantizer is None else "variational"
-    name = f"bits/dim of 8-bit images, {noise} dequantization"
-    unseen = " (the model never saw such noise)" if sigma else ""
-    scores[f"{name}, one sample (the mean over {num_samples})" + unseen] = one_sample
-    scores[f"{name}, {num_samples} importance-weighted draws" + unseen] = weighted
+    for level in model.noise_levels or ([sigma] if sigma else []):
+        name = f"bits/dim of images with Gaussian noise of sigma {level:g} (a density, comparable at equal sigma only)"
+        scores[name] = _noisy_bits(model, pixels, conditions, level, size, generator)
+    if model.noise_levels is None:
+        one_sample, weighted = dequantized_bits_per_dim(model, pixels, conditions, num_samples, size, generator)
+        noise = "uniform" if model.dequantizer is None else "variational"
+        name = f"bits/dim of 8-bit images, {noise} dequantization"
+        unseen = " (the model never saw such noise)" if sigma else ""
+        scores[f"{name}, one sample (the mean over {num_samples})" + unseen] = one_sample
+        scores[f"{name}, {num_samples} importance-weighted draws" + unseen] = weighted
     if model.config.num_classes:
         scores["accuracy of classification by Bayes' rule"] = _hits(model, pixels, labels, sigma, size, generator)
     return scores
@@ -174,7 +179,7 @@ def noisy_bits_per_dim(
     """Average ``-log2 p / n + 7`` for the density p of images with Gaussian noise of standard deviation sigma.
 
     Training with such noise minimizes it. In spite of its unit, bits/dim, it is no code length of 8-bit images, and
-    comparable only between models of the same sigma.
+    comparable only between models of the same sigma. Of a model with noise levels it is the density of that level.
     """
     return Estimate.of(_noisy_bits(model, pixels, labels, sigma, batch_size, generator))
 
@@ -184,7 +189,8 @@ def _noisy_bits(
 ) -> Tensor:
     def score(pixels: Tensor, labels: Tensor | None) -> Tensor:
         x = add_gaussian_noise(pixels, sigma, generator).to(model.dtype)
-        return to_bits_per_dim(model.log_prob(x, labels), model.config.num_dims)
+        level = sigma if model.noise_levels else None
+        return to_bits_per_dim(model.log_prob(x, labels, noise_level=level), model.config.num_dims)
 
     return _score_batches(model, score, pixels, labels, batch_size)
 
@@ -206,18 +212,20 @@ def _hits(
 ) -> Tensor:
     def score(pixels: Tensor, labels: Tensor) -> Tensor:
         x = add_gaussian_noise(pixels, sigma, generator) if sigma else model.dequantize(pixels, generator)[0]
-        return (class_log_posterior(model, x.to(model.dtype)).argmax(1) == labels).float()
+        level = sigma if model.noise_levels else None
+        return (class_log_posterior(model, x.to(model.dtype), level).argmax(1) == labels).float()
 
     return _score_batches(model, score, pixels, labels, batch_size)
 
 
 @torch.no_grad()
-def class_log_posterior(model: ImageFlow, x: Tensor) -> Tensor:
+def class_log_posterior(model: ImageFlow, x: Tensor, noise_level: float | None = None) -> Tensor:
     """Apply Bayes' rule under a uniform prior: ``log p(y | x) = log p(x | y) - log sum_y' p(x | y')``.
 
     Args:
         model: a class-conditional model.
         x: images with the noise of training, float ``(B, C, H, W)``.
+        noise_level: that of the images, for a model with noise levels.
 
     Returns:
         ``(B, num_classes)`` in nats; its argmax classifies.
@@ -226,7 +234,7 @@ def class_log_posterior(model: ImageFlow, x: Tensor) -> Tensor:
     if not classes:
         raise ValueError("model: expected a class-conditional model; got one with num_classes=0")
     labels = torch.arange(classes, device=x.device)
-    log_likelihoods = [model.log_prob(x, label.expand(len(x))) for label in labels]
+    log_likelihoods = [model.log_prob(x, label.expand(len(x)), noise_level=noise_level) for label in labels]
     return torch.stack(log_likelihoods, dim=1).log_softmax(dim=1)
 
 

@@ -10,6 +10,7 @@ Source: TarFlow (arXiv 2412.06329); the mixture is that of Flow++ (arXiv 1902.00
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from .decoding.step import DecodingMemory, count_branches
 from .guidance import Guidance
 from .transformer import CausalTransformer
 from .transforms import MixtureTransform, make_transform
-from .validation import describe_argument
+from .validation import PerBlock, describe_argument
 
-__all__ = ["Block", "TokenFlow", "check_labels"]
+__all__ = ["Block", "TokenFlow", "check_labels", "for_each_block"]
 
 
 class TokenFlow(nn.Module):
@@ -30,7 +31,8 @@ class TokenFlow(nn.Module):
 
     Args:
         num_tokens, token_dim: N and D.
-        channels, num_blocks, layers_per_block: width of the transformers, number of blocks, layers of each.
+        channels, num_blocks, layers_per_block: width of the transformers, number of blocks, number of layers in each;
+            widths and layers are one for all blocks or one for each, beginning with the data.
         head_dim, expansion: size of an attention head, factor of the hidden layer of the MLPs.
         num_classes: number of classes, 0 for an unconditional flow.
         volume_preserving: whether alpha = 0 throughout; the prior then keeps a variance per coordinate, averaged in
@@ -38,13 +40,15 @@ class TokenFlow(nn.Module):
         coupling: the transform of each value, ``"affine"`` or ``"mixture"``, which preserves no volumes; see
             :mod:`tarflow.transforms`.
         num_mixtures: number of components of the mixture.
+        takes_noise_level: whether the flow is one of noisy data, and conditioned on the level of the noise.
 
     Raises:
-        ValueError: a head_dim that is no divisor of channels, an unknown coupling, a mixture of no or too many
-            components, or one that is to preserve volumes.
+        ValueError: a head_dim that is no divisor of channels, sizes that are neither one nor one for each block, an
+            unknown coupling, a mixture of no or too many components, or one that is to preserve volumes.
 
-    Labels are int64 ``(B,)``, below num_classes, where -1 is a dropped label; None for an unconditional flow. On a GPU
-    their range is not checked, because looking would stall it.
+    Labels are int64 ``(B,)``, below num_classes, where -1 is a dropped label; None for an unconditional flow. A noise
+    level is a positive number, or a floating-point ``(B,)``, one for each sample; None for a flow that takes none. On a
+    GPU the range of both is not checked, because looking would stall it.
     """
 
     prior_variance: Tensor
@@ -55,9 +59,9 @@ class TokenFlow(nn.Module):
         self,
         num_tokens: int,
         token_dim: int,
-        channels: int,
+        channels: PerBlock,
         num_blocks: int,
-        layers_per_block: int,
+        layers_per_block: PerBlock,
         *,
         head_dim: int = 64,
         expansion: int = 4,
@@ -65,43 +69,55 @@ class TokenFlow(nn.Module):
         volume_preserving: bool = False,
         coupling: str = "affine",
         num_mixtures: int = 8,
+        takes_noise_level: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
+        self.takes_noise_level = takes_noise_level
         self.volume_preserving = volume_preserving
         self.transform = make_transform(coupling, num_mixtures, volume_preserving)
+        widths = for_each_block("channels", channels, num_blocks)
+        depths = for_each_block("layers_per_block", layers_per_block, num_blocks)
         self.blocks = nn.ModuleList(
             Block(
                 CausalTransformer(
                     num_tokens,
                     token_dim,
-                    channels,
-                    layers_per_block,
+                    width,
+                    depth,
                     head_dim=head_dim,
                     expansion=expansion,
                     num_classes=num_classes,
+                    takes_noise_level=takes_noise_level,
                     transform=self.transform,
                 ),
                 reverse=bool(t % 2),
             )
-            for t in range(num_blocks)
+            for t, (width, depth) in enumerate(zip(widths, depths, strict=True))
         )
+        weights = [depth * width**2 for width, depth in zip(widths, depths, strict=True)]
+        self._step_costs = [num_blocks * read / sum(weights) for read in weights]  # relative to their mean
         self.register_buffer("prior_variance", torch.ones(num_tokens, token_dim))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, *, noise_level: float | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map data to latents z ``(B, N, D)``; also return the log-det in nats, ``(B,)``, both at least float32."""
         self._check(tokens, labels)
+        level = self._to_levels(noise_level, tokens)
         # shape[0], not len(), which torch.export would make a constant.
         z = tokens
         logdet = tokens.new_zeros(tokens.shape[0], dtype=torch.promote_types(tokens.dtype, torch.float32))
         for block in self.blocks:
-            z, block_logdet = block(z, labels)
+            z, block_logdet = block(z, labels, level)
             logdet = logdet + block_logdet
         return z, logdet
 
-    def log_prob(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, tokens: Tensor, labels: Tensor | None = None, *, noise_level: float | Tensor | None = None
+    ) -> Tensor:
         """Return the log-density of tokens, ``log p(z) + logdet``, in nats, ``(B,)``."""
-        z, logdet = self(tokens, labels)
+        z, logdet = self(tokens, labels, noise_level=noise_level)
         return self.log_prior(z) + logdet
 
     def log_prior(self, z: Tensor) -> Tensor:
@@ -116,12 +132,14 @@ class TokenFlow(nn.Module):
         guidance: Guidance | None = None,
         decoder: str | Decoder = "auto",
         progress: ProgressCallback = lambda statistics: None,
+        *,
+        noise_level: float | Tensor | None = None,
     ) -> Tensor:
         """Map latents to data, ``(B, N, D)``: the inverse of :meth:`forward`, or, under guidance, a guided map.
 
         ``decoder`` is a :class:`~tarflow.Decoder` or the name of one; ``progress`` is called after each block.
         """
-        *_, tokens = self.trajectory(z, labels, guidance, decoder, progress)
+        *_, tokens = self.trajectory(z, labels, guidance, decoder, progress, noise_level=noise_level)
         return tokens
 
     def trajectory(
@@ -131,24 +149,31 @@ class TokenFlow(nn.Module):
         guidance: Guidance | None = None,
         decoder: str | Decoder = "auto",
         progress: ProgressCallback = lambda statistics: None,
+        *,
+        noise_level: float | Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens after each block on the way from latents to data; arguments are those of :meth:`inverse`."""
         self._check(z, labels, "z")
         if (guidance := Guidance.of(guidance)) is not None:
             guidance.check(self.num_classes, mixture=isinstance(self.transform, MixtureTransform))
-        return self._trajectory(z, labels, guidance, Decoder.of(decoder), progress)
+        level = self._to_levels(noise_level, z)
+        return self._trajectory(z, labels, level, guidance, Decoder.of(decoder), progress)
 
-    def _trajectory(self, tokens, labels, guidance, decoder, progress):
-        rows, steps = len(tokens) * count_branches(guidance), tokens.shape[1] - 1
+    def _trajectory(self, tokens, labels, level, guidance, decoder, progress):
+        first, steps = len(self.blocks) - 1, tokens.shape[1] - 1
+        guided = [guidance and guidance.of_block(first - t) for t in range(len(self.blocks))]
+        rows = [len(tokens) * count_branches(of_block) for of_block in guided]
         memory, weight = DecodingMemory(), self.blocks[0].transformer.proj_in.weight
         is_affine = not isinstance(self.transform, MixtureTransform)
-        allowance = Allowance.for_flow(weight, rows, len(self.blocks), steps) if is_affine else None
+        allowance = Allowance.for_flow(weight, rows[first - 1], len(self.blocks), steps) if is_affine else None
         for t, block in reversed(list(enumerate(self.blocks))):
             # The block that is generated first converges slowly: nothing is staked on it.
-            stake = allowance if t < len(self.blocks) - 1 else None
-            chosen = choose(self.calibration, decoder, t, rows, weight, stake)
+            stake = allowance if t < first else None
+            if stake is not None:
+                stake.step_cost = self._step_costs[t]
+            chosen = choose(self.calibration, decoder, t, rows[t], weight, stake)
             with torch.inference_mode():
-                decoded, passes = block.inverse(tokens, labels, guidance, chosen, memory, stake)
+                decoded, passes = block.inverse(tokens, labels, guided[t], chosen, memory, stake, level)
             progress(BlockStatistics(t, chosen, len(tokens), passes, steps))
             tokens = decoded.clone()  # a tensor of inference mode cannot be saved for a backward pass
             yield tokens
@@ -178,6 +203,26 @@ class TokenFlow(nn.Module):
             raise TypeError(f"{name}: expected a floating-point tensor; got {tokens.dtype}")
         check_labels(labels, tokens.shape[0], self.num_classes)
 
+    def _to_levels(self, noise_level: float | Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Return the noise level of each sample, ``(B,)``, on the device and in the dtype of the tokens."""
+        if not self.takes_noise_level:
+            if noise_level is not None:
+                got = describe_argument(noise_level)
+                raise ValueError(f"noise_level: expected None for a flow that takes no noise level; got {got}")
+            return None
+        batch = tokens.shape[0]
+        level = noise_level.to(tokens) if isinstance(noise_level, Tensor) else noise_level
+        if isinstance(level, Real):
+            level = tokens.new_full((batch,), level)
+        if not isinstance(level, Tensor) or level.shape != (batch,):
+            got = describe_argument(noise_level)
+            raise ValueError(f"noise_level: expected a positive number, or shape ({batch},); got {got}")
+        if level.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+            low, high = (value.item() for value in level.aminmax())
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"noise_level: expected positive numbers; got values from {low:g} to {high:g}")
+        return level
+
 
 class Block(nn.Module):
     """An autoregressive map, in raster order or, with ``reverse``, from the last token to the first."""
@@ -187,10 +232,12 @@ class Block(nn.Module):
         self.transformer = transformer
         self.reverse = reverse
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, noise_level: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return ``z_i = (v_i - mu_i) exp(-alpha_i)`` in raster order, and ``logdet = sum log dv/dx - sum alpha``."""
         x = self._permute(x)
-        z, logdet = self.transformer.transform.forward(x, *self.transformer(x, labels))
+        z, logdet = self.transformer.transform.forward(x, *self.transformer(x, labels, noise_level))
         return self._permute(z), logdet
 
     def inverse(
@@ -201,17 +248,39 @@ class Block(nn.Module):
         decoder: Decoder,
         memory: DecodingMemory | None = None,
         allowance: Allowance | None = None,
+        noise_level: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Return the tokens x whose latents are z, and the number of passes of the transformer.
 
         The ``memory`` is that of other blocks, if they are to share it, and so is the ``allowance`` of
         ``auto``.
         """
-        x, passes = decoder(self.transformer, self._permute(z), labels, guidance, memory, allowance)
+        context = self._embed_branches(labels, guidance, noise_level)
+        x, passes = decoder(self.transformer, self._permute(z), context, guidance, memory, allowance)
         return self._permute(x), passes
+
+    def _embed_branches(
+        self, labels: Tensor | None, guidance: Guidance | None, noise_level: Tensor | None
+    ) -> Tensor | None:
+        """Return the context of each sample in the branches of guidance, ``(B, 1 or 2, C)``, the conditional first."""
+        labels_of_branches = [labels]
+        if guidance is not None and count_branches(guidance) == 2:
+            dropped = None if labels is None else torch.full_like(labels, -1)
+            labels_of_branches.append(dropped if guidance.drop_label else labels)
+        embedded = [self.transformer.embed_context(given, noise_level) for given in labels_of_branches]
+        contexts = [context for context in embedded if context is not None]
+        return torch.stack(contexts, dim=1) if contexts else None
 
     def _permute(self, tokens: Tensor) -> Tensor:
         return tokens.flip(1) if self.reverse else tokens
+
+
+def for_each_block(name: str, size: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    """Return the size of each block, given one for all or one for each; ValueError for any other number of them."""
+    sizes = (size,) * num_blocks if isinstance(size, int) else tuple(size)
+    if len(sizes) != num_blocks:
+        raise ValueError(f"{name}: expected one number, or {num_blocks}, one for each block; got {size}")
+    return sizes
 
 
 def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> None:

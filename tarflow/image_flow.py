@@ -16,9 +16,10 @@ from . import hardware, pretrained
 from .compatibility import renamed_arguments
 from .decoding import Decoder, ProgressCallback, calibration
 from .decoding.decoder import Timing
+from .denoising import Denoising
 from .guidance import Guidance
 from .noise import add_uniform_noise
-from .validation import describe_argument
+from .validation import NoiseLevels, describe_argument
 
 __all__ = ["FlowConfig", "ImageFlow", "at_least_one", "in_mode", "initialize_from_data", "log_mean_exp"]
 
@@ -106,11 +107,24 @@ class ImageFlow(nn.Module):
         """Names of the frames of a trajectory that follow the latent."""
         raise NotImplementedError
 
-    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the log-density of images in [-1, 1], in nats, ``(B,)``, without dropout."""
+    @property
+    def noise_levels(self) -> NoiseLevels:
+        """The smallest and the largest noise level of a model that is conditioned on one, else None."""
+        return None
+
+    def log_prob(self, x: Tensor, labels: Tensor | None = None, *, noise_level: float | Tensor | None = None) -> Tensor:
+        """Return the log-density of images in [-1, 1], in nats, ``(B,)``, without dropout.
+
+        That of a model with :attr:`noise_levels` is one of images with noise of ``noise_level``, a positive number or
+        ``(B,)``, one for each image.
+        """
         with in_mode(self, training=False):
-            z, logdet = self(x, labels)
+            z, logdet = self(x, labels, noise_level=noise_level)
         return self.log_prior(z) + logdet
+
+    def denoising_levels(self, sigma: float, denoising: Denoising | None = None) -> list[float]:
+        """Return the falling noise levels through which noise of sigma is removed, the last of which is 0."""
+        return [sigma, 0.0]
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Return the log-density of latents in nats, ``(B,)``."""
@@ -131,6 +145,7 @@ class ImageFlow(nn.Module):
         return_trajectory: bool = False,
         chunk_size: int | None = None,
         progress: ProgressCallback = lambda statistics: None,
+        denoising: Denoising | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw ``num`` images.
 
@@ -139,24 +154,28 @@ class ImageFlow(nn.Module):
             labels: int64 ``(num,)``, or None for an unconditional model.
             guidance: see :class:`tarflow.Guidance`; None samples the model's own distribution.
             denoise_sigma: the standard deviation of the noise in training, to be removed from the samples; 0 leaves it.
+                Of a model with :attr:`noise_levels` it is the level at which samples are drawn, the largest for 0.
             decoder: a :class:`tarflow.Decoder` or the name of one, see :attr:`decoders`: ``"sequential"``,
                 ``"jacobi"``, or ``"auto"``, the faster of these for each block where the model was calibrated (at the
                 end of training, or by ``tarflow calibrate``), and elsewhere parallel passes for as long as they pay.
             generator: source of randomness, on the device of the model. It makes the samples reproducible, whatever the
                 chunks (to the tolerance, where ``auto`` decodes chunks of different sizes differently).
             return_trajectory: whether to return the image at every stage as well.
-            chunk_size: number of images to decode at a time; by default as many as half of the free memory holds.
+            chunk_size: number of images to decode at a time; by default as many as half of the free memory holds. No
+                more than these are denoised at a time, and fewer where their activations need more memory.
             progress: a function that is called after every block of every chunk with a
                 :class:`tarflow.decoding.BlockStatistics`.
+            denoising: how a model with noise levels removes the noise; None is :class:`tarflow.Denoising` as it is.
 
         Returns:
             images ``(num, C, H, W)``, nominally in [-1, 1] but not clipped, and, if asked for, their trajectory
-            ``(len(stages) + 1, num, C, H, W)`` from the latent to the image before denoising.
+            ``(len(stages) + 1, num, C, H, W)`` from the latent to the image before denoising, with one more frame for
+            each of the :meth:`denoising_levels` between the first and the last.
 
         Raises:
             ValueError, TypeError: num below 1, or more than there is memory for; labels that do not fit; a guidance
-                that can have no effect; a denoise_sigma beyond [0, 10]; an unknown decoder; an argument that the model
-                does not support.
+                that can have no effect; a denoise_sigma beyond [0, 10] or the noise levels of the model; an unknown
+                decoder; an argument that the model does not support.
         """
         raise NotImplementedError
 

@@ -1,6 +1,6 @@
 """TarFlow: the flow over the patches of an image, its configuration and its samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from . import hardware
 from .decoding import NAMES, Decoder, ProgressCallback
 from .decoding.decoder import Timing
-from .denoising import tweedie
-from .flow import TokenFlow, check_labels
+from .denoising import Denoising, denoise_by_levels, tweedie
+from .flow import TokenFlow, check_labels, for_each_block
 from .flowpp.dequantizer import Dequantizer, DequantizerConfig
 from .flowpp.splits import parse_stack
 from .guidance import Guidance
 from .image_flow import ImageFlow, at_least_one
 from .transforms import make_transform
-from .validation import check_fields, check_sigma, check_totals
+from .validation import NoiseLevels, PerBlock, check_fields, check_sigma, check_totals
 
 __all__ = ["TarFlow", "TarFlowConfig", "patchify", "unpatchify"]
 
@@ -30,36 +30,39 @@ class TarFlowConfig:
     Args:
         image_size, in_channels: size and channels of the images.
         patch_size: side of a patch.
-        channels: width of the transformers.
+        channels: width of the transformers, one for all blocks or one for each, beginning with the data.
         num_blocks: number of blocks.
-        layers_per_block: number of transformer layers in a block.
+        layers_per_block: number of transformer layers in a block, one for all or one for each.
         num_classes: number of classes, 0 for an unconditional model.
         head_dim: size of an attention head.
         expansion: factor of the hidden layer of the MLPs.
         volume_preserving: whether alpha is 0 throughout.
         coupling: the map of each value, an affine one or a mixture of logistics with an affine map behind it.
         num_mixtures: number of logistics in a mixture.
+        noise_levels: smallest and largest standard deviation of the Gaussian noise of images, if the model is to be
+            conditioned on it, as iTarFlow is (arXiv 2604.20041); None for a model of one noise.
         dequantizer: configuration of variational dequantization, Flow++'s; without one, the noise of training is
             uniform or Gaussian, and no part of the model.
 
     Raises:
         ValueError: a size that is no positive integer or beyond :mod:`tarflow.validation`, an image that is not a whole
             number of patches, a width that is not a whole number of heads, an unknown coupling, a mixture that is to
-            preserve volumes.
+            preserve volumes, noise levels that are not two rising positive numbers.
     """
 
     image_size: int = 28
     in_channels: int = 1
     patch_size: int = 4
-    channels: int = 128
+    channels: PerBlock = 128
     num_blocks: int = 4
-    layers_per_block: int = 4
+    layers_per_block: PerBlock = 4
     num_classes: int = 0
     head_dim: int = 64
     expansion: int = 4
     volume_preserving: bool = False
     coupling: Literal["affine", "mixture"] = "affine"
     num_mixtures: int = 8
+    noise_levels: NoiseLevels = None
     dequantizer: DequantizerConfig | None = None
 
     def __post_init__(self):
@@ -67,7 +70,7 @@ class TarFlowConfig:
         check_totals("layers_per_block", self.num_layers, self.image_shape)
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}; got {self.patch_size}")
-        if self.channels % self.head_dim:
+        if any(channels % self.head_dim for channels in self.channels_of_blocks):
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
         make_transform(self.coupling, self.num_mixtures, self.volume_preserving)
         if self.dequantizer is not None:
@@ -79,9 +82,19 @@ class TarFlowConfig:
         return self.in_channels, self.image_size, self.image_size
 
     @property
+    def channels_of_blocks(self) -> tuple[int, ...]:
+        """The width of each block."""
+        return for_each_block("channels", self.channels, self.num_blocks)
+
+    @property
+    def layers_of_blocks(self) -> tuple[int, ...]:
+        """The number of layers of each block."""
+        return for_each_block("layers_per_block", self.layers_per_block, self.num_blocks)
+
+    @property
     def num_layers(self) -> int:
         """The number of layers of all blocks; each has weights of its own."""
-        return self.num_blocks * self.layers_per_block
+        return sum(self.layers_of_blocks)
 
     @property
     def num_tokens(self) -> int:
@@ -101,10 +114,11 @@ class TarFlowConfig:
     @property
     def summary(self) -> str:
         """The architecture in one line."""
+        channels, layers = (str(size).strip("()").replace(", ", "/") for size in (self.channels, self.layers_per_block))
         return (
-            f"TarFlow {self.patch_size}-{self.channels}-{self.num_blocks}-{self.layers_per_block} "
+            f"TarFlow {self.patch_size}-{channels}-{self.num_blocks}-{layers} "
             f"(patch-channels-blocks-layers), {self.num_tokens} tokens of {self.token_dim}"
-        )
+        ) + ("" if self.noise_levels is None else ", noise levels {:g} to {:g}".format(*self.noise_levels))
 
     def for_data(self, image_size: int, in_channels: int, num_classes: int) -> Self:
         """Return the configuration of the same architecture for other images."""
@@ -116,18 +130,21 @@ class TarFlowConfig:
         Per layer these are two norms' inputs and outputs, qkv, attention, the MLP twice; per block the parameters of
         its mixtures, and about as much again for the computation of their map.
         """
-        per_token = (4 + 3 + 1 + 2 * self.expansion) * self.channels * itemsize
-        return self.num_layers * self.num_tokens * per_token + 2 * self.num_blocks * self._mixture_bytes
+        blocks = zip(self.layers_of_blocks, self.channels_of_blocks, strict=True)
+        per_token = (4 + 3 + 1 + 2 * self.expansion) * sum(layers * channels for layers, channels in blocks) * itemsize
+        return self.num_tokens * per_token + 2 * self.num_blocks * self._mixture_bytes
 
     def decoding_bytes(self, branches: int = 1, itemsize: int = 4) -> int:
         """Estimate the bytes that decoding one image takes.
 
-        These are the key-value cache in the block being decoded, and a layer's activations of all its tokens; or the
-        parameters of their mixtures, of each branch and guided, and the intermediate results of solving for the tokens.
+        These are the key-value cache in the block being decoded, the largest one, and a layer's activations of all its
+        tokens; or the parameters of their mixtures, of each branch and guided, and the intermediate results of solving
+        for the tokens.
         """
-        cached = 2 * self.layers_per_block
         active = 3 + 2 * self.expansion + 6  # qkv, the MLP before and after its GELU, residuals and norms
-        layers = branches * self.num_tokens * self.channels * (cached + active) * itemsize
+        blocks = zip(self.layers_of_blocks, self.channels_of_blocks, strict=True)
+        widest = max(channels * (2 * layers + active) for layers, channels in blocks)
+        layers = branches * self.num_tokens * widest * itemsize
         solving = 7  # exponentials, sums and their products, in stock operators, over the parameters
         return layers + (branches + 1 + solving) * self._mixture_bytes
 
@@ -140,7 +157,9 @@ class TarFlowConfig:
 class TarFlow(ImageFlow):
     """A transformer autoregressive flow over images ``(B, C, H, W)``, float in [-1, 1].
 
-    Labels are int64 ``(B,)`` in [-1, num_classes), where -1 is a dropped label; None for an unconditional model.
+    Labels are int64 ``(B,)`` in [-1, num_classes), where -1 is a dropped label; None for an unconditional model. With
+    noise levels it is a model of noisy images for each level: ``noise_level`` is a positive number, or ``(B,)``, one
+    for each image; None for a model without.
 
     >>> model = TarFlow(TarFlowConfig(image_size=8, patch_size=4, channels=64, num_blocks=2, layers_per_block=1))
     >>> x = torch.rand(3, 1, 8, 8) * 2 - 1
@@ -172,7 +191,13 @@ class TarFlow(ImageFlow):
             volume_preserving=config.volume_preserving,
             coupling=config.coupling,
             num_mixtures=config.num_mixtures,
+            takes_noise_level=config.noise_levels is not None,
         )
+
+    @property
+    def noise_levels(self) -> NoiseLevels:
+        """The smallest and the largest noise level, None for a model without."""
+        return self.config.noise_levels
 
     @property
     def prior_adapts(self) -> bool:
@@ -193,10 +218,12 @@ class TarFlow(ImageFlow):
     def calibration(self, timings: Sequence[Timing]) -> None:
         self.flow.calibration = timings
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, *, noise_level: float | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map images to latents z ``(B, N, D)``; also return the log-det in nats, ``(B,)``."""
         self._check_images(x, "x")
-        return self.flow(patchify(x, self.config.patch_size), labels)
+        return self.flow(patchify(x, self.config.patch_size), labels, noise_level=noise_level)
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Return the log-density of latents ``(B, N, D)`` in nats, ``(B,)``."""
@@ -213,21 +240,31 @@ class TarFlow(ImageFlow):
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
         decoder: str | Decoder = "auto",
+        *,
+        noise_level: float | Tensor | None = None,
     ) -> Tensor:
         """Map latents ``(B, N, D)`` to images ``(B, C, H, W)``, the inverse of :meth:`forward`; not differentiable.
 
         ``"auto"`` may decode in parallel, to a tolerance: ``"sequential"`` is exact. See :meth:`sample`.
         """
-        return self._to_images(self.flow.inverse(z, labels, guidance, decoder))
+        return self._to_images(self.flow.inverse(z, labels, guidance, decoder, noise_level=noise_level))
 
     def denoise(self, y: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
         """Return ``y + sigma^2 grad_y log p(y)``, the mean of clean images given images with the noise of training.
 
-        ValueError for a sigma that is no number in [0, 10].
+        The density of a model with noise levels is that of level sigma. ValueError for a sigma that is no number in
+        [0, 10].
         """
         self._check_images(y, "y")
         check_sigma("sigma", sigma)
-        return tweedie(lambda noisy: self.log_prob(noisy, labels), y, sigma)
+        level = None if self.noise_levels is None else sigma
+        return tweedie(lambda noisy: self.log_prob(noisy, labels, noise_level=level), y, sigma)
+
+    def denoising_levels(self, sigma: float, denoising: Denoising | None = None) -> list[float]:
+        """Return the falling noise levels through which noise of sigma is removed, the last of which is 0."""
+        if self.noise_levels is None:
+            return super().denoising_levels(sigma)
+        return (denoising or Denoising()).levels(sigma, self.noise_levels[0])
 
     def sample(
         self,
@@ -240,31 +277,70 @@ class TarFlow(ImageFlow):
         return_trajectory: bool = False,
         chunk_size: int | None = None,
         progress: ProgressCallback = lambda statistics: None,
+        denoising: Denoising | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw ``num`` images; arguments, results and errors are those of :meth:`ImageFlow.sample`."""
         num = self.check_num(num)
-        if denoise_sigma:
-            check_sigma("denoise_sigma", denoise_sigma)
+        level = self._drawn_level(denoise_sigma, denoising)
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)
         labels = None if labels is None else labels.to(z.device)
         if chunk_size is None:
-            per_sample = self.config.decoding_bytes(branches=2)
-            if denoise_sigma:
-                per_sample = max(per_sample, self.config.activation_bytes())
-            chunk_size = hardware.chunk_size(per_sample, z.device)
+            chunk_size = hardware.chunk_size(self.config.decoding_bytes(branches=2), z.device)
         chunk_size = at_least_one("chunk_size", chunk_size)
         samples, trajectories = [], []
         for start in range(0, num, chunk_size):
             chunk = slice(start, start + chunk_size)
             chunk_labels = None if labels is None else labels[chunk]
-            frames = [z[chunk], *self.flow.trajectory(z[chunk], chunk_labels, guidance, decoder, progress)]
-            images = self._to_images(frames[-1])
+            decoded = self.flow.trajectory(z[chunk], chunk_labels, guidance, decoder, progress, noise_level=level)
+            frames = [z[chunk], *decoded]
+            samples.append(self._to_images(frames[-1]))
             if return_trajectory:
                 trajectories.append(torch.stack([self._to_images(frame) for frame in frames]))
-            samples.append(self.denoise(images, denoise_sigma, chunk_labels) if denoise_sigma else images)
         images = torch.cat(samples)
-        return (images, torch.cat(trajectories, dim=1)) if return_trajectory else images
+        trajectory = [torch.cat(trajectories, dim=1)] if return_trajectory else []
+        denoised = self._remove_noise(images, denoise_sigma, labels, denoising, chunk_size, generator)
+        for step, cleaner in enumerate(denoised):
+            if return_trajectory and step:
+                trajectory.append(images[None])
+            images = cleaner
+        return (images, torch.cat(trajectory)) if return_trajectory else images
+
+    def _remove_noise(
+        self,
+        images: Tensor,
+        sigma: float,
+        labels: Tensor | None,
+        denoising: Denoising | None,
+        chunk_size: int,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        """Yield images with less and less noise, computed in chunks whose activations fit into memory; none for 0."""
+        if not sigma:
+            return
+        size = min(chunk_size, hardware.chunk_size(self.config.activation_bytes(), images.device))
+
+        def denoise(noisy: Tensor, level: float) -> Tensor:
+            parts = noisy.split(size)
+            labels_of_parts = [None] * len(parts) if labels is None else labels.split(size)
+            cleaned = (self.denoise(part, level, of) for part, of in zip(parts, labels_of_parts, strict=True))
+            return torch.cat([*cleaned])
+
+        levels = self.denoising_levels(sigma, denoising)
+        yield from denoise_by_levels(denoise, images, levels, denoising or Denoising(), generator)
+
+    def _drawn_level(self, denoise_sigma: float, denoising: Denoising | None) -> float | None:
+        """Return the noise level of samples: what is to be removed or, where it is to stay, the largest."""
+        if denoise_sigma:
+            check_sigma("denoise_sigma", denoise_sigma)
+        if self.noise_levels is None:
+            if denoising is not None:
+                raise ValueError(f"denoising: expected None for a model without noise levels; got {denoising}")
+            return None
+        least, largest = self.noise_levels
+        if denoise_sigma and not least <= denoise_sigma <= largest:
+            raise ValueError(f"denoise_sigma: expected 0, or a level from {least} to {largest}; got {denoise_sigma}")
+        return denoise_sigma or largest
 
     def check_state(self, state: dict[str, Tensor], origin: str) -> None:
         """Raise ValueError for a state dict that is not one of this model, or has a variance that is not positive."""

@@ -31,9 +31,12 @@ __all__ = [
 
 
 def add_gaussian_noise(
-    pixels: Tensor, sigma: float, generator: torch.Generator | None = None, eps: Tensor | None = None
+    pixels: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None, eps: Tensor | None = None
 ) -> Tensor:
-    """Return ``pixels / 127.5 - 1 + sigma * eps``: uint8 (B, C, H, W) to float32; unless given, eps ~ N(0, 1)."""
+    """Return ``pixels / 127.5 - 1 + sigma * eps``: uint8 (B, C, H, W) to float32; unless given, eps ~ N(0, 1).
+
+    The standard deviation sigma is one for all images, or one for each, ``(B, 1, 1, 1)``.
+    """
     x = pixels.float() / 127.5 - 1
     return x + sigma * (torch.randn(x.shape, generator=generator, device=x.device) if eps is None else eps)
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .datasets import evenly_spaced
 from .decoding import Decoder, ProgressCallback
+from .denoising import Denoising
 from .files import atomic_write
 from .guidance import Guidance
 from .image_flow import ImageFlow
@@ -62,6 +63,7 @@ class Gallery:
         quantization: how samples become 8-bit pixels, see :func:`tarflow.noise.to_pixels`.
         on_nan: what to do about samples that are not finite: ``"fail"``, ``"redraw"`` from latents that the seed gives
             next, up to ten times, or ``"keep"``, with a line that says how many.
+        denoising: as in :meth:`tarflow.TarFlow.sample`.
     """
 
     class_names: Sequence[str] = ()
@@ -71,6 +73,7 @@ class Gallery:
     seed: int = 0
     quantization: Quantization = "floor"
     on_nan: Literal["fail", "redraw", "keep"] = "fail"
+    denoising: Denoising | None = None
 
     def save_samples(
         self,
@@ -102,13 +105,18 @@ class Gallery:
         sample_grid(grid, path, f"{title}{self.description}", self._names(labels), self.quantization)
 
     def save_trajectory(self, model: ImageFlow, path: str | Path, title: str, classes: Sequence[int] = ()) -> None:
-        """Draw the image after every stage of the model, from the latent on the left to the sample on the right."""
+        """Draw the image after every stage of the model, and every step of iterative denoising.
+
+        The latent is on the left, the sample on the right.
+        """
         labels = self._row_labels(model, classes, rows=6)
         num = 6 if labels is None else len(labels)
         images, frames = self.draw_samples(model, num, labels, return_trajectory=True)
         columns = ["latent", *model.stages]
         if self.denoise_sigma:
-            frames, columns = torch.cat((frames, images[None])), [*columns, "denoised"]
+            between = model.denoising_levels(self.denoise_sigma, self.denoising)[1:-1]
+            columns += [*(f"noise {level:.2g}" for level in between), "denoised"]
+            frames = torch.cat((frames, images[None]))
         trajectory(frames.cpu(), path, f"{title}{self.description}", columns, self.quantization)
 
     @property
@@ -139,7 +147,7 @@ class Gallery:
 
         def sample(num: int, labels: Tensor | None) -> tuple[Tensor, ...]:
             settings = (self.guidance, self.denoise_sigma, self.decoder, generator, return_trajectory)
-            drawn = model.sample(num, labels, *settings, progress=progress)
+            drawn = model.sample(num, labels, *settings, progress=progress, denoising=self.denoising)
             return drawn if isinstance(drawn, tuple) else (drawn,)
 
         drawn = sample(num, labels)

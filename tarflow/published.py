@@ -1,7 +1,11 @@
-"""Checkpoints of the paper's own code (apple/ml-tarflow): its state dicts, renamed to ours and back."""
+"""Checkpoints of the published code: state dicts of TarFlow and iTarFlow, renamed to ours and, of TarFlow, back.
+
+Sources: apple/ml-tarflow, apple/ml-itarflow.
+"""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -14,12 +18,16 @@ from .compatibility import renamed_attributes
 from .files import read_state
 from .model import TarFlow, TarFlowConfig
 from .pretrained import build_model
+from .validation import NoiseLevels
 
 __all__ = ["infer_config", "load_published", "to_published"]
 
 HEAD_DIM = 64  # the published code has no other, and no shape tells
 
-# The weights whose shapes tell the configuration.
+PUBLISHED_LEVELS = {64: (0.01, 0.3), 128: (0.01, 0.5), 256: (0.01, 0.7)}
+"""The noise levels that the published iTarFlows were trained at, by the size of their images."""
+
+# The weights whose shapes tell the configuration; of other blocks it is the first.
 _TELLING = tuple(
     f"blocks.0.{name}" for name in ("proj_in.weight", "pos_embed", "attn_blocks.0.mlp.main.0.weight", "proj_out.weight")
 )
@@ -34,21 +42,25 @@ _LAYER_NAMES = {
 }
 
 
-def load_published(source: Path | str | Mapping[str, Tensor], in_channels: int = 3) -> TarFlow:
-    """Make a model of a published checkpoint, in evaluation mode; the shapes of the weights tell its configuration.
+def load_published(
+    source: Path | str | Mapping[str, Tensor], in_channels: int = 3, *, noise_levels: NoiseLevels = None
+) -> TarFlow:
+    """Make a model of a published checkpoint, in evaluation mode; its weights tell its kind and its configuration.
 
     Args:
         source: path of a ``.pth`` file, read without executing code from it, or the state dict of the published
-            ``Model``.
-        in_channels: channels of the images, the one thing that the shapes leave open.
+            ``Model``, of TarFlow or of iTarFlow.
+        in_channels: channels of the images, which the shapes leave open.
+        noise_levels: smallest and largest noise level in the training of an iTarFlow, which nothing in it tells; by
+            default the published ones of its image size.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a state dict of the published model, or does not fit ``in_channels``.
+        ValueError: the file is not a state dict of a published model, or does not fit ``in_channels``; noise levels of
+            a TarFlow, or none of an iTarFlow of another size than the published ones.
     """
-    state = source if isinstance(source, Mapping) else _read(source)
-    _check(state)
-    config = infer_config(state, in_channels)
+    state = _check(source if isinstance(source, Mapping) else _read(source))
+    config = infer_config(state, in_channels, noise_levels)
     weights = {_our_name(name): _our_layout(name, t) for name, t in state.items() if not name.endswith("attn_mask")}
     in_full = sum(tensor.nbytes for tensor in weights.values())
     if not isinstance(source, Mapping) and in_full > Path(source).stat().st_size:
@@ -68,25 +80,33 @@ def _read(path: Path | str) -> Any:
         raise ValueError(f"source: {path} is truncated, corrupt or not a state dict: {error}") from error
 
 
-def _check(state: Any) -> None:
-    """Raise ValueError where the tensors that tell the configuration are missing, or of other dimensions."""
+def _check(state: Any) -> dict[str, Tensor]:
+    """Return a state dict with the names of TarFlow's code.
+
+    ValueError where the tensors that tell the configuration are missing, or of other dimensions.
+    """
     if not isinstance(state, Mapping):
         raise ValueError(f"source: expected the state dict of a published TarFlow; got a {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"source: expected names and tensors; got {short(name)} and a {type(tensor).__name__}")
+    # The code of iTarFlow has another name for the layers of a block.
+    state = {name.replace(".head_blocks.", ".attn_blocks."): tensor for name, tensor in state.items()}
     for name in _TELLING:
         if name not in state:
             raise ValueError(f"source: expected the state dict of a published TarFlow; it has no {name}")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"source: expected names and tensors; got {short(name)} and a {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"source: expected dense weights; got {name} of {tensor.layout} on {tensor.device}")
-        dims = 2 if name in _TELLING or name.endswith("pos_embed") else 3 if name.endswith("class_embed") else None
+        is_matrix = name in _TELLING or name.endswith(("pos_embed", "proj_in.weight"))
+        dims = 2 if is_matrix else 3 if name.endswith("class_embed") else None
         if dims is not None and (tensor.dim() != dims or not tensor.numel()):
             raise ValueError(f"source: expected {name} of {dims} dimensions; got shape {tuple(tensor.shape)}")
+    return state
 
 
-def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowConfig:
-    """Infer the configuration of a published state dict."""
+def infer_config(state: Mapping[str, Tensor], in_channels: int = 3, noise_levels: NoiseLevels = None) -> TarFlowConfig:
+    """Infer the configuration of a published state dict; arguments and errors are those of :func:`load_published`."""
     channels, token_dim = state["blocks.0.proj_in.weight"].shape
     patch_size = math.isqrt(token_dim // in_channels) if in_channels > 0 else 0
     if in_channels * patch_size**2 != token_dim:
@@ -95,25 +115,38 @@ def infer_config(state: Mapping[str, Tensor], in_channels: int = 3) -> TarFlowCo
         )
     side = math.isqrt(len(state["blocks.0.pos_embed"]))
     classes = state.get("blocks.0.class_embed")
+    num_blocks = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+    layers = {match.groups() for name in state if (match := re.match(r"blocks\.(\d+)\.attn_blocks\.(\d+)\.", name))}
+    layers_of_block = Counter(int(block) for block, _ in layers)
+    # A block that is not there is like the first, for the missing weights to be named.
+    widths = [len(state.get(f"blocks.{t}.proj_in.weight", state["blocks.0.proj_in.weight"])) for t in range(num_blocks)]
+    takes_noise_level = any(".time_embed." in name for name in state)
+    if noise_levels is not None and not takes_noise_level:
+        raise ValueError(f"noise_levels: expected None for a TarFlow; got {noise_levels}")
+    if noise_levels is None and takes_noise_level:
+        noise_levels = PUBLISHED_LEVELS.get(side * patch_size)
+        if noise_levels is None:
+            sizes = ", ".join(map(str, PUBLISHED_LEVELS))
+            raise ValueError(
+                "noise_levels: expected those of training for an iTarFlow of images of another size than "
+                f"{sizes}; got None for {side * patch_size}"
+            )
     try:
         return TarFlowConfig(
             image_size=side * patch_size,
             in_channels=in_channels,
             patch_size=patch_size,
-            channels=channels,
-            num_blocks=_count(state, r"blocks\.(\d+)\."),
-            layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
+            channels=tuple(widths),
+            num_blocks=num_blocks,
+            layers_per_block=tuple(layers_of_block[t] or layers_of_block[0] for t in range(num_blocks)),
             num_classes=0 if classes is None else len(classes),
             head_dim=HEAD_DIM,
             expansion=len(state["blocks.0.attn_blocks.0.mlp.main.0.weight"]) // channels,
             volume_preserving=len(state["blocks.0.proj_out.weight"]) == token_dim,
+            noise_levels=noise_levels,
         )
     except ValueError as error:
         raise ValueError(f"source: expected the state dict of a published TarFlow; {error}") from error
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
 def _our_name(name: str) -> str:
@@ -121,6 +154,7 @@ def _our_name(name: str) -> str:
         return "flow.prior_variance"
     for ours, theirs in _LAYER_NAMES.items():
         name = re.sub(rf"attn_blocks\.(\d+)\.{re.escape(theirs)}\.", rf"layers.\1.{ours}.", name)
+    name = name.replace(".time_embed.mlp.", ".noise_embed.")
     return re.sub(r"^blocks\.(\d+)\.", r"flow.blocks.\1.transformer.", name)
 
 

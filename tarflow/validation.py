@@ -10,7 +10,21 @@ from torch import Tensor
 
 from tarflow_kernels.mixture import MAX_COMPONENTS
 
-__all__ = ["check_fields", "check_sigma", "check_totals", "describe_argument", "not_finite"]
+__all__ = [
+    "NoiseLevels",
+    "PerBlock",
+    "check_fields",
+    "check_sigma",
+    "check_totals",
+    "describe_argument",
+    "not_finite",
+]
+
+NoiseLevels = tuple[float, float] | None
+"""The smallest and the largest level of noise that a model is conditioned on, None where it is on none."""
+
+PerBlock = int | tuple[int, ...]
+"""A size that all blocks of a model have, or one for each block."""
 
 LARGEST = {
     "image_size": 8192,
@@ -33,6 +47,9 @@ LARGEST = {
 MOST_LAYERS = 1024
 """The largest number of layers of a model: so many take seconds to build."""
 
+MAX_SIGMA = 10
+"""The largest standard deviation of noise, 5 times the range of images."""
+
 MOST_VALUES = 2**28
 """The largest number of values in an image."""
 
@@ -43,15 +60,18 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: an integer that is none or not in [1, ``LARGEST``] (classes: [0, ...]), a value of another type
             where a bool, number or string has to be, a name that is not among its choices.
+
+    Sizes that may differ between blocks become a tuple where they do, and one integer where they do not.
     """
     kinds = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
         kind, value = kinds[name], getattr(config, name)
         if kind is int:
-            least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-                raise ValueError(f"{name}: expected an integer in [{least}, {most}]; got {short(value)}")
-            object.__setattr__(config, name, int(value))
+            object.__setattr__(config, name, _integer(name, value))
+        elif kind == PerBlock:
+            object.__setattr__(config, name, _size_per_block(name, value, config.num_blocks))
+        elif kind == NoiseLevels:
+            object.__setattr__(config, name, _noise_levels(name, value))
         elif kind is float and (not isinstance(value, Real) or isinstance(value, bool)):
             raise ValueError(f"{name}: expected a number; got {short(value)}")
         elif kind in (bool, str) and not isinstance(value, kind):
@@ -60,6 +80,30 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected a {get_args(kind)[0].__name__} or None; got {short(value)}")
         elif get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}; got {short(value)}")
+
+
+def _integer(name: str, value: Any, otherwise: str = "") -> int:
+    least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+        raise ValueError(f"{name}: expected an integer in [{least}, {most}]{otherwise}; got {short(value)}")
+    return int(value)
+
+
+def _size_per_block(name: str, value: Any, num_blocks: int) -> PerBlock:
+    otherwise = f", or {num_blocks} of them, one for each block"
+    if not isinstance(value, list | tuple) or len(value) != num_blocks:
+        return _integer(name, value, otherwise)
+    sizes = tuple(_integer(name, size, otherwise) for size in value)
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def _noise_levels(name: str, value: Any) -> NoiseLevels:
+    if value is None:
+        return None
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(t, Real) for t in value)
+    if not is_pair or not 0 < value[0] <= value[1] <= MAX_SIGMA:
+        raise ValueError(f"{name}: expected two rising numbers > 0, at most {MAX_SIGMA}, or None; got {short(value)}")
+    return float(value[0]), float(value[1])
 
 
 def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> None:
@@ -71,9 +115,9 @@ def check_totals(name: str, layers: int, image_shape: tuple[int, ...] = ()) -> N
 
 
 def check_sigma(name: str, sigma: float) -> None:
-    """Raise ValueError for a standard deviation of noise that is no number in [0, 10], 5 times the range of images."""
-    if not 0 <= sigma <= 10:
-        raise ValueError(f"{name}: expected a number from 0 to 10, images being in [-1, 1]; got {sigma}")
+    """Raise ValueError for a standard deviation of noise that is no number in [0, 10]."""
+    if not 0 <= sigma <= MAX_SIGMA:
+        raise ValueError(f"{name}: expected a number from 0 to {MAX_SIGMA}, images being in [-1, 1]; got {sigma}")
 
 
 def describe_argument(value: object) -> str:

@@ -64,7 +64,14 @@ def run(arguments: Sequence[str]) -> None:
         )
 
     with autocast(model, command.precision, command.run):
-        timings = calibration.calibrate(cast(TokenFlow, model.flow), guidance, command.tolerance, command.batches, show)
+        timings = calibration.calibrate(
+            cast(TokenFlow, model.flow),
+            guidance,
+            command.tolerance,
+            command.batches,
+            show,
+            noise_level=model.noise_levels and model.noise_levels[1],  # that at which samples are drawn
+        )
     calibration.save(command.run, timings)
     print(f"wrote {command.run / calibration.FILE}")
 

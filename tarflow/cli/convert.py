@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from ..published import load_published
-from ..validation import check_sigma
+from ..validation import NoiseLevels, check_sigma
 from .parsing import parse
 from .shared import check_new_folder
 
@@ -23,7 +23,9 @@ class Convert:
     in_channels: int = 3
     """channels of the images, which the weights do not tell"""
     sigma: float = 0.0
-    """standard deviation of the noise in training, the last number in the name of a published file"""
+    """standard deviation of the noise in training, the last number in the name of a published TarFlow"""
+    noise_levels: NoiseLevels = None
+    """smallest and largest noise in the training of an iTarFlow; by default the published ones of its image size"""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -33,6 +35,9 @@ def run(arguments: Sequence[str]) -> None:
     check_new_folder("out", command.out)
     if (command.out / "config.json").exists():
         raise FileExistsError(f"out: {command.out} already holds a model; choose another folder")
-    model = load_published(command.checkpoint, command.in_channels)
-    model.save_pretrained(command.out, sigma=command.sigma)
+    model = load_published(command.checkpoint, command.in_channels, noise_levels=command.noise_levels)
+    if model.noise_levels and command.sigma:
+        raise ValueError(f"sigma: expected none for an iTarFlow, which has noise levels; got {command.sigma}")
+    sigma = model.noise_levels[1] if model.noise_levels else command.sigma
+    model.save_pretrained(command.out, sigma=sigma)
     print(f"wrote {command.out}: {model.config}")

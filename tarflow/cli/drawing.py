@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from ..decoding import BlockStatistics, Decoder, DecoderName
+from ..denoising import Denoising
 from ..guidance import Guidance
 from ..image_flow import ImageFlow
 from ..validation import check_sigma
@@ -14,7 +15,8 @@ from .shared import check_guidance_weight, check_tolerance
 
 __all__ = ["Drawing", "Progress"]
 
-GUIDANCE_FLAGS = ("schedule", "temperature", "guide", "drop_label")
+GUIDANCE_FLAGS = ("schedule", "temperature", "guide", "drop_label", "rule", "guided_blocks")
+DENOISING_FLAGS = ("denoising_steps", "stochastic", "clip")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,18 @@ class Drawing:
     """the parameters that are guided"""
     drop_label: bool = True
     """whether the reference branch drops the label"""
+    rule: Literal["extrapolate", "gaussian"] = "extrapolate"
+    """how guidance combines its branches: away from the reference, or the quotient of two Gaussians"""
+    guided_blocks: int | None = None
+    """how many of the blocks that are generated first are guided; by default all"""
     sigma: float | None = None
     """standard deviation of the noise to remove; by default that of training, 0 leaves it"""
+    denoising_steps: int = 10
+    """levels of noise through which a model with noise levels removes it"""
+    stochastic: bool = False
+    """whether these steps replace a part of the noise by other noise"""
+    clip: bool = False
+    """whether these steps clip their estimates of the clean image to [-1, 1]"""
     decoder: DecoderName = "auto"
     """auto is the faster of the two for each block, as timed at the end of training or by `tarflow calibrate`"""
     window: int | None = None
@@ -47,6 +59,12 @@ class Drawing:
         if self.sigma is not None:
             check_sigma("sigma", self.sigma)
         check_guidance_weight(self.guidance)
+        self.make_denoising()
+        for name in DENOISING_FLAGS:
+            if name in given and self.sigma == 0:
+                raise ValueError(
+                    f"{name}: expected none with --sigma 0, which leaves the noise; got {getattr(self, name)}"
+                )
         for name in GUIDANCE_FLAGS:
             if name in given and "guidance" not in given:
                 value = getattr(self, name)
@@ -58,6 +76,7 @@ class Drawing:
         """Raise ValueError for a flag that the model has no use for."""
         useless: tuple[str, ...] = () if model.supports_guidance else ("sigma", "guidance", *GUIDANCE_FLAGS)
         useless += ("decoder", "window", "tolerance") if model.decoders == ("auto",) else ()
+        useless += () if model.noise_levels else DENOISING_FLAGS
         for name in useless:
             if name in given:
                 kind, value = type(model).__name__, getattr(self, name)
@@ -70,8 +89,13 @@ class Drawing:
 
     def make_guidance(self) -> Guidance | None:
         """The guidance, or None for none; ValueError for settings that it does not take."""
-        guidance = Guidance(self.guidance, self.schedule, self.temperature, self.guide, self.drop_label)
+        branches = self.guidance, self.schedule, self.temperature, self.guide, self.drop_label
+        guidance = Guidance(*branches, self.rule, self.guided_blocks)
         return guidance if guidance.weight else None
+
+    def make_denoising(self) -> Denoising:
+        """The way in which a model with noise levels removes it; ValueError for settings that it does not take."""
+        return Denoising(self.denoising_steps, self.stochastic, self.clip)
 
     def denoise_sigma(self, metadata: dict[str, Any]) -> float:
         """The standard deviation of the noise to remove from the samples of a model with these metadata."""

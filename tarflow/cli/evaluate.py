@@ -172,6 +172,7 @@ def _score_samples(
     """Draw samples, print their scores with the protocol of these, and return both."""
     drawing, num, config = command.drawing, command.samples, model.config
     decoder, guidance, sigma = drawing.make_decoder(), drawing.make_guidance(), drawing.denoise_sigma(metadata)
+    denoising = drawing.make_denoising() if model.noise_levels else None
     generator = torch.Generator(model.device)
     labels = draw_labels(command.protocol, num, config.num_classes, command.seed)
     share = sum(map(len, torch.arange(num).split(command.batch_size)[:: processes.num_ranks()]))  # the main one's
@@ -179,7 +180,9 @@ def _score_samples(
 
         def draw(num: int, labels: Tensor | None) -> Tensor:
             with autocast(model, drawing.precision, command.run):
-                drawn = model.sample(num, labels, guidance, sigma, decoder, generator, progress=progress.note)
+                drawn = model.sample(
+                    num, labels, guidance, sigma, decoder, generator, progress=progress.note, denoising=denoising
+                )
             assert isinstance(drawn, Tensor)
             return drawn
 
@@ -194,7 +197,7 @@ def _score_samples(
         "labels": f"{LABELS[command.protocol]} from {config.num_classes} classes" if config.num_classes else "none",
         "quantization": sampler.quantization,
         "guidance": None if guidance is None else asdict(guidance),
-        "denoising": f"Tweedie at sigma {sigma:g}" if sigma else "none",
+        "denoising": f"{denoising or 'Tweedie'} at sigma {sigma:g}" if sigma else "none",
         "decoder": str(decoder),
         "precision": drawing.precision,
         "batch size": command.batch_size,

@@ -18,6 +18,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from ..compatibility import current_flags
+from ..validation import PerBlock
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -156,6 +157,8 @@ def _shown(part: StructFieldSpec, kind: type, hint: Any, value: Any) -> StructFi
     together = re.search(rf"^ +(?:\w+, )*{part.name}(?:, \w+)*: (.*(?:\n {{12}} *\S.*)*)", kind.__doc__ or "", re.M)
     if together and "," in together[0].partition(":")[0]:
         part = replace(part, helptext=" ".join(together[1].split()))
+    if hint == PerBlock:
+        part = replace(part, type=cast(Any, Annotated[PerBlock, tyro.conf.arg(metavar="INT [INT ...]")]))
     return replace(part, type=hint, default=value) if is_dataclass(value) else part
 
 
@@ -177,6 +180,10 @@ def _check_flags(command: str, arguments: Sequence[str], flags: Sequence[str], e
 
 
 _REPHRASED = (
+    (
+        r"Error parsing (\S+): no type matching .* could be instantiated from \[(.*)\]\.",
+        r"\1: expected {expected}; got \2",
+    ),
     (r"Error parsing (\S+): [^'\"\[]*\[?(.+?)\]?", r"\1: expected {expected}; got \2"),
     (r"Error parsing \w+\.(\S+): (\w+: expected .*)", r"--\1.\2"),
     (r"Error parsing \w+: (\w+: expected .*)", r"\1"),

@@ -73,6 +73,7 @@ def run(arguments: Sequence[str]) -> None:
             command.seed,
             command.quantization or quantization(metadata.get("sigma", 0.0)),
             command.on_nan,
+            drawing.make_denoising() if model.noise_levels else None,
         )
         with autocast(model, drawing.precision, command.run):
             _draw(command, gallery, model) if command.out.suffix else _draw_folder(command, gallery, model)

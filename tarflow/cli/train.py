@@ -147,11 +147,12 @@ def _build(default: Any, **told: Any) -> Any:
 def _check_useful(config: TrainConfig, given: dict[str, str]) -> None:
     """Raise ValueError for a flag that says nothing beside the others."""
     training = config.training
+    has_levels = isinstance(config.model, TarFlowConfig) and config.model.noise_levels is not None
     useless = {
         "--resize": (not config.data.dataset.startswith(("folder", "hub:")), "--dataset folder"),
         "--label-drop": (not config.data.conditional, "--conditional"),
         "--num-mixtures": (config.model.coupling == "affine", "--coupling mixture"),
-        "--sigma": (training.noise != "gaussian", "--noise gaussian"),
+        "--sigma": (training.noise != "gaussian" or has_levels, "--noise gaussian and without --noise-levels"),
         "--dequantizer": (training.noise != "variational", "--noise variational"),
     }
     for flag, argument in given.items():

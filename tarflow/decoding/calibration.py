@@ -43,6 +43,7 @@ def calibrate(
     progress: Callable[[Timing], None] = lambda timing: None,
     rounds: int = ROUNDS,
     seconds: float = math.inf,
+    noise_level: float | None = None,
 ) -> list[Timing]:
     """Time every decoder on every block of a :class:`tarflow.TokenFlow`, under the autocast in force.
 
@@ -55,6 +56,7 @@ def calibrate(
         rounds: how often each decoder is timed; the best time counts.
         seconds: time for all of it. A batch, and all that are larger, are left out if they would take longer than is
             left, at the time per image of the one before; the smallest is never left out.
+        noise_level: that of the samples to come, for a flow that takes one.
     """
     began = time.perf_counter()
     device, num_tokens = flow.prior_variance.device, len(flow.prior_variance)
@@ -70,12 +72,13 @@ def calibrate(
             break
         tokens = flow.sample_prior(batch, torch.Generator(device).manual_seed(0))
         labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
-        rows = batch * count_branches(guidance)
+        level = None if noise_level is None else tokens.new_full((batch,), noise_level)
         block: Any
         for t, block in reversed(list(enumerate(flow.blocks))):
-            decoders = sequential, *promising[t]
+            guided = guidance and guidance.of_block(len(flow.blocks) - 1 - t)
+            rows, decoders = batch * count_branches(guided), (sequential, *promising[t])
             # In turn, since the speed of a machine drifts.
-            runs = [{d: time_block(block, tokens, labels, guidance, d) for d in decoders} for _ in range(rounds)]
+            runs = [{d: time_block(block, tokens, labels, guided, d, level) for d in decoders} for _ in range(rounds)]
             best = {d: min(taken for _, _, taken in (run[d] for run in runs)) for d in decoders}
             place = device_and_precision(block.transformer.proj_in.weight)
             for decoder in decoders:
@@ -89,12 +92,17 @@ def calibrate(
 
 
 def time_block(
-    block: "Block", tokens: Tensor, labels: Tensor | None, guidance: Guidance | None, decoder: Decoder
+    block: "Block",
+    tokens: Tensor,
+    labels: Tensor | None,
+    guidance: Guidance | None,
+    decoder: Decoder,
+    noise_level: Tensor | None = None,
 ) -> tuple[Tensor, int, float]:
     """Invert a block; return its tokens, the passes and the seconds that it took."""
     _synchronize(tokens.device)
     began = time.perf_counter()
-    decoded, passes = block.inverse(tokens, labels, guidance, decoder)
+    decoded, passes = block.inverse(tokens, labels, guidance, decoder, noise_level=noise_level)
     _synchronize(tokens.device)
     return decoded, passes, time.perf_counter() - began
 

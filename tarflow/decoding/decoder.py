@@ -92,21 +92,23 @@ class Decoder:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        labels: Tensor | None = None,
+        context: Tensor | None = None,
         guidance: Guidance | None = None,
         memory: DecodingMemory | None = None,
         allowance: "Allowance | None" = None,
     ) -> tuple[Tensor, int]:
         """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes.
 
+        The ``context`` is what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``.
+
         The ``memory`` is that of other blocks, if they are to share it, and so is the ``allowance``,
         without which ``auto`` is sequential.
         """
         if self.name == "jacobi":
-            return jacobi(transformer, z, labels, guidance, self.window, self.tolerance, memory)
+            return jacobi(transformer, z, context, guidance, self.window, self.tolerance, memory)
         if self.name == "auto" and allowance is not None:
-            return cautious_jacobi(transformer, z, labels, guidance, self.tolerance, allowance, memory)
-        return sequential(transformer, z, labels, guidance, memory)
+            return cautious_jacobi(transformer, z, context, guidance, self.tolerance, allowance, memory)
+        return sequential(transformer, z, context, guidance, memory)
 
     def __str__(self) -> str:
         return self.name if self.window is None else f"{self.name}, window {self.window}"
@@ -207,17 +209,24 @@ SHORTEST_WINDOW = 16
 class Allowance:
     """The time that parallel passes may still lose while a flow is decoded, in steps of the sequential decoder.
 
+    Where blocks differ in size, these are steps of the average block.
+
     It begins with :data:`LARGEST_LOSS` of all steps. A pass takes from it what it costs, and gives to it the tokens
     that it has brought in every row, each of which saves a step. No pass is run that could leave it below zero, and so
     decoding never takes longer than sequentially by more than that share, whatever the weights, if passes cost what
     :data:`PASS_COSTS` says. What is saved may be staked again, on longer windows and in the blocks that follow. No
     clock is asked: the same latents are decoded by the same passes.
+
+    Attributes:
+        left: what may still be lost.
+        step_cost: the time of a step of the block at hand, in that of the average block; whoever decodes sets it.
     """
 
     def __init__(self, cost: PassCost, num_blocks: int, steps: int):
         self.cost = cost
         self.steps = steps
         self.left = LARGEST_LOSS * num_blocks * steps
+        self.step_cost = 1.0
 
     @classmethod
     def for_flow(cls, weight: Tensor, rows: int, num_blocks: int, steps: int) -> "Allowance | None":
@@ -240,14 +249,15 @@ class Allowance:
         A window is as long as :data:`PATIENCE` passes over it can be paid for, and no shorter than the one before,
         which may be about to agree.
         """
-        payable = int((self.left / PATIENCE - self.cost.fixed) / self.cost.per_token)
+        left = self.left / self.step_cost
+        payable = int((left / PATIENCE - self.cost.fixed) / self.cost.per_token)
         window = min(max(payable, before), remaining)
-        is_payable = self.cost.of(window) - 1 <= self.left
+        is_payable = self.cost.of(window) - 1 <= left
         return window if is_payable and window >= min(SHORTEST_WINDOW, remaining) else 0
 
     def settle(self, window: int, tokens: int) -> None:
         """Take account of a pass over a window that has brought so many tokens in every row."""
-        self.left += tokens - self.cost.of(window)
+        self.left += self.step_cost * (tokens - self.cost.of(window))
 
 
 def choose(

@@ -44,7 +44,7 @@ bound.
 def jacobi(
     transformer: CausalTransformer,
     z: Tensor,
-    labels: Tensor | None = None,
+    context: Tensor | None = None,
     guidance: Guidance | None = None,
     window: int | None = None,
     tolerance: float = 1e-2,
@@ -53,6 +53,7 @@ def jacobi(
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
     Args:
+        context: what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``.
         window: G, the number of tokens of a row that a pass updates; None is the whole sequence.
         tolerance: the result is the exact inverse, for any transform, of latents each of which differs from z by at
             most this, and by the effect of the rounding of the layers' dtype, ``eps |x_i|``.
@@ -60,7 +61,7 @@ def jacobi(
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
-    iteration = JacobiIteration(transformer, z, labels, guidance, min(window or last, last), tolerance, memory)
+    iteration = JacobiIteration(transformer, z, context, guidance, min(window or last, last), tolerance, memory)
     x = torch.empty_like(z)
     passes = 0
     # A pass over whole sequences takes far longer than reading back how far the rows have come.
@@ -77,7 +78,7 @@ def jacobi(
 def cautious_jacobi(
     transformer: CausalTransformer,
     z: Tensor,
-    labels: Tensor | None,
+    context: Tensor | None,
     guidance: Guidance | None,
     tolerance: float,
     allowance: "Allowance",
@@ -93,7 +94,7 @@ def cautious_jacobi(
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     last = z.shape[1] - 1
-    iteration = JacobiIteration(transformer, z, labels, guidance, last, tolerance, memory)
+    iteration = JacobiIteration(transformer, z, context, guidance, last, tolerance, memory)
     x = torch.empty_like(z)
     passes, accepted = 0, 0
     window = allowance.window(last)
@@ -107,7 +108,7 @@ def cautious_jacobi(
             passes += 1
     rows = iteration.batch_index
     if accepted < last:
-        rest = None if labels is None else labels[rows]
+        rest = None if context is None else context[rows]
         resume(transformer, iteration.step, iteration.x, iteration.z, rest, guidance, accepted, memory)
     x[rows] = iteration.x
     return x, passes + last - accepted
@@ -126,13 +127,13 @@ class JacobiIteration:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        labels: Tensor | None,
+        context: Tensor | None,
         guidance: Guidance | None,
         window: int,
         tolerance: float,
         memory: DecodingMemory | None = None,
     ):
-        self.batch = GuidedBatch(transformer, z, labels, guidance)
+        self.batch = GuidedBatch(transformer, z, context, guidance)
         self.step = CachedStep(StepWeights(transformer, z.dtype), self.batch, window, memory)
         self.refine = transformer.transform.refine
         self.last = z.shape[1] - 1

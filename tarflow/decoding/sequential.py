@@ -37,20 +37,21 @@ __all__ = ["count_chains", "resume", "sequential"]
 def sequential(
     transformer: CausalTransformer,
     z: Tensor,
-    labels: Tensor | None = None,
+    context: Tensor | None = None,
     guidance: Guidance | None = None,
     memory: DecodingMemory | None = None,
 ) -> tuple[Tensor, int]:
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
-    The ``memory`` is that of other blocks, if they are to share it.
+    The ``context`` is what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``. The
+    ``memory`` is that of other blocks, if they are to share it.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     x, num_steps = z.clone(), z.shape[1] - 1
     weights = StepWeights(transformer, z.dtype)
     num_chains = count_chains(z.device, len(z), len(z) * count_branches(guidance), *weights.embedding.shape)
-    labels_of_parts = [None] * num_chains if labels is None else labels.chunk(num_chains)
-    parts = zip(x.chunk(num_chains), z.chunk(num_chains), labels_of_parts, strict=True)
+    contexts = [None] * num_chains if context is None else context.chunk(num_chains)
+    parts = zip(x.chunk(num_chains), z.chunk(num_chains), contexts, strict=True)
     # Chains run side by side, each with a cache of its own.
     place = memory if num_chains == 1 else None
     chains = [_chain(transformer, weights, *part, guidance, memory=place) for part in parts]
@@ -67,7 +68,7 @@ def resume(
     step: CachedStep,
     x: Tensor,
     z: Tensor,
-    labels: Tensor | None,
+    context: Tensor | None,
     guidance: Guidance | None,
     position: int,
     memory: DecodingMemory | None = None,
@@ -76,7 +77,7 @@ def resume(
 
     The ``step`` has run over these, and its cache holds their keys and values.
     """
-    advance = _chain(transformer, step.weights, x, z, labels, guidance, position, step.caches)
+    advance = _chain(transformer, step.weights, x, z, context, guidance, position, step.caches)
     runner = GraphRunner(z.device, memory)
     with torch.autocast(z.device.type, enabled=False):
         for _ in range(position, z.shape[1] - 1):
@@ -98,14 +99,14 @@ def _chain(
     weights: StepWeights,
     x: Tensor,
     z: Tensor,
-    labels: Tensor | None,
+    context: Tensor | None,
     guidance: Guidance | None,
     position: int = 0,
     caches: list[tuple[Tensor, Tensor]] | None = None,
     memory: DecodingMemory | None = None,
 ) -> Callable[[], None]:
     """Return a function that decodes the next token of some samples into x; the tokens up to ``position`` are there."""
-    batch = GuidedBatch(transformer, z, labels, guidance)
+    batch = GuidedBatch(transformer, z, context, guidance)
     step = CachedStep(weights, batch, memory=memory)
     if caches is not None:
         step.caches = caches
@@ -116,7 +117,7 @@ def _chain(
     def advance_affine() -> None:
         """Decode the next token; guidance, affine map, embedding and the next position are one operator."""
         mu, alpha = step.run_layers(h)
-        (mu, alpha), (mu_ref, alpha_ref) = batch.split_branches((mu[:, 0], alpha[:, 0]))
+        (mu, alpha), (mu_ref, alpha_ref) = batch.branches_to_extrapolate((mu[:, 0], alpha[:, 0]), step.positions)
         tables = weights.proj_in, weights.embedding, step.context
         embed_next(x, z, mu, alpha, mu_ref, alpha_ref, batch.weights, step.positions, *tables, h[:, 0], tickets)
 

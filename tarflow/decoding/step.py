@@ -53,9 +53,9 @@ from torch import Tensor
 
 from tarflow_kernels import KVCache, decode_attention, dispatch, residual_norm
 
-from ..guidance import Guidance
+from ..guidance import Guidance, divide_densities, extrapolate, extrapolate_scale
 from ..transformer import CausalTransformer, TransformerLayer
-from ..transforms import Parameters
+from ..transforms import MixtureTransform, Parameters
 
 __all__ = [
     "CachedStep",
@@ -86,7 +86,7 @@ class GuidedBatch:
     Attributes:
         num_branches: 2 under guidance, else 1.
         rows: B, or 2B under guidance.
-        context: class embedding of each row, ``(rows, C)``, or None for a model without classes.
+        context: what is added to the tokens of each row, ``(rows, C)``, or None.
         temperature: temperature of the attention logits, 1.0 or ``(rows,)``.
         weights: w_i of guidance for every token, ``(N,)``, or None without guidance.
     """
@@ -95,7 +95,7 @@ class GuidedBatch:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        labels: Tensor | None = None,
+        context: Tensor | None = None,
         guidance: Guidance | None = None,
     ):
         batch, num_tokens, _ = z.shape
@@ -106,13 +106,11 @@ class GuidedBatch:
         self.weights: Tensor | None = None
         if self.guidance is not None:
             self.weights = self.guidance.weights(num_tokens).to(z)
-            if labels is not None:
-                reference = torch.full_like(labels, -1) if self.guidance.drop_label else labels
-                labels = torch.cat((labels, reference))
             if self.guidance.temperature != 1:
                 taus = transformer.pos_embed.new_tensor([1.0, self.guidance.temperature])
                 self.temperature = taus.repeat_interleave(batch)
-        self.context = transformer.embed_classes(labels)
+        self.context = None if context is None else context.transpose(0, 1).flatten(0, 1)
+        self.combine = self._choose_rule(transformer)
 
     def repeat(self, samples: Tensor) -> Tensor:
         """Repeat ``(B, ...)`` for every branch: ``(rows, ...)``."""
@@ -126,9 +124,28 @@ class GuidedBatch:
         """Combine parameters ``(rows, G, ...)`` of all branches, for the tokens at ``positions`` ``(B, G)``."""
         if self.weights is None:
             return parameters
-        w = -self.weights[positions]
-        pairs: Any = zip(*self.split_branches(parameters), strict=True)
-        return tuple(torch.lerp(v, ref, w.view(*w.shape, *[1] * (v.dim() - 2))) for v, ref in pairs)
+        branches: Any = self.split_branches(parameters)
+        return self.combine(*branches, self.weights[positions])
+
+    def branches_to_extrapolate(
+        self, parameters: Parameters, positions: Tensor
+    ) -> tuple[Parameters, Parameters | tuple[None, ...]]:
+        """Split parameters ``(rows, D)`` of the tokens behind ``positions`` ``(rows,)``, for one that extrapolates.
+
+        By any other rule the guided parameters stand for both branches.
+        """
+        if self.combine is extrapolate:
+            return self.split_branches(parameters)
+        samples = len(parameters[0]) // self.num_branches
+        guided = self.guide(parameters, positions[:samples].long() + 1)
+        return guided, guided
+
+    def _choose_rule(self, transformer: CausalTransformer) -> Callable[..., Parameters]:
+        if self.guidance is None or isinstance(transformer.transform, MixtureTransform):
+            return extrapolate
+        if self.guidance.rule == "gaussian":
+            return divide_densities
+        return extrapolate if transformer.noise_embed is None else extrapolate_scale
 
     def split_branches(self, parameters: Parameters) -> tuple[Parameters, Parameters | tuple[None, ...]]:
         """Split parameters of all rows into those of the conditional and of the reference branch, None without one.

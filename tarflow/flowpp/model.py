@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import hardware
 from ..decoding import Decoder, ProgressCallback
+from ..denoising import Denoising
 from ..guidance import Guidance
 from ..image_flow import ImageFlow, at_least_one, in_mode
 from ..noise import log_normal
@@ -56,13 +57,15 @@ class FlowPP(ImageFlow):
         kinds = [kind for kind in reversed(self.flow.levels) if kind != "squeeze"]
         return [*(f"after {kind} couplings" for kind in kinds), "image"]
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor | None = None, *, noise_level: None = None) -> tuple[Tensor, Tensor]:
         """Map images to latents ``(B, C', H', W')``, and return the log-det in nats, ``(B,)``, both float32.
 
         ``z = flow(logit(0.05 + 0.9 (x + 1) / 2))``. An image from outside [-1.1, 1.1] has no logit and becomes nan.
         """
         self._check_images(x, "x")
         _check_no_labels(labels)
+        if noise_level is not None:
+            raise ValueError(f"noise_level: expected None, since Flow++ takes none; got {noise_level}")
         p = self.MARGIN + (0.5 - self.MARGIN) * (x + 1)
         log_p, log_q = p.log(), (1 - p).log()
         z, logdet = self.flow(log_p - log_q)
@@ -96,10 +99,11 @@ class FlowPP(ImageFlow):
         return_trajectory: bool = False,
         chunk_size: int | None = None,
         progress: ProgressCallback = lambda statistics: None,
+        denoising: Denoising | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw ``num`` images, within [-1.11, 1.11]; arguments and errors are those of :meth:`ImageFlow.sample`.
 
-        There is one way to decode and nothing to guide or to denoise: labels and guidance other than None, a
+        There is one way to decode and nothing to guide or to denoise: labels, guidance and denoising other than None, a
         denoise_sigma other than 0 and decoders other than "auto" are ValueErrors, and ``progress`` is never called.
 
         A trajectory, ``(levels + 2, num, C, H, W)``, holds the latent in the shape of an image, what follows each level
@@ -111,6 +115,8 @@ class FlowPP(ImageFlow):
             raise ValueError(f"guidance: expected None, since Flow++ is never guided; got {guidance}")
         if denoise_sigma != 0:
             raise ValueError(f"denoise_sigma: expected 0, since Flow++ has no Gaussian noise; got {denoise_sigma}")
+        if denoising is not None:
+            raise ValueError(f"denoising: expected None, since Flow++ has no Gaussian noise; got {denoising}")
         if Decoder.of(decoder).name not in self.decoders:
             raise ValueError(f"decoder: expected auto, since Flow++ has one way to decode; got {decoder}")
         eps = torch.randn(num, *self.config.image_shape, generator=generator, device=self.device, dtype=self.dtype)

@@ -92,7 +92,7 @@ class TrainingConfig:
     noise: Literal["gaussian", "uniform", "variational"] = setting("gaussian", fixed=True)
     """gaussian for samples; uniform or variational, which is learned, for likelihoods"""
     sigma: float = setting(0.1, fixed=True, only=TarFlowConfig)
-    """standard deviation of Gaussian noise, images being in [-1, 1]"""
+    """standard deviation of Gaussian noise, images being in [-1, 1]; of a model with noise levels the largest"""
     label_drop: float = setting(0.1, only=TarFlowConfig)
     """share of the labels that are dropped, which guidance needs"""
 
@@ -199,7 +199,7 @@ class TrainConfig:
     """Everything that a training run is told.
 
     The model is one of images of any size: :meth:`model_config` fits it to the data, and has its dequantizer, or the
-    default one, exactly where the noise is variational.
+    default one, exactly where the noise is variational. If it has noise levels, sigma is the largest of them.
 
     Raises:
         ValueError: settings that do not go together; the message names one.
@@ -222,7 +222,12 @@ class TrainConfig:
                 raise ValueError("optimizer: expected adamw for flowpp, which has no transformers; got muon")
             if self.sample_guidance is not None:
                 raise ValueError(f"guidance: expected weight 0 for flowpp, which is never guided; got {guidance}")
-        elif self.sample_guidance is not None:
+            return
+        if levels := self.model.noise_levels:
+            if self.training.noise != "gaussian":
+                raise ValueError(f"noise: expected gaussian for a model with noise levels; got {self.training.noise}")
+            object.__setattr__(self, "training", replace(self.training, sigma=levels[1]))
+        if self.sample_guidance is not None:
             guidance.check(int(self.data.conditional), mixture=self.model.coupling == "mixture")
 
     @classmethod

@@ -34,6 +34,22 @@ def _published(
     )
 
 
+def _published_itarflow(
+    image_size: int, patch_size: int, channels: int, largest: float, epochs: int, label_drop: float
+) -> TrainConfig:
+    """The recipe that the published iTarFlows share, on ImageNet: shallow blocks under a deep one, 512 images a batch.
+
+    The pictures of a run are guided in the deep block alone, as published. Source: apple/ml-itarflow.
+    """
+    recipe = _published(
+        DataConfig("folder", image_size=image_size), patch_size, channels, epochs, _IMAGENET, 512,
+        sigma=largest, label_drop=label_drop, min_learning_rate=1e-5, guidance=Guidance(2.1, blocks=1),
+    )  # fmt: skip
+    levels = 0.01, largest
+    model = TarFlowConfig(image_size, 3, patch_size, channels, 4, (4, 4, 4, 24), noise_levels=levels)
+    return replace(recipe, model=model)
+
+
 _FLOWPP = TrainingConfig(noise="variational", guidance=Guidance(0.0), label_drop=0.0)
 
 
@@ -64,6 +80,10 @@ PRESETS: dict[str, TrainConfig] = {
             guidance=Guidance(3.0),
         ),
     ),
+    "itarflow-fashion-mnist": TrainConfig(
+        model=TarFlowConfig(patch_size=2, layers_per_block=(1, 1, 1, 5), noise_levels=(0.01, 0.3)),
+        training=TrainingConfig(guidance=Guidance(blocks=1)),
+    ),
     "fashion-mnist-flowpp": TrainConfig(
         DataConfig(conditional=False), FlowPPConfig.fashion_mnist(), replace(_FLOWPP, learning_rate=2e-3)
     ),
@@ -89,4 +109,7 @@ PRESETS: dict[str, TrainConfig] = {
     "imagenet64-cond": _published(DataConfig("folder", image_size=64), 2, 768, 200, _IMAGENET, 256, sigma=0.05),
     "imagenet128-cond": _published(DataConfig("folder", image_size=128), 4, 1024, 320, _IMAGENET, 768, sigma=0.15),
     "afhq256-cond": _published(DataConfig("folder", image_size=256), 8, 768, 4000, _AFHQ, 256, sigma=0.07),
+    "itarflow-imagenet64": _published_itarflow(64, 2, 1280, 0.3, 300, label_drop=0.1),
+    "itarflow-imagenet128": _published_itarflow(128, 4, 1600, 0.5, 450, label_drop=0.1),
+    "itarflow-imagenet256": _published_itarflow(256, 8, 2176, 0.7, 600, label_drop=0.0),
 }  # fmt: skip

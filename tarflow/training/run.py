@@ -305,9 +305,11 @@ class Run:
         batches = {min(size, largest) for size in CALIBRATED_BATCHES}
         flow = cast(TokenFlow, model.flow)
         seconds = max(CALIBRATION_SECONDS, CALIBRATION_SHARE * self.log.elapsed)
-        timings = calibration.calibrate(flow, guidance, batches=batches, rounds=1, seconds=seconds)
+        level = model.noise_levels and model.noise_levels[1]  # that at which samples are drawn
+        timings = calibration.calibrate(flow, guidance, batches=batches, rounds=1, seconds=seconds, noise_level=level)
         calibration.save(self.folder, timings)
-        sizes = sorted({timing.rows // count_branches(guidance) for timing in timings})
+        first = max(timing.block for timing in timings)  # others may be without guidance
+        sizes = sorted({timing.rows // count_branches(guidance) for timing in timings if timing.block == first})
         tqdm.write(f"timed   the decoders on batches of {', '.join(map(str, sizes))} images")
 
     def _generator(self) -> torch.Generator:
@@ -356,7 +358,8 @@ def summarize(config: TrainConfig, dataset: ImageDataset | ImageFolder, device: 
     hardware.check_memory(total, device, f"training at batch size {settings.batch_size}")
     present = hardware.total_bytes(device)
     parts = ", ".join(f"{name} {part / 2**30:.2g}" for name, part in needed.items())
-    noise = f"Gaussian noise of sigma {settings.sigma}" if settings.noise == "gaussian" else f"{settings.noise} noise"
+    sigma = " to ".join(map(str, model.noise_levels or [settings.sigma]))
+    noise = f"Gaussian noise of sigma {sigma}" if settings.noise == "gaussian" else f"{settings.noise} noise"
     return (
         f"data    {dataset.source}; {noise}\n"
         f"model   {model.config.summary}, {parameters / 1e6:.1f}M parameters\n"

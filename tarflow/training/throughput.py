@@ -17,12 +17,15 @@ COLLECTIVE = "gloo:|ncclDevKernel"
 def operations(config: TarFlowConfig) -> tuple[float, float]:
     """Count the operations of one image in one direction: by the weights of the layers, and by causal attention.
 
-    A multiply-add is two. With L layers of width C and N tokens they are ``24 L N C^2``, for an MLP of width 4 C, and
-    ``2 L C N (N + 1)``. The projections at both ends of a block are left out.
+    A multiply-add is two. In a block of L layers of width C over N tokens they are ``24 L N C^2``, for an MLP of width
+    4 C, and ``2 L C N (N + 1)``. The projections at both ends of a block are left out.
     """
-    layers, tokens, channels = config.num_layers, config.num_tokens, config.channels
-    by_weights = 2 * layers * tokens * (4 + 2 * config.expansion) * channels**2
-    return by_weights, 2 * layers * channels * tokens * (tokens + 1)
+    tokens, weights_of_channel = config.num_tokens, 4 + 2 * config.expansion
+    by_weights, attention = 0, 0
+    for layers, channels in zip(config.layers_of_blocks, config.channels_of_blocks, strict=True):
+        by_weights += 2 * layers * tokens * weights_of_channel * channels**2
+        attention += 2 * layers * channels * tokens * (tokens + 1)
+    return by_weights, attention
 
 
 def training_operations(config: FlowConfig) -> float | None:

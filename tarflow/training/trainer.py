@@ -36,27 +36,38 @@ MEASURES = ("loss", "bits_per_dim", "grad_norm", "bad_steps", "bad_in_a_row")
 """Names of the numbers that a step returns."""
 
 
+Prepared = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Images, labels, normal numbers of learned noise, and noise levels: what the objective takes."""
+
+
 class Objective(nn.Module):
     """The loss of a model, its latents, and its log-densities ``(B,)``.
 
     The loss is the negative log-likelihood in nats per dimension, up to a constant: ``mean(z^2) / 2 - logdet / (N D)``.
     Learned noise adds its log-density, ``log q / (N D)``. A volume-preserving flow is trained under the unit prior too;
-    the variance of its latents is only measured.
+    the variance of its latents is only measured. Of a model with noise levels the loss of each image is weighted by its
+    level t, of which the log-densities of small ones would take all the gradient (iTarFlow, arXiv 2604.20041).
     """
 
     def __init__(self, model: ImageFlow):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, labels: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, labels: Tensor | None, eps: Tensor | None, noise_level: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Score images with noise, or, where the noise is learned, pixels and the normal numbers to make it of."""
         log_q = 0.0
         if eps is not None:
             assert self.model.dequantizer is not None
             x, log_q = self.model.dequantizer(x, eps)
-        z, logdet = self.model(x, labels)
+        z, logdet = self.model(x, labels, noise_level=noise_level)
         gain = logdet - log_q
-        loss = 0.5 * z.square().mean() - gain.mean() / self.model.config.num_dims
+        if noise_level is None:
+            loss = 0.5 * z.square().mean() - gain.mean() / self.model.config.num_dims
+        else:
+            of_images = 0.5 * z.square().flatten(1).mean(1) - gain / self.model.config.num_dims
+            loss = (noise_level * of_images).mean()
         return loss, z, self.model.log_prior(z) + gain
 
 
@@ -144,11 +155,11 @@ class Trainer:
         seed = derive_seed(config.seed, self.step)
         self.generator.manual_seed(seed)
         torch.manual_seed(seed ^ parallel.rank())  # for dropout, which takes no generator
-        x, given, eps = self.prepare(pixels, labels, parallel.rank(), parallel.num_ranks())
+        prepared = self.prepare(pixels, labels, parallel.rank(), parallel.num_ranks())
         self.step += 1
         self._looked_at = None
         self._set_learning_rate(learning_rate(self.step, config))
-        loss, bits, z = self._accumulate(x, given, eps)
+        loss, bits, z = self._accumulate(prepared)
         gradient_norm = parallel.clip_gradients([*self.model.parameters()], config.gradient_clip)
         bad = ~(loss.isfinite() & gradient_norm.isfinite())
         adamw: Any = self.optimizer
@@ -171,7 +182,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row.clone(),
         }
 
-    def _accumulate(self, x: Tensor, labels: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _accumulate(self, prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
         """Add up the gradient over the parts of a share; returns the loss and bits/dim of the batch, and its latents.
 
         Where there is more than one part, of one process or several, the latents are those of a single image, which
@@ -180,10 +191,10 @@ class Trainer:
         config, dims = self.config.training, self.model.config.num_dims
         low, sums, parts = uses_bfloat16(config.precision, self.device), [], config.accumulate
         for part in range(parts):
-            x_part, labels_part, eps_part = (t if t is None else t[part::parts] for t in (x, labels, eps))
+            of_part = [t if t is None else t[part::parts] for t in prepared]
             with parallel.synchronized(self._run_loss, part == parts - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-                    loss, z, log_prob = self._run_loss(x_part, labels_part, eps_part)
+                    loss, z, log_prob = self._run_loss(*of_part)
                 ((loss * dims if config.loss_per == "image" else loss) / parts).backward()
             z = z.detach()
             moments = z.square().mean(0) if self.model.prior_adapts else z.new_zeros(())
@@ -193,13 +204,12 @@ class Trainer:
         loss, bits, moments = (parallel.mean(torch.stack(terms).mean(0)) for terms in zip(*sums, strict=True))
         return loss, bits, moments.sqrt()[None]
 
-    def prepare(
-        self, pixels: Tensor, labels: Tensor, rank: int = 0, num_ranks: int = 1
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images with noise, labels with some dropped, and None, all on the device.
+    def prepare(self, pixels: Tensor, labels: Tensor, rank: int = 0, num_ranks: int = 1) -> Prepared:
+        """Images with noise, labels with some dropped, None, and the noise level of each image, all on the device.
 
         Where the noise is learned, the model makes it: then these are the pixels, and in place of None the normal
-        numbers that it makes the noise of. The images may be the share of a process, those at every ``num_ranks``-th
+        numbers that it makes the noise of. The level is drawn uniformly for a model with noise levels, and None for any
+        other. The images may be the share of a process, those at every ``num_ranks``-th
         place of a batch from ``rank`` on: they get the random numbers that they would get in the batch.
         """
         config = self.config.training
@@ -212,16 +222,19 @@ class Trainer:
         if self.flip:
             flipped = draw(torch.rand, 1, 1, 1) < 0.5
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
-        x, eps = pixels, None
+        x, eps, level = pixels, None, None
+        if levels := self.model.noise_levels:
+            level = levels[0] + (levels[1] - levels[0]) * draw(torch.rand)
         if config.noise == "gaussian":
-            x = add_gaussian_noise(pixels, config.sigma, eps=draw(torch.randn, *pixels.shape[1:]))
+            sigma = config.sigma if level is None else level.view(-1, 1, 1, 1)
+            x = add_gaussian_noise(pixels, sigma, eps=draw(torch.randn, *pixels.shape[1:]))
         elif config.noise == "uniform":
             x = add_uniform_noise(pixels, u=draw(torch.rand, *pixels.shape[1:]))
         else:
             eps = draw(torch.randn, *pixels.shape[1:])
         if not self.config.data.conditional:
-            return x, None, eps
-        return x, labels.masked_fill(draw(torch.rand) < config.label_drop, -1), eps
+            return x, None, eps, level
+        return x, labels.masked_fill(draw(torch.rand) < config.label_drop, -1), eps, level
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, and the counts of steps that were not finite.
@@ -315,11 +328,11 @@ class Trainer:
         for indices in evenly_spaced(len(self.dataset), PRIOR_IMAGES).split(config.batch_size):
             prepared = self.prepare(*self.dataset.get_batch(indices))
             for start in range(0, len(indices), size):
-                x, labels, eps = (part if part is None else part[start : start + size] for part in prepared)
+                x, labels, eps, level = (part if part is None else part[start : start + size] for part in prepared)
                 if eps is not None:
                     assert average.dequantizer is not None
                     x, _ = average.dequantizer(x, eps)
-                z, _ = average(x, labels)
+                z, _ = average(x, labels, noise_level=level)
                 seen += len(z)
                 average.update_prior(z, len(z) / seen)  # the mean over all that was seen
 

@@ -1,6 +1,7 @@
 """What is recorded of the published code: models whose weights come from a seed, and the guidance of each inverse.
 
-``tools/record_published.py`` runs these through a checkout of it into ``published_cases.npz``, which the tests read.
+``tools/record_published.py`` runs these through checkouts of it, TarFlow's into ``published_cases.npz`` and iTarFlow's
+into ``published_itarflow.npz``, which the tests read.
 """
 
 from collections.abc import Iterable
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow import Guidance
+from tarflow import Denoising, Guidance
 
 RECORD = Path(__file__).with_suffix(".npz")
+ITARFLOW_RECORD = Path(__file__).with_name("published_itarflow.npz")
 CLASSES, BATCH = 5, 3
 
 # By the arguments of the published model.
@@ -41,6 +43,40 @@ GUIDANCE = {
     "volume preserving": {"none": None, "linear": Guidance(2.0)},
 }
 
+# The same of iTarFlow. Its sizes are lists, of one for all blocks or of one for each.
+LEVELS = 0.05, 0.3
+NOISY = 1.5  # times x, what is denoised
+SMALL_ITARFLOW = {"in_channels": 3, "img_size": 6, "patch_sizes": [2], "channels": [128], "num_blocks": 3}
+ITARFLOWS = {
+    "classes": SMALL_ITARFLOW | {"layers_per_block": [1, 1, 3], "num_classes": CLASSES},
+    "unconditional": SMALL_ITARFLOW | {"channels": [64, 128, 64], "layers_per_block": [1]},
+    "volume preserving": SMALL_ITARFLOW | {"layers_per_block": [1], "num_classes": CLASSES, "nvp": False},
+}
+ITARFLOW_GUIDANCE = {
+    "classes": {
+        "none": None,
+        "linear": Guidance(2.0),
+        "constant": Guidance(0.5, "constant"),
+        "temperature": Guidance(1.0, temperature=0.5),
+        "one block": Guidance(2.0, blocks=1),
+        "two blocks": Guidance(2.0, blocks=2),
+        "gaussian": Guidance(2.0, rule="gaussian", blocks=1),
+        "gaussian, constant": Guidance(1.0, "constant", rule="gaussian", blocks=1),
+    },
+    "unconditional": {"none": None, "temperature": Guidance(1.5, temperature=0.4)},
+    "volume preserving": {"none": None, "linear": Guidance(2.0)},
+}
+DENOISING = {
+    "ten steps": Denoising(),
+    "one step": Denoising(1),
+    "clipped": Denoising(4, clip=True),
+}
+
+
+def noise_levels() -> np.ndarray:
+    """One level for each image of a batch."""
+    return np.array([0.05, 0.11, 0.3], dtype=np.float32)
+
 
 def inputs() -> dict[str, np.ndarray]:
     """Images ``x``, ``latents`` of unit variance, and labels of both; -1 is a dropped label, which is scored alone."""
@@ -51,6 +87,12 @@ def inputs() -> dict[str, np.ndarray]:
         "scored": np.array([4, -1, 0]),
         "drawn": np.array([4, 1, 0]),
     }
+
+
+def itarflow_weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Weights of an iTarFlow, with a prior of variance 1 as trained ones have, which published denoising assumes."""
+    state = weights(shapes)
+    return state | {"var": torch.ones_like(state["var"])}
 
 
 def weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:

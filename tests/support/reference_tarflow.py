@@ -10,14 +10,14 @@ import math
 import torch
 
 
-def forward(state, config, images, labels=None):
-    """Images ``(B, C, H, W)`` to latents ``(B, N, D)`` and log-dets ``(B,)``."""
+def forward(state, config, images, labels=None, levels=None):
+    """Images ``(B, C, H, W)`` to latents ``(B, N, D)`` and log-dets ``(B,)``; levels are those of noise."""
     latents, logdets = [], []
-    for image, label in zip(images.double(), _each(labels, images), strict=True):
+    for image, *given in zip(images.double(), _each(labels, images), _each(levels, images), strict=True):
         tokens, logdet = patchify(image, config), torch.zeros((), dtype=torch.float64)
         for t in range(config.num_blocks):
             x = permute(tokens, t)
-            parameters = transformer(block_parameters(state, t), config, x, label)
+            parameters = transformer(block_parameters(state, t), config, x, *given)
             z = [x[0]]
             for i in range(1, len(x)):
                 mu, alpha, *mixture = parameters[i - 1]
@@ -35,38 +35,55 @@ def inverse(
     config,
     latents,
     labels=None,
+    levels=None,
     weight=0.0,
     schedule="linear",
     temperature=1.0,
     parameters="both",
     drop_label=True,
+    rule="extrapolate",
+    blocks=None,
 ):
     """Latents ``(B, N, D)`` to images ``(B, C, H, W)``, guided where a weight is given."""
     images = []
-    for z, label in zip(latents.double(), _each(labels, latents), strict=True):
+    for z, label, level in zip(latents.double(), _each(labels, latents), _each(levels, latents), strict=True):
         tokens = list(z)
         reference_label = -1 if drop_label and label is not None else label
         for t in reversed(range(config.num_blocks)):
             z, params = permute(tokens, t), block_parameters(state, t)
             x = [z[0]]
             for i in range(1, len(z)):
-                mu, alpha, *mixture = transformer(params, config, x, label)[-1]
-                if weight:
-                    mu_ref, alpha_ref, *refs = transformer(params, config, x, reference_label, temperature)[-1]
+                mu, alpha, *mixture = transformer(params, config, x, label, level)[-1]
+                sigma = torch.exp(alpha)
+                if weight and config.num_blocks - 1 - t < (blocks or config.num_blocks):
+                    mu_ref, alpha_ref, *refs = transformer(params, config, x, reference_label, level, temperature)[-1]
                     w = weight * i / (len(z) - 1) if schedule == "linear" else weight
-                    if parameters in ("both", "mu"):
-                        mu = (1 + w) * mu - w * mu_ref
-                    if parameters in ("both", "alpha"):
-                        alpha = (1 + w) * alpha - w * alpha_ref
-                    mixture = [(1 + w) * v - w * ref for v, ref in zip(mixture, refs, strict=True)]
-                v = z[i] * torch.exp(alpha) + mu
+                    sigma_ref = torch.exp(alpha_ref)
+                    if rule == "gaussian":
+                        mu, sigma = quotient(mu, sigma, mu_ref, torch.maximum(sigma_ref, sigma), w)
+                    else:
+                        if parameters in ("both", "mu"):
+                            mu = (1 + w) * mu - w * mu_ref
+                        if parameters in ("both", "alpha") and level is not None and not mixture:
+                            sigma = torch.abs((1 + w) * sigma - w * sigma_ref)
+                        elif parameters in ("both", "alpha"):
+                            sigma = torch.exp((1 + w) * alpha - w * alpha_ref)
+                        mixture = [(1 + w) * v - w * ref for v, ref in zip(mixture, refs, strict=True)]
+                v = z[i] * sigma + mu
                 x.append(solve_mixture(v, *mixture) if mixture else v)
             tokens = permute(x, t)
         images.append(unpatchify(tokens, config))
     return torch.stack(images)
 
 
-def transformer(params, config, tokens, label, temperature=1.0):
+def quotient(mu, sigma, mu_ref, sigma_ref, w):
+    """Mean and deviation of ``N(mu, sigma^2)^(1 + w) / N(mu_ref, sigma_ref^2)^w``, by precisions."""
+    precision = (1 + w) / sigma**2 - w / sigma_ref**2
+    mean = ((1 + w) * mu / sigma**2 - w * mu_ref / sigma_ref**2) / precision
+    return mean, 1 / torch.sqrt(precision)
+
+
+def transformer(params, config, tokens, label, level=None, temperature=1.0):
     """(mu, alpha), or (mu, alpha, logits, means, log-scales), for each token: those of the token after it."""
     stream = []
     for i, token in enumerate(tokens):
@@ -74,8 +91,10 @@ def transformer(params, config, tokens, label, temperature=1.0):
         if label is not None:
             embeddings = params["class_embed"]
             h = h + (embeddings.mean(0) if label == -1 else embeddings[label])
+        if level is not None:
+            h = h + embed_level(params, level)
         stream.append(h)
-    for number in range(config.layers_per_block):
+    for number in range(num_layers(params)):
         layer = below(params, f"layers.{number}.")
         normed = [layer_norm(layer, "attention_norm", h) for h in stream]
         attended = attention(layer, config.head_dim, normed, temperature)
@@ -90,6 +109,14 @@ def transformer(params, config, tokens, label, temperature=1.0):
             alpha, mu, mixture = out[:size], out[size : 2 * size], out[2 * size :]
             parameters.append((mu, alpha, *mixture.view(3, size, config.num_mixtures)) if len(mixture) else (mu, alpha))
     return parameters
+
+
+def embed_level(params, level):
+    """Sinusoids of log t, sines before cosines, through a hidden layer with a GELU."""
+    size = len(params["pos_embed"][0])
+    angles = [math.log(level) / 10_000 ** (2 * k / size) for k in range(size // 2)]
+    sinusoids = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
+    return linear(params, "noise_embed.2", gelu(linear(params, "noise_embed.0", sinusoids)))
 
 
 def mixture_map(x, logits, means, log_scales):
@@ -134,9 +161,13 @@ def attention(layer, head_dim, tokens, temperature):
 
 
 def mlp(layer, x):
-    """Two linear maps with a GELU, ``x Phi(x)``, between them."""
-    hidden = linear(layer, "mlp.0", x)
-    return linear(layer, "mlp.2", hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
+    """Two linear maps with a GELU between them."""
+    return linear(layer, "mlp.2", gelu(linear(layer, "mlp.0", x)))
+
+
+def gelu(x):
+    """``x Phi(x)``."""
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
 def layer_norm(params, name, x):
@@ -175,6 +206,11 @@ def unpatchify(tokens, config):
 def block_parameters(state, t):
     """The parameters of the transformer of block t, in float64; positions are in the order of generation."""
     return {name: value.double() for name, value in below(state, f"flow.blocks.{t}.transformer.").items()}
+
+
+def num_layers(params):
+    """The number of layers of a block, which may differ between blocks."""
+    return 1 + max(int(name.split(".")[1]) for name in params if name.startswith("layers."))
 
 
 def below(params, prefix):

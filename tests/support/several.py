@@ -41,8 +41,8 @@ def nan(step=6):
     """The images of a step are not numbers."""
 
     def harmed(trainer, *arguments):
-        x, labels, eps = prepare(trainer, *arguments)
-        return x * math.nan if trainer.step == step else x, labels, eps
+        x, *others = prepare(trainer, *arguments)
+        return x * math.nan if trainer.step == step else x, *others
 
     return in_one(Trainer, "prepare", harmed)
 

@@ -670,6 +670,13 @@ def test_help_for_training_lists_the_flags_of_the_chosen_model_alone(capsys, fla
     assert not listed & {*others, "--in-channels", "--num-classes"}
 
 
+def test_sizes_are_flags_of_one_number_or_one_for_each_block():
+    command, _ = read_flags(["--channels=64", "--layers-per-block", "2", "2", "2", "8"])
+    assert (command.architecture.channels, command.architecture.layers_per_block) == (64, (2, 2, 2, 8))
+    with pytest.raises(ValueError, match=r"^layers_per_block: expected .*, or 3 of them, .*; got \(2, 8\)"):
+        read_flags(["--num-blocks=3", "--layers-per-block", "2", "8"])
+
+
 SAMPLING = """
 import sys
 from tarflow.cli import main
@@ -893,7 +900,8 @@ train --model=flowpp --sigma=0.1      --sigma: expected with --model tarflow alo
 train --model=flowpp --guidance=2     --guidance\.weight: expected with --model tarflow alone
 train --resume={run} --filters=8      --filters: expected with --model flowpp alone
 train --model=flowpp --conditional    --conditional: expected with --model tarflow alone
-train --channels=abc|1e3              --channels: expected INT; got '{value}'
+train --channels=abc|1e3              --channels: expected INT \[INT \.\.\.\]; got '{value}'
+train --layers-per-block 2 2 x 8      --layers-per-block: expected INT \[INT \.\.\.\]; got '2', '2', 'x', '8'
 train --learning-rate=fast            --learning-rate: expected FLOAT; got 'fast'
 train --image-size=big                --image-size: expected \{None\}\|INT; got 'big'
 train --num-blocks=1 --num-blocks=x   --num-blocks: expected INT; got 'x'

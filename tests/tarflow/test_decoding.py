@@ -396,7 +396,9 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
         flow = TokenFlow(TOKENS, 2, 16, 1, 2, **{"head_dim": 8, "num_classes": CLASSES} | options)
         z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64) if flow.num_classes else None
         tokens = flow.inverse(z, labels, guidance, "sequential")
-        iteration = JacobiIteration(flow.blocks[0].transformer, z, labels, guidance, 5, 1e-2)
+        branches = 2 if guidance is not None and guidance.weight else 1
+        context = torch.empty(4, branches, 16) if flow.num_classes else None
+        iteration = JacobiIteration(flow.blocks[0].transformer, z, context, guidance, 5, 1e-2)
         iteration.advance()
         assert tokens.shape == iteration.x.shape == z.shape
         with pytest.raises(RuntimeError, match="meta"):
@@ -565,6 +567,19 @@ def test_passes_never_lose_more_than_a_twentieth_whatever_they_bring(cost, luck)
         assert spent <= (1 + LARGEST_LOSS) * num_blocks * steps + 1e-6
 
 
+@pytest.mark.parametrize("costs", [(1.0, 1.0, 1.0, 1.0), (0.2, 0.2, 0.2, 3.4), (3.4, 0.2, 0.2, 0.2)], ids=str)
+def test_passes_that_bring_one_token_lose_a_twentieth_of_the_time_whatever_the_sizes_of_the_blocks(costs):
+    cost, steps, spent = PASS_COSTS["cpu", "float32"][0], 1023, 0.0
+    allowance = Allowance(cost, len(costs), steps)
+    for allowance.step_cost in costs:
+        remaining, window = steps, 0
+        while window := allowance.window(remaining, window):
+            allowance.settle(window, 1)
+            remaining, spent = remaining - 1, spent + allowance.step_cost * cost.of(window)
+        spent += allowance.step_cost * remaining
+    assert sum(costs) * steps < spent <= (1 + LARGEST_LOSS) * sum(costs) * steps + 1e-6
+
+
 class Costs:
     """The time of blocks that ``auto`` decodes, by the table of costs, in steps of the sequential decoder."""
 
@@ -576,9 +591,9 @@ class Costs:
             self.total += cost.of(iteration.window)
             advance(iteration)
 
-        def resumed(transformer, step, x, z, labels, guidance, position, memory=None):
+        def resumed(transformer, step, x, z, context, guidance, position, memory=None):
             self.total += z.shape[1] - 1 - position
-            go_on(transformer, step, x, z, labels, guidance, position, memory)
+            go_on(transformer, step, x, z, context, guidance, position, memory)
 
         monkeypatch.setattr(JacobiIteration, "advance", counted)
         monkeypatch.setattr("tarflow.decoding.jacobi.resume", resumed)

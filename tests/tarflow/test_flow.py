@@ -22,6 +22,7 @@ MODELS = {
     "one token": {"image_size": 2},
     "one token, mixture": {"image_size": 2, "coupling": "mixture"},
     "one head": {"head_dim": 32, "layers_per_block": 1},
+    "sizes of their own": {"channels": (16, 32, 48), "layers_per_block": (1, 1, 3), "num_classes": 3},
 }
 every_coupling = pytest.mark.parametrize("coupling", ["affine", "mixture"])
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
@@ -250,6 +251,12 @@ def test_a_mixture_is_guided_as_a_whole(parameters):
 def test_couplings_that_do_not_exist(argument, options):
     with pytest.raises(ValueError, match=rf"^{argument}: expected .*; got "):
         token_flow(4, 3, **options)
+
+
+@pytest.mark.parametrize("name", ["channels", "layers_per_block"])
+def test_sizes_that_are_not_one_for_each_block(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected one number, or 3, one for each block; got \(64, 64\)"):
+        TokenFlow(4, 3, **{"channels": 64, "num_blocks": 3, "layers_per_block": 1} | {name: (64, 64)})
 
 
 TOKENS, LABELS = torch.zeros(2, 4, 3, dtype=torch.float64), torch.tensor([0, 1])

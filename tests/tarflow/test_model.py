@@ -138,6 +138,16 @@ def test_memory_counts_what_the_mixtures_take():
         assert more > (branches + 1) * parameters
 
 
+def test_memory_is_that_of_all_blocks_in_training_and_of_the_largest_in_decoding():
+    small, large = (TarFlowConfig(channels=64 * k, num_blocks=1, layers_per_block=k) for k in (1, 3))
+    both = TarFlowConfig(channels=(64, 192), num_blocks=2, layers_per_block=(1, 3))
+    assert both.num_layers == 4
+    for itemsize in (2, 4):
+        assert both.activation_bytes(itemsize) == sum(one.activation_bytes(itemsize) for one in (small, large))
+        assert both.decoding_bytes(2, itemsize) == large.decoding_bytes(2, itemsize)
+    assert both.summary.startswith("TarFlow 4-64/192-2-1/3 ")
+
+
 def test_samples_of_a_volume_preserving_model_have_the_tracked_variance():
     model = TarFlow(TarFlowConfig(image_size=4, patch_size=2, channels=64, volume_preserving=True))
     model.flow.update_prior(draw(0, 8, 4, 4, dtype=torch.float32) * 3, rate=1.0)
@@ -186,6 +196,17 @@ def test_the_trained_model_of_the_benchmarks_is_still_read():
     folder = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
     assert "coupling" not in json.loads((folder / "config.json").read_text())["model"]
     assert TarFlow.from_pretrained(folder).config.coupling == "affine"
+
+
+def test_blocks_of_their_own_sizes_come_back(tmp_path):
+    model = tarflow(dtype=torch.float32, num_blocks=2, channels=[16, 32], layers_per_block=(3, 1))
+    model.save_pretrained(tmp_path)
+    assert same(TarFlow.from_pretrained(tmp_path), model)
+    assert model.config.channels == (16, 32)
+
+
+def test_equal_sizes_of_all_blocks_are_one():
+    assert TarFlowConfig(num_blocks=2, layers_per_block=(3, 3)) == TarFlowConfig(num_blocks=2, layers_per_block=3)
 
 
 def test_saving_replaces_what_was_saved(saved):
@@ -504,6 +525,8 @@ def test_an_error_of_the_model_names_the_argument(config, call, error, argument)
     [(TarFlowConfig, {name: value}, name)
      for name in ("image_size", "in_channels", "patch_size", "channels", "num_blocks", "layers_per_block", "head_dim",
                   "expansion") for value in (0, -1, 4.0, "4", None)]
+    + [(TarFlowConfig, {"num_blocks": 2, name: value}, name) for name in ("channels", "layers_per_block")
+       for value in ([64], (64, 0), (64, 64, 128), (64, 2.0), (64, 10**6))]
     + [(TarFlowConfig, {"num_classes": value}, "num_classes") for value in (-1, 1.5)]
     + [(TarFlowConfig, {"coupling": value}, "coupling") for value in ("spline", None)]
     + [(TarFlowConfig, {"coupling": "mixture", "num_mixtures": value}, "num_mixtures") for value in (0, 65, 2.0)]

@@ -15,8 +15,9 @@ from torch.testing import assert_close
 
 import published_cases as cases
 from helpers import draw
-from tarflow import Decoder, TarFlow, TarFlowConfig
-from tarflow.published import infer_config
+from tarflow import Decoder, TarFlow, TarFlowConfig, load_published
+from tarflow.denoising import denoise_by_levels
+from tarflow.published import PUBLISHED_LEVELS, infer_config
 
 HEAD = 64  # always
 
@@ -29,32 +30,43 @@ VARIANTS = {
     "volume preserving, classes": {"nvp": False, "classes": 5, "blocks": 2},
     "gray": {"in_channels": 1},
     "one head": {"channels": 64, "blocks": 1},
+    "noise levels": {"classes": 5, "levels": True},
+    "sizes of their own": {"channels": (128, 64, 128), "layers": (1, 1, 3), "classes": 5},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
-def published_shapes(side, patch, channels, blocks, layers, classes=0, in_channels=3, nvp=True):
-    """Name and shape of every tensor in a state dict of the published code."""
+def published_shapes(side, patch, channels, blocks, layers, classes=0, in_channels=3, nvp=True, levels=False):
+    """Name and shape of every tensor in a state dict of the published code of TarFlow or, with levels, of iTarFlow.
+
+    Channels and layers are one for all blocks or one for each.
+    """
     tokens, values = side**2, in_channels * patch**2
     yield "var", (tokens, values)
-    for t in range(blocks):
+    for t, width, depth in zip(range(blocks), each(channels, blocks), each(layers, blocks), strict=True):
         yield f"blocks.{t}.attn_mask", (tokens, tokens)
-        yield f"blocks.{t}.pos_embed", (tokens, channels)
+        yield f"blocks.{t}.pos_embed", (tokens, width)
         if classes:
-            yield f"blocks.{t}.class_embed", (classes, 1, channels)
-        linear = {"proj_in": (channels, values), "proj_out": ((1 + nvp) * values, channels)}
-        for number in range(layers):
-            layer = f"attn_blocks.{number}"
+            yield f"blocks.{t}.class_embed", (classes, 1, width)
+        linear = {"proj_in": (width, values), "proj_out": ((1 + nvp) * values, width)}
+        if levels:
+            linear |= {"time_embed.mlp.0": (4 * width, width), "time_embed.mlp.2": (width, 4 * width)}
+        for number in range(depth):
+            layer = f"{'head' if levels else 'attn'}_blocks.{number}"
             for norm in ("attention", "mlp"):
-                yield f"blocks.{t}.{layer}.{norm}.norm.weight", (channels,)
-                yield f"blocks.{t}.{layer}.{norm}.norm.bias", (channels,)
-            linear[f"{layer}.attention.qkv"] = (3 * channels, channels)
-            linear[f"{layer}.attention.proj"] = (channels, channels)
-            linear[f"{layer}.mlp.main.0"] = (4 * channels, channels)
-            linear[f"{layer}.mlp.main.2"] = (channels, 4 * channels)
+                yield f"blocks.{t}.{layer}.{norm}.norm.weight", (width,)
+                yield f"blocks.{t}.{layer}.{norm}.norm.bias", (width,)
+            linear[f"{layer}.attention.qkv"] = (3 * width, width)
+            linear[f"{layer}.attention.proj"] = (width, width)
+            linear[f"{layer}.mlp.main.0"] = (4 * width, width)
+            linear[f"{layer}.mlp.main.2"] = (width, 4 * width)
         for name, shape in linear.items():
             yield f"blocks.{t}.{name}.weight", shape
             yield f"blocks.{t}.{name}.bias", shape[:1]
+
+
+def each(size, blocks):
+    return size if isinstance(size, tuple) else (size,) * blocks
 
 
 def published_state(**variant):
@@ -68,14 +80,20 @@ def published_state(**variant):
     return state | {"var": state["var"].exp()}
 
 
-def published_forward(state, x, y=None, patch=2):
+def published_forward(state, x, y=None, level=None, patch=2):
     """What the published code computes from such a state: the latents, and minus the sum of the log-scales."""
+    state = {name.replace("head_blocks", "attn_blocks"): tensor for name, tensor in state.items()}
     z = F.unfold(x, patch, stride=patch).transpose(1, 2)
     logdet = torch.zeros(len(x), dtype=x.dtype)
     for t in range(count(state, "blocks.{}.proj_in.weight")):
         p, flipped = below(state, f"blocks.{t}."), [1] if t % 2 else []
         x = z.flip(flipped)
         h = linear(p, "proj_in", x) + p["pos_embed"][None].flip(flipped)
+        if level is not None:
+            half = h.shape[2] // 2
+            angles = level.log()[:, None] * 10_000 ** (-torch.arange(half) / half)
+            hidden = F.gelu(linear(p, "time_embed.mlp.0", torch.cat((angles.sin(), angles.cos()), dim=1)))
+            h = h + linear(p, "time_embed.mlp.2", hidden)[:, None]
         if y is not None:
             dropped = (y < 0).view(-1, 1, 1)
             h = h + torch.where(dropped, p["class_embed"].mean(0), p["class_embed"][y.clamp(min=0)])
@@ -118,36 +136,56 @@ def count(state, name):
 def test_it_is_the_same_map(variant):
     state = published_state(**variant)
     in_channels = variant.get("in_channels", 3)
-    model = TarFlow.from_published(state, in_channels).double()
+    levels = (0.01, 0.3) if "levels" in variant else None
+    model = load_published(state, in_channels, noise_levels=levels).double()
     x = draw(1, 3, in_channels, 6, 6)
     y = torch.tensor([4, -1, 0]) if "classes" in variant else None
+    t = torch.tensor([0.01, 0.2, 0.3]).double() if levels else None
     state = {name: value.double() for name, value in state.items()}
-    z, logdet = model(x, y)
-    assert_close((z, logdet), published_forward(state, x, y))
+    z, logdet = model(x, y, noise_level=t)
+    assert_close((z, logdet), published_forward(state, x, y, t))
     assert bool(logdet.any()) == variant.get("nvp", True)
-    assert_close(model.inverse(z.detach(), y), x)
+    assert_close(model.inverse(z.detach(), y, noise_level=t), x)
     assert torch.equal(model.flow.prior_variance, state["var"])
 
 
 @functools.cache
-def record():
-    return {name: torch.from_numpy(array) for name, array in np.load(cases.RECORD).items()}
+def record(path=cases.RECORD):
+    return {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+
+
+def build(arguments, noise_levels=None):
+    """A model of such arguments of the published code, read as its checkpoint."""
+    patch = arguments["patch_sizes"][0] if noise_levels else arguments["patch_size"]
+    shapes = published_shapes(
+        side=arguments["img_size"] // patch,
+        patch=patch,
+        channels=one_or_more(arguments["channels"]),
+        blocks=arguments["num_blocks"],
+        layers=one_or_more(arguments["layers_per_block"]),
+        classes=arguments.get("num_classes", 0),
+        nvp=arguments.get("nvp", True),
+        levels=noise_levels is not None,
+    )
+    state = cases.weights(shapes) if noise_levels is None else cases.itarflow_weights(shapes)
+    return load_published(state, noise_levels=noise_levels).requires_grad_(False)
+
+
+def one_or_more(size):
+    """A number, or a list of one or of one for each block, as the published codes take them."""
+    return size if isinstance(size, int) else size[0] if len(size) == 1 else tuple(size)
 
 
 @functools.cache
 def recorded(name):
-    """The model of that name, read as a published checkpoint, in double precision."""
-    arguments = cases.MODELS[name]
-    shapes = published_shapes(
-        side=arguments["img_size"] // arguments["patch_size"],
-        patch=arguments["patch_size"],
-        channels=arguments["channels"],
-        blocks=arguments["num_blocks"],
-        layers=arguments["layers_per_block"],
-        classes=arguments.get("num_classes", 0),
-        nvp=arguments.get("nvp", True),
-    )
-    return TarFlow.from_published(cases.weights(shapes)).double().requires_grad_(False)
+    """The TarFlow of that name, in double precision."""
+    return build(cases.MODELS[name]).double()
+
+
+@functools.cache
+def recorded_itarflow(name):
+    """The iTarFlow of that name, in the precision of the published code."""
+    return build(cases.ITARFLOWS[name], cases.LEVELS)
 
 
 @pytest.mark.parametrize("name", cases.MODELS)
@@ -168,15 +206,87 @@ def test_images_are_those_that_the_published_code_drew_under_guidance(name, kind
     assert_close(images.float(), known[f"{name}: {kind}"], atol=1e-4, rtol=1e-5)
 
 
-def test_no_two_recorded_kinds_of_guidance_draw_the_same_images():
-    for name, kinds in cases.GUIDANCE.items():
+@pytest.mark.parametrize(
+    ("path", "models"), [(cases.RECORD, cases.GUIDANCE), (cases.ITARFLOW_RECORD, cases.ITARFLOW_GUIDANCE)]
+)
+def test_no_two_recorded_kinds_of_guidance_draw_the_same_images(path, models):
+    for name, kinds in models.items():
         for one, other in itertools.combinations(kinds, 2):
-            assert (record()[f"{name}: {one}"] - record()[f"{name}: {other}"]).abs().max() > 0.1
+            assert (record(path)[f"{name}: {one}"] - record(path)[f"{name}: {other}"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", cases.ITARFLOWS)
+def test_an_itarflow_has_the_latents_and_log_dets_that_the_published_code_computed(name):
+    model, known = recorded_itarflow(name), record(cases.ITARFLOW_RECORD)
+    labels = known["scored"] if model.config.num_classes else None
+    z, logdet = model(known["x"], labels, noise_level=torch.from_numpy(cases.noise_levels()))
+    assert_close(z, known[f"{name}: z"], atol=1e-5, rtol=1e-5)
+    assert_close(logdet / model.config.num_dims, known[f"{name}: logdet"], atol=1e-6, rtol=1e-5)
+    other, _ = model(known["x"], labels, noise_level=0.2)
+    assert (other - z).abs().amax((1, 2)).min() > 1e-2, "or the level would not matter"
+
+
+@pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 4, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in cases.ITARFLOWS for kind in cases.ITARFLOW_GUIDANCE[name]]
+)
+def test_an_itarflow_draws_what_the_published_code_drew_under_guidance(name, kind, decoder):
+    model, known = recorded_itarflow(name), record(cases.ITARFLOW_RECORD)
+    z = known["latents"] * model.flow.prior_variance.sqrt()
+    labels = known["drawn"] if model.config.num_classes else None
+    levels = torch.from_numpy(cases.noise_levels())
+    images = model.inverse(z, labels, cases.ITARFLOW_GUIDANCE[name][kind], decoder, noise_level=levels)
+    assert_close(images, known[f"{name}: {kind}"], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", cases.DENOISING)
+@pytest.mark.parametrize("name", cases.ITARFLOWS)
+def test_an_itarflow_denoises_as_the_published_code_did(name, kind):
+    model, known, denoising = recorded_itarflow(name), record(cases.ITARFLOW_RECORD), cases.DENOISING[kind]
+    labels = known["drawn"] if model.config.num_classes else None
+    levels = model.denoising_levels(cases.LEVELS[1], denoising)
+    noisy = cases.NOISY * known["x"]
+    *_, images = denoise_by_levels(lambda x, t: model.denoise(x, t, labels), noisy, levels, denoising)
+    assert_close(images, known[f"{name}: {kind}"], atol=1e-3, rtol=1e-5)
+    assert (images - noisy).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_an_itarflow_has_the_published_noise_levels_of_its_size(size):
+    shapes = published_shapes(side=4, patch=size // 4, channels=64, blocks=1, layers=1, levels=True)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+    state = {name.replace("head_blocks", "attn_blocks"): tensor for name, tensor in state.items()}
+    assert infer_config(state).noise_levels == PUBLISHED_LEVELS[size]
+
+
+@pytest.mark.parametrize(
+    ("variant", "noise_levels", "message"),
+    [
+        ({"levels": True}, None, "expected those of training for an iTarFlow of .*; got None for 6"),
+        ({"levels": True}, (0.3, 0.01), r"expected two rising numbers > 0, .*; got \(0\.3, 0\.01\)"),
+        ({}, (0.01, 0.3), r"expected None for a TarFlow; got \(0\.01, 0\.3\)"),
+    ],
+    ids=str,
+)
+def test_noise_levels_that_do_not_fit_the_checkpoint(variant, noise_levels, message):
+    with pytest.raises(ValueError, match=rf"noise_levels: {message}"):
+        load_published(published_state(**variant), noise_levels=noise_levels)
+
+
+def test_layers_that_blocks_share_are_refused():
+    state = published_state(levels=True)
+    shared = {name.replace("blocks.0.head_blocks.0", "shared_backbone.0"): state[name] for name in state}
+    with pytest.raises(ValueError, match=r"^source: .*shared_backbone"):
+        load_published(state | shared, noise_levels=(0.01, 0.3))
 
 
 @pytest.mark.parametrize(
     ("published", "config"),
     [
+        (
+            {"side": 4, "patch": 2, "channels": (64, 128), "blocks": 2, "layers": (1, 3)},
+            TarFlowConfig(8, 3, 2, (64, 128), 2, (1, 3)),
+        ),
         (
             {"side": 32, "patch": 2, "channels": 768, "blocks": 8, "layers": 8},
             TarFlowConfig(64, 3, 2, 768, 8, 8, 0),
@@ -194,7 +304,7 @@ def test_no_two_recorded_kinds_of_guidance_draw_the_same_images():
             TarFlowConfig(28, 1, 4, 128, 4, 12, volume_preserving=True),
         ),
     ],
-    ids=["ImageNet 64", "ImageNet 128", "AFHQ 256", "digits, volume preserving"],
+    ids=["deep-shallow", "ImageNet 64", "ImageNet 128", "AFHQ 256", "digits, volume preserving"],
 )
 def test_shapes_alone_tell_the_configuration(published, config):
     state = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(**published)}
