@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tarflow import Guidance, ImageFlow, datasets
 from tarflow.cli.train import read_flags
+from tarflow.denoising import Denoising
 from tarflow.evaluation import noisy_bits_per_dim
 from tarflow.features import Extractor, load_classifier
 from tarflow.files import atomic_write
@@ -48,10 +49,10 @@ COMMON = "--sample-every 1000000000 --no-calibrate"
 
 @dataclass(frozen=True)
 class Sampling:
-    """A way to draw samples: with guidance or without, denoised or not, with labels in turn or with none."""
+    """A way to draw samples: with guidance or without, denoised how often, with labels in turn or with none."""
 
     guidance: Guidance | None = None
-    denoise: bool = True
+    denoised: int = 2
     labels: bool = True
 
 
@@ -70,14 +71,14 @@ def guided(weight: float, **options: Any) -> Sampling:
 
 
 WEIGHTS, TAUS = (0, 1, 2, 3, 4, 6), (0.7, 0.85, 1.5)
-BEST = {"guidance 3": guided(3)}
-USUAL = BEST | {"no guidance": guided(0)}
-NOISY = USUAL | {"guidance 3, noisy": Sampling(Guidance(3.0), denoise=False)}
+BEST = {"guidance 3": guided(3), "guidance 3, denoised once": Sampling(Guidance(3.0), denoised=1)}
+USUAL = {"guidance 3": guided(3), "no guidance": guided(0)}
+NOISY = USUAL | {f"guidance 3, denoised {n}x": Sampling(Guidance(3.0), denoised=n) for n in (0, 1)}
 SWEEP = {
     **{f"linear {w}": guided(w) for w in WEIGHTS},
     **{f"constant {w}": guided(w, schedule="constant") for w in (1, 2, 4)},
     **{f"{parameters} 3": guided(3, parameters=parameters) for parameters in ("alpha", "mu")},
-    "linear 3, noisy": Sampling(Guidance(3.0), denoise=False),
+    **{f"linear 3, denoised {n}x": Sampling(Guidance(3.0), denoised=n) for n in (0, 1, 3, 5)},
     "no labels": Sampling(labels=False),
     **{
         f"no labels, tau {tau}, weight {w}": Sampling(
@@ -92,7 +93,9 @@ SMALL = "--channels 64 --max-steps 800"
 
 RECIPES = {
     "default": Row("", BEST, num=2000),
-    "former": Row(FORMER, {"guidance 2": guided(2)}, num=2000),
+    "former": Row(
+        FORMER, {f"guidance 2, denoised {n}x": Sampling(Guidance(2.0), denoised=n) for n in (1, 2)}, num=2000
+    ),
     "blocks-8x1": Row("--num-blocks 8 --layers-per-block 1", BEST, num=2000),
 }
 FIGURES = {
@@ -175,17 +178,18 @@ def bits(model: ImageFlow, config: TrainConfig) -> dict[str, Any]:
 def score(model: ImageFlow, config: TrainConfig, sampling: Sampling, num: int, seed: int) -> dict[str, Any]:
     """Draw samples, labels in turn, and compare them with the training images."""
     extractor, reference = compared_with(config.data.dataset)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    sigma = config.training.noise_sigma if sampling.denoise else 0.0
+    generator = torch.Generator(model.device)
+    sigma = config.training.noise_sigma if sampling.denoised else 0.0
+    denoising = Denoising(max(sampling.denoised, 1))
     classes = draw_labels("balanced", num, model.config.num_classes)
     dropped = classes if sampling.labels else torch.full_like(classes, -1)
 
     def draw(num: int, labels: Tensor | None) -> Tensor:
-        drawn = model.sample(num, labels, sampling.guidance, sigma, "sequential", generator)
+        drawn = model.sample(num, labels, sampling.guidance, sigma, "sequential", generator, denoising=denoising)
         assert isinstance(drawn, Tensor)
         return drawn
 
-    sampler = Sampler(draw, "round")
+    sampler = Sampler(draw, "round", generator, seed)
     batches: Iterator[tuple[Tensor, Tensor | None]] = sampler.batches(num, dropped, BATCH)
     scores = score_samples(((x, y if sampling.labels else None) for x, y in batches), extractor, reference)
     named = {
@@ -287,8 +291,9 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> None:
     top_right.set(xlabel="temperature of the reference branch, without labels", ylabel="distance")
     sigmas = {0.02: "sigma-0.02", 0.05: "sigma-0.05", 0.1: "small", 0.2: "sigma-0.2"}
     for sampling, label, color in (
-        ("guidance 3", "denoised", _COLORS[0]),
-        ("guidance 3, noisy", "as drawn", _COLORS[1]),
+        ("guidance 3", "denoised twice", _COLORS[0]),
+        ("guidance 3, denoised 1x", "denoised once", _COLORS[3]),
+        ("guidance 3, denoised 0x", "as drawn", _COLORS[1]),
     ):
         _rows(left, {sigma: results.get(name, []) for sigma, name in sigmas.items()}, sampling, label, color)
     _rows(left, {0.0: results.get("uniform", [])}, "guidance 3", "uniform noise", _COLORS[2])

@@ -1,4 +1,4 @@
-"""Denoising by the model's own score: Tweedie's formula, once or along falling levels of noise."""
+"""Denoising by the model's own score: Tweedie's formula, once, again, or along falling levels of noise."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -7,32 +7,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Denoising", "denoise_by_levels", "tweedie"]
+__all__ = ["MAX_STEPS", "Denoising", "denoise_by_levels", "tweedie"]
 
 MAX_STEPS = 10_000
+LEVELS = 10
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """How a model that is conditioned on the level of noise removes it: in steps, each by its score at a lower level.
+    """How noise is removed, in steps of a forward and a backward pass each.
+
+    A model that is conditioned on the level of noise goes down through as many levels. Any other applies Tweedie's
+    formula at the sigma of training again and again, ``x <- E[x | y = x]``. TarFlow does so once; from the second time
+    on these are steps of mean shift towards a mode of the density of noisy images, no more a posterior mean. The second
+    removes specks that the first has left.
 
     Args:
-        steps: number of levels, each of which takes a forward and a backward pass.
+        steps: number of steps; by default 10 with levels of noise, and 1 without.
         stochastic: whether each step replaces a part of the noise that is left by other noise.
         clip: whether estimates of the clean image are clipped to [-1, 1].
 
     Raises:
         ValueError: no or too many steps.
 
-    Source: iTarFlow (arXiv 2604.20041).
+    Sources: TarFlow (arXiv 2412.06329), iTarFlow (arXiv 2604.20041); Comaniciu and Meer, *Mean shift* (2002).
     """
 
-    steps: int = 10
+    steps: int | None = None
     stochastic: bool = False
     clip: bool = False
 
     def __post_init__(self):
-        if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
+        if self.steps is not None and (type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS):
             raise ValueError(f"steps: expected an integer from 1 to {MAX_STEPS}; got {self.steps!r}")
 
     def levels(self, first: float, last: float) -> list[float]:
@@ -41,7 +47,8 @@ class Denoising:
         >>> Denoising(steps=3).levels(0.5, 0.25)
         [0.5, 0.375, 0.25, 0.0]
         """
-        return [first + (last - first) * k / max(self.steps - 1, 1) for k in range(self.steps)] + [0.0]
+        steps = self.steps or LEVELS
+        return [first + (last - first) * k / max(steps - 1, 1) for k in range(steps)] + [0.0]
 
 
 def denoise_by_levels(

@@ -123,8 +123,8 @@ class ImageFlow(nn.Module):
         return self.log_prior(z) + logdet
 
     def denoising_levels(self, sigma: float, denoising: Denoising | None = None) -> list[float]:
-        """Return the falling noise levels through which noise of sigma is removed, the last of which is 0."""
-        return [sigma, 0.0]
+        """Return the noise levels at which noise of sigma is removed, one for each step, and 0."""
+        return [sigma] * ((denoising and denoising.steps) or 1) + [0.0]
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Return the log-density of latents in nats, ``(B,)``."""
@@ -165,7 +165,7 @@ class ImageFlow(nn.Module):
                 more than these are denoised at a time, and fewer where their activations need more memory.
             progress: a function that is called after every block of every chunk with a
                 :class:`tarflow.decoding.BlockStatistics`.
-            denoising: how a model with noise levels removes the noise; None is :class:`tarflow.Denoising` as it is.
+            denoising: in which steps the noise is removed; None is :class:`tarflow.Denoising` as it is.
 
         Returns:
             images ``(num, C, H, W)``, nominally in [-1, 1] but not clipped, and, if asked for, their trajectory

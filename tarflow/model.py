@@ -261,9 +261,9 @@ class TarFlow(ImageFlow):
         return tweedie(lambda noisy: self.log_prob(noisy, labels, noise_level=level), y, sigma)
 
     def denoising_levels(self, sigma: float, denoising: Denoising | None = None) -> list[float]:
-        """Return the falling noise levels through which noise of sigma is removed, the last of which is 0."""
+        """Return the noise levels at which noise of sigma is removed, one for each step, and 0."""
         if self.noise_levels is None:
-            return super().denoising_levels(sigma)
+            return super().denoising_levels(sigma, denoising)
         return (denoising or Denoising()).levels(sigma, self.noise_levels[0])
 
     def sample(
@@ -327,15 +327,20 @@ class TarFlow(ImageFlow):
             return torch.cat([*cleaned])
 
         levels = self.denoising_levels(sigma, denoising)
-        yield from denoise_by_levels(denoise, images, levels, denoising or Denoising(), generator)
+        if self.noise_levels is None:
+            for level in levels[:-1]:
+                images = denoise(images, level)
+                yield images
+        else:
+            yield from denoise_by_levels(denoise, images, levels, denoising or Denoising(), generator)
 
     def _drawn_level(self, denoise_sigma: float, denoising: Denoising | None) -> float | None:
         """Return the noise level of samples: what is to be removed or, where it is to stay, the largest."""
         if denoise_sigma:
             check_sigma("denoise_sigma", denoise_sigma)
         if self.noise_levels is None:
-            if denoising is not None:
-                raise ValueError(f"denoising: expected None for a model without noise levels; got {denoising}")
+            if denoising is not None and (denoising.stochastic or denoising.clip):
+                raise ValueError(f"denoising: expected steps alone for a model without noise levels; got {denoising}")
             return None
         least, largest = self.noise_levels
         if denoise_sigma and not least <= denoise_sigma <= largest:

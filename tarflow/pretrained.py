@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import hardware
 from .decoding import calibration
+from .denoising import MAX_STEPS
 from .files import atomic_write
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def load_pretrained(source: Path | str, kind: type[Flow] | None = None) -> tuple
 
     Returns:
         the model, on the CPU, in evaluation mode and in the precision that :func:`build_model` tells; and its metadata:
-        ``sigma``, the standard deviation of the Gaussian noise of training, 0 without; ``class_names``, a list;
-        ``train``, the settings of the training run, or {}; and whatever else ``config.json`` holds beside the
-        configuration of the model.
+        ``sigma``, the standard deviation of the Gaussian noise of training, 0 without; ``denoising_steps``, in which
+        it is removed from samples, or None; ``class_names``, a list; ``train``, the settings of the training run, or
+        {}; and whatever else ``config.json`` holds beside the configuration of the model.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -95,7 +96,8 @@ def load_pretrained(source: Path | str, kind: type[Flow] | None = None) -> tuple
     for path in (config_path, weights_path):
         if not path.is_file():
             raise FileNotFoundError(f"source: expected a folder with config.json and model.safetensors; no {path}")
-    metadata = {"flow": "TarFlow", "sigma": 0.0, "class_names": [], "train": {}} | read_config(folder)
+    metadata = {"flow": "TarFlow", "sigma": 0.0, "denoising_steps": None, "class_names": [], "train": {}}
+    metadata |= read_config(folder)
     model_class, config = _find_class(kind, metadata.pop("flow"), metadata.pop("model", None), config_path)
     model = build_model(model_class, config, _read_weights(weights_path), str(weights_path))
     model.load_calibration(folder)
@@ -169,6 +171,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sigma": ("a number in [0, 10]", lambda value: type(value) in (int, float) and 0 <= value <= 10),
+    "denoising_steps": (
+        f"an integer from 1 to {MAX_STEPS}, or null",
+        lambda value: value is None or (type(value) is int and 1 <= value <= MAX_STEPS),
+    ),
     "class_names": ("a list of strings", lambda value: isinstance(value, list) and all(type(v) is str for v in value)),
     "train": ("an object", lambda value: isinstance(value, dict)),
 }

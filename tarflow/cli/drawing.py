@@ -1,7 +1,8 @@
 """Flags that say how samples are drawn: those of ``tarflow sample``, and of ``tarflow evaluate --samples``."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -16,7 +17,8 @@ from .shared import check_guidance_weight, check_tolerance
 __all__ = ["Drawing", "Progress"]
 
 GUIDANCE_FLAGS = ("schedule", "temperature", "guide", "drop_label", "rule", "guided_blocks")
-DENOISING_FLAGS = ("denoising_steps", "stochastic", "clip")
+LEVEL_FLAGS = ("stochastic", "clip")
+DENOISING_FLAGS = ("denoising_steps", *LEVEL_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Drawing:
     """how many of the blocks that are generated first are guided; by default all"""
     sigma: float | None = None
     """standard deviation of the noise to remove; by default that of training, 0 leaves it"""
-    denoising_steps: int = 10
-    """levels of noise through which a model with noise levels removes it"""
+    denoising_steps: int | None = None
+    """steps that remove the noise, by Tweedie's formula each; by default as many as in training, where samples are of
+    one, or of 10 with noise levels"""
     stochastic: bool = False
     """whether these steps replace a part of the noise by other noise"""
     clip: bool = False
@@ -74,9 +77,11 @@ class Drawing:
 
     def check_usable(self, given: Collection[str], model: ImageFlow) -> None:
         """Raise ValueError for a flag that the model has no use for."""
-        useless: tuple[str, ...] = () if model.supports_guidance else ("sigma", "guidance", *GUIDANCE_FLAGS)
+        useless: tuple[str, ...] = (
+            () if model.supports_guidance else ("sigma", "denoising_steps", "guidance", *GUIDANCE_FLAGS)
+        )
         useless += ("decoder", "window", "tolerance") if model.decoders == ("auto",) else ()
-        useless += () if model.noise_levels else DENOISING_FLAGS
+        useless += () if model.noise_levels else LEVEL_FLAGS
         for name in useless:
             if name in given:
                 kind, value = type(model).__name__, getattr(self, name)
@@ -93,9 +98,10 @@ class Drawing:
         guidance = Guidance(*branches, self.rule, self.guided_blocks)
         return guidance if guidance.weight else None
 
-    def make_denoising(self) -> Denoising:
-        """The way in which a model with noise levels removes it; ValueError for settings that it does not take."""
-        return Denoising(self.denoising_steps, self.stochastic, self.clip)
+    def make_denoising(self, metadata: Mapping[str, Any] = MappingProxyType({})) -> Denoising:
+        """The way in which noise is removed from the samples of a model with these metadata; ValueError if in none."""
+        steps = metadata.get("denoising_steps") if self.denoising_steps is None else self.denoising_steps
+        return Denoising(steps, self.stochastic, self.clip)
 
     def denoise_sigma(self, metadata: dict[str, Any]) -> float:
         """The standard deviation of the noise to remove from the samples of a model with these metadata."""

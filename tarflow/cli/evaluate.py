@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import datasets, evaluation, hardware, processes
 from ..datasets import ImageDataset, ImageFolder
+from ..denoising import Denoising
 from ..features import Extractor, load_extractor
 from ..files import atomic_write
 from ..image_flow import ImageFlow, at_least_one
@@ -172,7 +173,7 @@ def _score_samples(
     """Draw samples, print their scores with the protocol of these, and return both."""
     drawing, num, config = command.drawing, command.samples, model.config
     decoder, guidance, sigma = drawing.make_decoder(), drawing.make_guidance(), drawing.denoise_sigma(metadata)
-    denoising = drawing.make_denoising() if model.noise_levels else None
+    denoising = drawing.make_denoising(metadata) if model.supports_guidance else None
     generator = torch.Generator(model.device)
     labels = draw_labels(command.protocol, num, config.num_classes, command.seed)
     share = sum(map(len, torch.arange(num).split(command.batch_size)[:: processes.num_ranks()]))  # the main one's
@@ -197,7 +198,7 @@ def _score_samples(
         "labels": f"{LABELS[command.protocol]} from {config.num_classes} classes" if config.num_classes else "none",
         "quantization": sampler.quantization,
         "guidance": None if guidance is None else asdict(guidance),
-        "denoising": f"{denoising or 'Tweedie'} at sigma {sigma:g}" if sigma else "none",
+        "denoising": _denoising(model, sigma, denoising) if sigma else "none",
         "decoder": str(decoder),
         "precision": drawing.precision,
         "batch size": command.batch_size,
@@ -214,3 +215,10 @@ def _score_samples(
         for name, score in scores.items():
             print(f"{score:.4g}   {name}")
     return {"protocol": protocol, "scores": scores}
+
+
+def _denoising(model: ImageFlow, sigma: float, denoising: Denoising | None) -> str:
+    """Describe how noise is removed, such as ``Tweedie at sigma 0.1, 0.1`` for two steps."""
+    levels = ", ".join(f"{level:g}" for level in model.denoising_levels(sigma, denoising)[:-1])
+    ways = [way for way in ("stochastic", "clip") if getattr(denoising, way, False)]
+    return "; ".join([f"Tweedie at sigma {levels}", *ways])

@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> None:
             command.seed,
             command.quantization or quantization(metadata.get("sigma", 0.0)),
             command.on_nan,
-            drawing.make_denoising() if model.noise_levels else None,
+            drawing.make_denoising(metadata) if model.supports_guidance else None,
         )
         with autocast(model, drawing.precision, command.run):
             _draw(command, gallery, model) if command.out.suffix else _draw_folder(command, gallery, model)
@@ -106,6 +106,7 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
         "on_nan": command.on_nan,
         **asdict(command.drawing),
         "sigma": gallery.denoise_sigma,
+        "denoising_steps": gallery.denoising and gallery.denoising.steps,
     }
     shards = missing_shards(command.out, model, settings, command.format)
     num = sum(map(len, shards.values()))

@@ -9,6 +9,7 @@ import torch
 
 from ..compatibility import current_settings
 from ..datasets import ImageDataset, ImageFolder, Resize
+from ..denoising import MAX_STEPS, Denoising
 from ..flowpp.config import DequantizerConfig, FlowPPConfig
 from ..flowpp.model import FlowPP
 from ..guidance import Guidance
@@ -153,6 +154,8 @@ class TrainingConfig:
     """time the decoders for some seconds at the end, so that samples are drawn by the fastest"""
     guidance: Guidance = setting(Guidance(), only=TarFlowConfig)  # noqa: RUF009 (it is frozen)
     """guidance of the sample grids; weight 0 for none, and without labels there is none by labels"""
+    denoising_steps: int | None = setting(None, only=TarFlowConfig)
+    """steps that remove the noise of training from samples; by default 1, or 10 of a model with noise levels"""
 
     def __post_init__(self):
         if isinstance(self.guidance, dict):  # as JSON has it
@@ -176,6 +179,8 @@ class TrainingConfig:
         for name in ("label_drop", "ema_decay", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 0 and below 1; got {getattr(self, name)}")
+        if self.denoising_steps is not None and not 1 <= self.denoising_steps <= MAX_STEPS:
+            raise ValueError(f"denoising_steps: expected 1 to {MAX_STEPS}; got {self.denoising_steps}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch size {self.batch_size}; got {self.accumulate}"
@@ -187,6 +192,11 @@ class TrainingConfig:
             raise ValueError(
                 "sigma: expected more than 0 with Gaussian noise, without which densities have no bound; got 0"
             )
+
+    @property
+    def denoising(self) -> Denoising | None:
+        """The way in which noise is removed from the samples of a run; None for that of the model."""
+        return None if self.denoising_steps is None else Denoising(self.denoising_steps)
 
     @property
     def noise_sigma(self) -> float:

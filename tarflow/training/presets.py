@@ -77,7 +77,7 @@ PRESETS: dict[str, TrainConfig] = {
         TarFlowConfig(patch_size=4, layers_per_block=2),
         TrainingConfig(
             max_steps=3000, batch_size=32, optimizer="muon", learning_rate=6e-3, warmup_steps=300,
-            guidance=Guidance(3.0),
+            guidance=Guidance(3.0), denoising_steps=2,
         ),
     ),
     "itarflow-fashion-mnist": TrainConfig(

@@ -137,6 +137,7 @@ class Run:
             seed=self.settings.seed,
             quantization=quantization(self.settings.noise_sigma),
             on_nan="keep",
+            denoising=self.settings.denoising,
         )
 
     @property
@@ -336,6 +337,7 @@ class Run:
             self.folder,
             **self.trainer.model.config_dict(),
             sigma=self.settings.noise_sigma,
+            denoising_steps=self.settings.denoising_steps,
             class_names=self.gallery.class_names,
             train=self.config.config_dict(),
             data=self.data,

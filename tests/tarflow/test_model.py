@@ -28,7 +28,7 @@ from tarflow import (
     load_pretrained,
 )
 from tarflow.decoding import calibration
-from tarflow.denoising import tweedie
+from tarflow.denoising import Denoising, tweedie
 from tarflow.evaluation import evaluate
 from tarflow.model import patchify, unpatchify
 from tarflow.noise import add_gaussian_noise, add_uniform_noise, bits_per_dim
@@ -98,6 +98,19 @@ def test_patches_make_the_image_again(patch_size):
     tokens = patchify(images, patch_size)
     assert tokens.shape == (2, (6 // patch_size) ** 2, 3 * patch_size**2)
     assert torch.equal(unpatchify(tokens, patch_size, 6), images)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_without_noise_levels_samples_are_denoised_again_and_again_at_the_noise_of_training(steps):
+    model = tarflow(num_classes=3)
+    images, frames = model.sample(
+        5, LABELS, denoise_sigma=0.1, generator=seeded(), return_trajectory=True, denoising=Denoising(steps)
+    )
+    expected = [model.inverse(model.flow.sample_prior(5, seeded()), LABELS)]
+    for _ in range(steps):
+        expected.append(model.denoise(expected[-1], 0.1, LABELS))
+    assert_close(images, expected[-1])
+    assert_close(frames[-steps:], torch.stack(expected[:-1]))
 
 
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
@@ -289,8 +302,8 @@ def test_what_is_known_of_a_model_comes_with_it(saved):
     model, folder = saved
     again, settings = load_pretrained(folder)
     assert same(again, model)
-    assert settings == {"sigma": 0.0, "class_names": [], "train": {}}
-    known = {"sigma": 0.5, "class_names": ["a", "b", "c"], "train": {"dataset": "mnist"}, "else": 1}
+    assert settings == {"sigma": 0.0, "denoising_steps": None, "class_names": [], "train": {}}
+    known = {"sigma": 0.5, "denoising_steps": 2, "class_names": ["a", "b", "c"], "train": {"dataset": "mnist"}, "else": 1}
     write_settings(folder, **known)
     assert load_pretrained(str(folder))[1] == known
 
