@@ -260,8 +260,8 @@ def _check() -> str:
         f"Measured on {machine['device']} ({machine['driver']}, torch {machine['torch']}), with gloo over the loopback "
         f"device, whose counters tell the bytes: a step of a model of {checked['parameters'] / 1e6:.1f}M parameters in "
         f"float32, the least of {checked['rounds']} steps. The seconds are those of one more, in which a collective of "
-        f"the first process was under way, with waiting for others, on two cores that had much other work; predicted are "
-        f"those of the formula at {checked['rate'] / 1e9:.2f} GB/s, the rate of one large sum over two processes, and "
+        f"the first process was under way, with waiting for others, on two busy cores; predicted are those of the "
+        f"formula at {checked['rate'] / 1e9:.2f} GB/s, the rate of one large sum over two processes, and "
         f"without hops."
     )
     return f"## With gloo on a CPU: measured\n\n{about}\n\n{table(head, rows)}"
