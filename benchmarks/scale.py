@@ -1,7 +1,7 @@
 """Predict what training on many devices costs in communication and memory, and write ``docs/scale.md``.
 
-    python benchmarks/scale.py             # the page, from the formulas and from what was measured last
-    python benchmarks/scale.py --measure   # bytes and seconds of gloo on this machine first, by two and four processes
+    python benchmarks/scale.py                   # the page, from the formulas and from what was measured last
+    python benchmarks/scale.py --measure 2 4     # bytes and seconds of gloo on this machine first, by so many processes
 
 R devices are M machines of s. To gather D bytes that are spread over all, or to add up D bytes and spread the sum, each
 machine sends them once through its s network cards, and its devices pass them on:
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def _predicted(model: Model) -> str:
 def _check() -> str:
     """The section that compares the formulas with gloo on a CPU."""
     if not CHECK.exists():
-        return "## With gloo on a CPU\n\nNot measured: `python benchmarks/scale.py --measure`."
+        return "## With gloo on a CPU\n\nNot measured: `python benchmarks/scale.py --measure 2 4`."
     checked = json.loads(CHECK.read_text())
     rows = [
         [
@@ -258,9 +259,9 @@ def _check() -> str:
     about = (
         f"Measured on {machine['device']} ({machine['driver']}, torch {machine['torch']}), with gloo over the loopback "
         f"device, whose counters tell the bytes: a step of a model of {checked['parameters'] / 1e6:.1f}M parameters in "
-        f"float32, the least of {checked['rounds']} steps. The seconds are those in which a collective of the first "
-        f"process was under way, with waiting for others, on two cores that were shared with other work; predicted are "
-        f"those of the formula at {checked['rate'] / 1e9:.2f} GB/s, the rate of one large sum over two processes, and "
+        f"float32, the least of {checked['rounds']} steps. The seconds are those of one more, in which a collective of "
+        f"the first process was under way, with waiting for others, on two busy cores; predicted are those of the "
+        f"formula at {checked['rate'] / 1e9:.2f} GB/s, the rate of one large sum over two processes, and "
         f"without hops."
     )
     return f"## With gloo on a CPU: measured\n\n{about}\n\n{table(head, rows)}"
@@ -268,21 +269,22 @@ def _check() -> str:
 
 # Measuring with gloo --------------------------------------------------------------------------------------------------
 
-SMALL = Model("small", TarFlowConfig(16, 1, 2, channels=256, num_blocks=4, layers_per_block=2))
-ROUNDS = 5
+SMALL = Model("small", TarFlowConfig(16, 1, 2, channels=256, num_blocks=2, layers_per_block=2))
+ROUNDS = 3
 
 
-def measure() -> None:
-    """Measure both shardings by two and by four processes, and write the check."""
-    rows, rate = [], 0.0
-    for count in (2, 4):
+def measure(counts: Sequence[int]) -> None:
+    """Measure both shardings by so many processes, and write the check, which keeps what others were measured by."""
+    checked = json.loads(CHECK.read_text()) if CHECK.exists() else {"rows": []}
+    rows, rate = [row for row in checked["rows"] if row["processes"] not in counts], checked.get("rate", 0.0)
+    for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rows.json"
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
             command = [sys.executable, *torchrun, "--", __file__, "--worker", str(out)]
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             told = json.loads(out.read_text())
-        rate = rate or told["rate"]
+        rate = told["rate"] if count == 2 else rate
         # Processes share one loopback device, so that each has its share of the rate of two.
         network = Network(count, rate * 2 / count, math.inf, 0.0, 0.0, 1.0, 0.0, gathered=4)
         for row in told["rows"]:
@@ -292,6 +294,7 @@ def measure() -> None:
                 "predicted_seconds": predicted.forward + predicted.backward,
             }
             rows.append(row | both | {"processes": count})
+    rows.sort(key=lambda row: row["processes"])
     machine = device.describe(torch.device("cpu"))
     checked = {"machine": machine, "parameters": SMALL.parameters, "rounds": ROUNDS, "rate": rate, "rows": rows}
     with atomic_write(CHECK) as beside:
@@ -308,7 +311,7 @@ def _work(out: Path) -> None:
 
 def _rate() -> float:
     """Bytes per second that a process receives in a large sum over all processes, at best."""
-    numbers, times = torch.ones(2**24), []
+    numbers, times = torch.ones(2**23), []
     for _ in range(ROUNDS):
         dist.barrier()
         began = time.perf_counter()
@@ -325,17 +328,19 @@ def _measured(sharding: Sharding) -> dict[str, Any]:
     training = TrainingConfig(batch_size=len(images), sharding=sharding, precision="float32", device="cpu")
     data = DataConfig(conditional=False)
     trainer = Trainer(TrainConfig(data, SMALL.config, training), dataset, torch.device("cpu"))
-    batch, received, taken = dataset.get_batch(torch.arange(2)), [], []
-    for _ in range(ROUNDS + 2):
+    batch, received = dataset.get_batch(torch.arange(2)), []
+    for _ in range(ROUNDS):
         dist.barrier()
-        before, began = _loopback_bytes(), time.perf_counter()
-        with torch.profiler.profile() as profile:
-            trainer.train_step(*batch)
-            passed = time.perf_counter() - began
+        before = _loopback_bytes()
+        trainer.train_step(*batch)
         dist.barrier()
         received.append((_loopback_bytes() - before) / count)
-        taken.append(share_of_time(profile, COLLECTIVE, passed) * passed)
-    return {"sharding": sharding, "received": min(received[2:]), "seconds": min(taken[2:])}
+    began = time.perf_counter()
+    with torch.profiler.profile() as profile:
+        trainer.train_step(*batch)
+    passed = time.perf_counter() - began
+    seconds = share_of_time(profile, COLLECTIVE, passed) * passed
+    return {"sharding": sharding, "received": min(received), "seconds": seconds}
 
 
 def _loopback_bytes() -> int:
@@ -348,14 +353,16 @@ def main() -> None:
     """Write the page; measure first, if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
-    parser.add_argument("--measure", action="store_true", help="measure gloo on this machine first")
+    parser.add_argument(
+        "--measure", type=int, nargs="+", help="measure gloo on this machine first, by so many processes"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         _work(options.worker)
         return
     if options.measure:
-        measure()
+        measure(options.measure)
     with atomic_write(options.docs / "scale.md") as beside:
         beside.write_text(page())
 

@@ -128,7 +128,8 @@ class Log:
             return
         before = time.perf_counter()
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints when it starts
-        with torch.profiler.profile() as profile:
+        kinds = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kinds.CPU if self.device.type == "cpu" else kinds.CUDA]) as profile:
             began = time.perf_counter()
             yield
             if self.device.type != "cpu":
