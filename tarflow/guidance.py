@@ -112,8 +112,8 @@ Parameters = Sequence[Tensor]
 
 def extrapolate(conditional: Parameters, reference: Parameters, weights: Tensor) -> tuple[Tensor, ...]:
     """Return ``v + w (v - v_ref)`` of each parameter, ``(B, ..., D, ...)``, for weights w ``(B, ...)``."""
-    pairs = zip(conditional, reference, strict=True)
-    return tuple(torch.lerp(v, ref, -_spread(weights, v)) for v, ref in pairs)
+    pairs, w = zip(conditional, reference, strict=True), -weights
+    return tuple(torch.lerp(v, ref, _spread(w, v)) for v, ref in pairs)
 
 
 def extrapolate_scale(conditional: Parameters, reference: Parameters, weights: Tensor) -> tuple[Tensor, Tensor]:

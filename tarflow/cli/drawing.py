@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..decoding import BlockStatistics, Decoder, DecoderName
 from ..denoising import Denoising
 from ..guidance import Guidance
-from ..image_flow import ImageFlow
+from ..image_flow import ImageFlow, at_least_one
 from ..validation import check_sigma
 from .shared import check_guidance_weight, check_tolerance
 
@@ -62,6 +62,9 @@ class Drawing:
         if self.sigma is not None:
             check_sigma("sigma", self.sigma)
         check_guidance_weight(self.guidance)
+        for name in ("guided_blocks", "denoising_steps"):
+            if (value := getattr(self, name)) is not None:
+                at_least_one(name, value)
         self.make_denoising()
         for name in DENOISING_FLAGS:
             if name in given and self.sigma == 0:

@@ -152,7 +152,10 @@ def _check_useful(config: TrainConfig, given: dict[str, str]) -> None:
         "--resize": (not config.data.dataset.startswith(("folder", "hub:")), "--dataset folder"),
         "--label-drop": (not config.data.conditional, "--conditional"),
         "--num-mixtures": (config.model.coupling == "affine", "--coupling mixture"),
-        "--sigma": (training.noise != "gaussian" or has_levels, "--noise gaussian and without --noise-levels"),
+        "--sigma": (
+            training.noise != "gaussian" or has_levels,
+            "--noise-levels None" if has_levels else "--noise gaussian",
+        ),
         "--dequantizer": (training.noise != "variational", "--noise variational"),
     }
     for flag, argument in given.items():

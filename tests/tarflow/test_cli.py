@@ -613,6 +613,9 @@ def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
         ("imagenet64-cond", 64, 1000, 466),
         ("imagenet128-cond", 128, 1000, 824),
         ("afhq256-cond", 256, 3, 463),
+        ("itarflow-imagenet64", 64, 1000, 771.4),
+        ("itarflow-imagenet128", 128, 1000, 1202.5),
+        ("itarflow-imagenet256", 256, 1000, 2220.7),
         ("cifar10-flowpp", 32, 10, 31.44),
     ],
 )
@@ -802,6 +805,9 @@ train --device=meta|hpu|cpu:7         device: expected auto or a device that PyT
 train --num-mixtures=65               num_mixtures: expected an integer in \[1, 64\]; got 65
 train --num-mixtures=5                num_mixtures: expected with --coupling mixture alone
 train --noise=uniform --sigma=0.1     sigma: expected with --noise gaussian alone
+train --sigma=0.1 --noise-levels 0.1 0.2  sigma: expected with --noise-levels None alone
+train --noise=uniform --noise-levels 0.1 0.2  noise: expected gaussian for a model with noise levels; got uniform
+train --noise-levels 0.2 0.1          noise_levels: expected two rising numbers > 0, .*; got \(0\.2, 0\.1\)
 train --dequantizer.filters=16        dequantizer: expected with --noise variational alone
 train --no-conditional --label-drop=0.2  label_drop: expected with --conditional alone
 train --model=flowpp --noise=gaussian  noise: expected uniform or variational for flowpp
@@ -820,6 +826,12 @@ sample {run} --schedule=constant      schedule: expected none without --guidance
 sample {run} --no-drop-label          drop_label: expected none without --guidance, .* got False
 sample {unconditional} --guidance=2   guidance: .* or a temperature other than 1; got
 sample {run} --sigma=nan|inf|-1|1e+300  sigma: expected a number from 0 to 10, .* got {value}
+sample {run} --guidance=1 --guided-blocks=0  guided_blocks: expected at least 1; got 0
+sample {run} --guided-blocks=1        guided_blocks: expected none without --guidance, .* got 1
+sample {run} --guidance=1 --rule=gaussian --guide=mu  parameters: expected both with the rule gaussian; got 'mu'
+sample {run} --denoising-steps=0      denoising_steps: expected at least 1; got 0
+sample {run} --sigma=0 --clip         clip: expected none with --sigma 0, .*; got True
+sample {run} --stochastic             stochastic: expected none for a TarFlow, .*; got True
 sample {run} --num=0                  num: expected at least 1; got 0
 sample {run} --num=10000              num: expected at most 333 rows and columns of a picture; got 10 x 1000
 sample {unconditional} --num=10000    num: expected at most 333 rows and columns of a picture; got 1250 x 8

@@ -710,7 +710,7 @@ def test_calibration_times_every_decoder_and_is_read_back(tmp_path, guidance, op
 
 
 def test_what_is_hopeless_on_a_small_batch_is_not_tried_on_a_larger_one(monkeypatch):
-    def timed(block, tokens, labels, guidance, decoder):
+    def timed(block, tokens, labels, guidance, decoder, noise_level):
         return tokens, 1, {"sequential": 1.0, "jacobi": 1.4 if block is flow.blocks[0] else 1.6}[decoder.name]
 
     monkeypatch.setattr(calibration, "time_block", timed)
@@ -727,7 +727,7 @@ def test_batches_are_left_out_that_would_take_longer_than_is_left(monkeypatch, s
     """A clock by which an image takes 8 seconds: one for each of two decoders, blocks and rounds."""
     now = [0.0]
 
-    def timed(block, tokens, labels, guidance, decoder):
+    def timed(block, tokens, labels, guidance, decoder, noise_level):
         now[0] += len(tokens)
         return tokens, 1, 1.0
 
