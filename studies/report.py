@@ -40,7 +40,7 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     with atomic_write(PAGE) as path:
-        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
     draw(results, PICTURE)
 
 

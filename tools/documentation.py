@@ -7,7 +7,8 @@ from typing import Any
 import griffe
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]*)\)")
-ROLE = re.compile(r":(?:mod|func|class|meth|attr|data):`(~?)([\w.]+)`")
+ROLE = re.compile(r":(?:mod|func|class|meth|attr|data):`(~?)\.?([\w.]+)`")
+DOCTEST = re.compile(r"^( *)>>> .*(?:\n\1.+)*", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -22,12 +23,13 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     return OUTSIDE.sub(lead, markdown)
 
 
-class Roles(griffe.Extension):
-    """Shows roles of docstrings, ``:func:`~package.name```, as code: their names, without the package after a tilde."""
+class Docstrings(griffe.Extension):
+    """Shows roles, ``:func:`~package.name```, as code, without the package after a tilde, and doctests as sessions."""
 
     def on_object(self, *, obj: griffe.Object, **others: Any) -> None:
         """Rewrite the docstring of an object that was loaded."""
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(
-                lambda role: f"`{role[2].rpartition('.')[2] if role[1] else role[2].lstrip('.')}`", obj.docstring.value
+            text = ROLE.sub(lambda role: f"`{role[2].rpartition('.')[2] if role[1] else role[2]}`", obj.docstring.value)
+            obj.docstring.value = DOCTEST.sub(
+                lambda session: f"{session[1]}```pycon\n{session[0]}\n{session[1]}```", text
             )
