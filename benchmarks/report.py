@@ -169,7 +169,8 @@ def _resources(names: tuple[str, ...]) -> str:
 
 def _taken(resources: Sequence[int | str]) -> str:
     registers, spilled, shared, instruction = resources
-    said = [str(registers), f"{shared / 1024:.3g} KB", *([instruction] if instruction != "-" else [])]
+    memory = f"{shared / 1024:.3g} KB" if shared >= 1024 else f"{shared} B"
+    said = [str(registers), memory, *([instruction] if instruction != "-" else [])]
     return ", ".join(said + [f"{spilled} B spilled"] * bool(spilled))
 
 
