@@ -3,11 +3,13 @@
     python benchmarks/report.py
 
 Writes ``docs/benchmarks.md``, ``docs/roofline-<device>.png``, ``docs/limits-<device>.png`` and
-``docs/sampling-<device>.png``.
+``docs/sampling-<device>.png``, and between the markers of ``docs/kernels/*.md`` what compilers make of an op and what was
+measured of it.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = Path(__file__).parent / "predictions" / "h100.json"
+RESOURCES = ROOT / "tests" / "tarflow_kernels" / "resources.json"
 INTRODUCTION = """# Benchmarks
 
 `python benchmarks/report.py` writes this page from `benchmarks/results/*.json`. The contenders of a row took turns; the
@@ -33,6 +36,16 @@ limit is the measured copy or matrix rate of the device, whichever limits the ro
 over that of ours, in bold: what a user of the device gets."""
 HEAD = ("", "contender", "median", "20 % to 80 %", "rate", "of the limit", "ratio to ours")
 OTHER_FLOWS = ("inverse", "density")
+# The pages of docs/kernels: how the names of their kernels and rows begin.
+OP_PAGES = {
+    "causal_attention": ("causal_attention",),
+    "decode_attention": ("decode_attention", "merge_splits"),
+    "affine": ("affine",),
+    "mixture_logistic": ("mixture",),
+    "residual_norm": ("residual_norm",),
+    "embed_next": ("embed_next",),
+    "incremental_inverse": ("inverse",),
+}
 # The sections of a device, and which ops each holds; the rest are the ops of the kernels.
 SECTIONS = {
     "Sampling": plots.SAMPLING,
@@ -53,6 +66,10 @@ def main() -> None:
     arguments.docs.mkdir(parents=True, exist_ok=True)
     with atomic_write(arguments.docs / "benchmarks.md") as beside:
         beside.write_text(page(results))
+    for file in sorted(arguments.docs.glob("kernels/*.md")):
+        text = op_page(file.read_text(), OP_PAGES.get(file.stem, ()), results)
+        with atomic_write(file) as beside:
+            beside.write_text(text)
     for device, result in results.items():
         measured = [row for row in result["rows"].values() if records.ours(row) and row["op"] not in OTHER_FLOWS]
         bounded, sampled = (
@@ -71,6 +88,21 @@ def page(results: dict[str, Record]) -> str:
     if not any(_is_gpu(_machine(result["rows"].values())) for result in results.values()):
         parts += ["## Targets of an H100 in bfloat16", _targets("GPU", [])]
     return "\n\n".join(parts) + "\n"
+
+
+def op_page(text: str, names: tuple[str, ...], results: dict[str, Record]) -> str:
+    """Write the tables of kernels and rows whose names begin so between the markers of a page."""
+    measured = [
+        part
+        for result in results.values()
+        if (rows := [row for row in result["rows"].values() if row["op"].startswith(names)])
+        for part in (_where(rows), table(HEAD, (line for row in rows for line in _lines(row))))
+    ]
+    parts = {"resources": _resources(names), "measured": "\n\n".join(measured or ["Nothing has been measured yet."])}
+    for marker, part in parts.items():
+        pattern = rf"(<!-- {marker} -->\n).*(<!-- /{marker} -->)"
+        text = re.sub(pattern, lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text, flags=re.DOTALL)
+    return text
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -121,6 +153,25 @@ def _lines(row: Record) -> Iterator[list[str]]:
             f"{result['p50'] / timed[own]['p50']:.2f}" if own else "–",
         ]
         what = ""
+
+
+def _resources(names: tuple[str, ...]) -> str:
+    """A line for each kernel and shape."""
+    compiler, compiled = json.loads(RESOURCES.read_text()).values()
+    known = dict.fromkeys(case for target in compiled.values() for case in target if case.startswith(names))
+    lines = (
+        [*case.split(" ", 2), *(_taken(target[case]) if case in target else "–" for target in compiled.values())]
+        for case in known
+    )
+    what = "registers of a thread, shared memory, the instruction for products, what is spilled"
+    return f"By Triton {compiler}: {what}.\n\n{table(('kernel', 'parameters', 'shape', *compiled), lines)}"
+
+
+def _taken(resources: Sequence[int | str]) -> str:
+    registers, spilled, shared, instruction = resources
+    memory = f"{shared / 1024:.3g} KB" if shared >= 1024 else f"{shared} B"
+    said = [str(registers), memory, *([instruction] if instruction != "-" else [])]
+    return ", ".join(said + [f"{spilled} B spilled"] * bool(spilled))
 
 
 def _predicted(rows: list[Record]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Write the tables of the study between their markers in the README, and docs/study.png, from studies/results/.
+"""Write the tables of the study between their markers in docs/flowpp.md, and docs/study.png, from studies/results/.
 
 A difference between two rows is the mean over images of their differences, which vary far less than the bits of either.
 All errors are over images: none of them includes how much another seed of training would change.
@@ -17,6 +17,7 @@ from tarflow.evaluation import Estimate
 from tarflow.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
+PAGE, PICTURE = ROOT / "docs" / "flowpp.md", ROOT / "docs" / "study.png"
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 # How many bits/dim does the first row lose against the second?
 DIFFERENCES = {
@@ -32,16 +33,15 @@ DIFFERENCES = {
 
 
 def main() -> None:
-    """Print the tables, write them into the README, and draw the picture."""
+    """Print the tables, write them into their page, and draw the picture."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     text = f"{table(results)}\n\n{differences(results)}\n\n{errors(results)}"
     print(text)
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    with atomic_write(readme) as path:
-        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    draw(results, ROOT / "docs" / "study.png")
+    with atomic_write(PAGE) as path:
+        path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    draw(results, PICTURE)
 
 
 def table(results: list[dict]) -> str:

@@ -390,7 +390,7 @@ PLAIN = {"noise_levels": None}
         ({}, lambda model: model.sample(3, LABELS, denoise_sigma=0.01), "denoise_sigma"),
         (PLAIN, lambda model: model(X, LABELS, noise_level=0.1), "noise_level"),
         (PLAIN, lambda model: model.inverse(Z, LABELS, noise_level=0.1), "noise_level"),
-        (PLAIN, lambda model: model.sample(3, LABELS, denoising=Denoising()), "denoising"),
+        (PLAIN, lambda model: model.sample(3, LABELS, denoising=Denoising(clip=True)), "denoising"),
         *(({}, lambda _, steps=steps: Denoising(steps), "steps") for steps in (0, -1, 1.0, "1", 10**9)),
         *(({}, lambda _, levels=levels: TarFlowConfig(noise_levels=levels), "noise_levels")
           for levels in ((0.1,), (0.2, 0.1), (0, 0.1), (0.1, math.nan), (0.1, 11), ("a", 1), 0.1, {})),
