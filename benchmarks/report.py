@@ -3,8 +3,8 @@
     python benchmarks/report.py
 
 Writes ``docs/benchmarks.md``, ``docs/roofline-<device>.png``, ``docs/limits-<device>.png`` and
-``docs/sampling-<device>.png``, and between the markers of ``docs/kernels/*.md`` what compilers make of an op and what was
-measured of it.
+``docs/sampling-<device>.png``, and between the markers of ``docs/kernels/*.md`` what compilers make of an op and what
+was measured of it.
 """
 
 import argparse
