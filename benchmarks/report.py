@@ -3,8 +3,8 @@
     python benchmarks/report.py
 
 Writes ``docs/benchmarks.md``, ``docs/roofline-<device>.png``, ``docs/limits-<device>.png`` and
-``docs/sampling-<device>.png``, and between the markers of ``docs/kernels/*.md`` what compilers make of an op and what was
-measured of it.
+``docs/sampling-<device>.png``, and between the markers of ``docs/kernels/*.md`` what compilers make of an op and what
+was measured of it.
 """
 
 import argparse
@@ -160,18 +160,18 @@ def _resources(names: tuple[str, ...]) -> str:
     compiler, compiled = json.loads(RESOURCES.read_text()).values()
     known = dict.fromkeys(case for target in compiled.values() for case in target if case.startswith(names))
     lines = (
-        [*case.split(" ", 2), *(_taken(target[case]) if case in target else "–" for target in compiled.values())]
+        [*case.split(" ", 1), *(_taken(target[case]) if case in target else "–" for target in compiled.values())]
         for case in known
     )
     what = "registers of a thread, shared memory, the instruction for products, what is spilled"
-    return f"By Triton {compiler}: {what}.\n\n{table(('kernel', 'parameters', 'shape', *compiled), lines)}"
+    return f"By Triton {compiler}: {what}.\n\n{table(('kernel', 'parameters, shape', *compiled), lines)}"
 
 
 def _taken(resources: Sequence[int | str]) -> str:
     registers, spilled, shared, instruction = resources
     memory = f"{shared / 1024:.3g} KB" if shared >= 1024 else f"{shared} B"
-    said = [str(registers), memory, *([instruction] if instruction != "-" else [])]
-    return ", ".join(said + [f"{spilled} B spilled"] * bool(spilled))
+    said = [f"{registers}, {memory}", instruction.replace("-", ""), f"{spilled} B spilled" if spilled else ""]
+    return "<br>".join(filter(None, said))
 
 
 def _predicted(rows: list[Record]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Train small models on the full Fashion-MNIST and score them: four flows, two kinds of dequantization, ablations.
 
     python studies/fashion_mnist.py NAME ...    train and score these rows; all of them without a name
-    python studies/report.py                    write the tables of docs/flowpp.md and docs/study.png from studies/results/
+    python studies/report.py                    write the tables of docs/flowpp.md and docs/study.png from results/
 
 All rows see the same images in the same order, unconditionally, without augmentation, for the same number of steps with
 the same optimizer, at about 770,000 parameters; ``ROWS`` says in what they differ. Bits/dim are those of 1,000 of the

@@ -93,10 +93,11 @@ SMALL = "--channels 64 --max-steps 800"
 
 RECIPES = {
     "default": Row("", BEST, num=2000),
+    "longer": Row("--max-steps 3000 --warmup-steps 300", BEST, num=2000),
     "former": Row(
         FORMER, {f"guidance 2, denoised {n}x": Sampling(Guidance(2.0), denoised=n) for n in (1, 2)}, num=2000
     ),
-    "blocks-8x1": Row("--num-blocks 8 --layers-per-block 1", BEST, num=2000),
+    "longer-8x1": Row("--max-steps 3000 --warmup-steps 300 --num-blocks 8 --layers-per-block 1", BEST, num=2000),
 }
 FIGURES = {
     "sampling": Row("", SWEEP),  # of the model of the default recipe, which is not trained again

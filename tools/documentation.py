@@ -1,4 +1,4 @@
-"""What the documentation site does beside its theme: mkdocs.yml names this file, and ``mkdocs build --strict`` runs it."""
+"""The links and docstrings of the documentation site, as mkdocs needs them: mkdocs.yml names this file."""
 
 import posixpath
 import re
