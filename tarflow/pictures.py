@@ -116,7 +116,9 @@ class Gallery:
         if self.denoise_sigma:
             between = model.denoising_levels(self.denoise_sigma, self.denoising)[1:-1]
             by_level = [f"noise {level:.2g}" for level in between]
-            again = [f"denoised {time} x" for time in range(1, len(between) + 1)]
+            again = ["denoised once", *(f"denoised {time} times" for time in range(2, len(between) + 1))][
+                : len(between)
+            ]
             columns += [*(by_level if model.noise_levels else again), "denoised"]
             frames = torch.cat((frames, images[None]))
         trajectory(frames.cpu(), path, f"{title}{self.description}", columns, self.quantization)
