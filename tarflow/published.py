@@ -89,7 +89,8 @@ def _check(state: Any) -> dict[str, Tensor]:
         raise ValueError(f"source: expected the state dict of a published TarFlow; got a {type(state).__name__}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"source: expected names and tensors; got {short(name)} and a {type(tensor).__name__}")
+            got = f"{short(name)} and a {type(tensor).__name__}"
+            raise ValueError(f"source: expected the state dict of a published TarFlow, names and tensors; got {got}")
     # The code of iTarFlow has another name for the layers of a block.
     state = {name.replace(".head_blocks.", ".attn_blocks."): tensor for name, tensor in state.items()}
     for name in _TELLING:

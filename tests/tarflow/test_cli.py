@@ -491,7 +491,7 @@ def test_samples_are_scored_beside_the_likelihoods_and_with_their_protocol(run, 
     assert np.isfinite([*scores.values()]).all()
     assert len(record["scores"]) == 4
     stated = {"protocol": "tarflow", "samples": 20, "quantization": "truncate", "resize": "none", "seed": 1}
-    stated |= {"labels": "drawn uniformly from 10 classes", "denoising": "Tweedie at sigma 0.1"}
+    stated |= {"labels": "drawn uniformly from 10 classes", "denoising": "Tweedie at sigma 0.1, 0.1"}
     assert stated.items() <= protocol.items()
     assert protocol["guidance"]["weight"] == 1
     assert protocol["reference"]["images"] == 1000
