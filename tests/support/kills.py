@@ -26,7 +26,7 @@ from tarflow.training import checkpoints
 
 TRAINING = [
     *("--patch-size=7", "--channels=64", "--num-blocks=2", "--layers-per-block=1", "--guidance.weight=0"),
-    *("--no-calibrate", "--device=cpu", "--precision=float32", "--batch-size=8"),
+    *("--no-calibrate", "--device=cpu", "--precision=float32", "--batch-size=8", "--optimizer=adamw"),
     *("--log-every=1", "--checkpoint-every=2", "--keep-checkpoints=1000"),
 ]
 PROCESSES = 2
