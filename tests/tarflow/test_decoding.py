@@ -266,7 +266,7 @@ def test_what_it_took_is_freed_when_it_returns(monkeypatch, decoder):
     """Caches are gigabytes on a GPU, and nobody knows when a garbage collection comes."""
     steps, make = [], CachedStep.__init__
     monkeypatch.setattr(
-        CachedStep, "__init__", lambda step, *args: steps.append(weakref.ref(step)) or make(step, *args)
+        CachedStep, "__init__", lambda step, *args, **more: steps.append(weakref.ref(step)) or make(step, *args, **more)
     )
     flow = token_flow()
     z, labels = mixed_batch(flow)
