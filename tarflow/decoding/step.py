@@ -318,7 +318,7 @@ def scatter_tokens(tokens: Tensor, positions: Tensor, new: Tensor) -> None:
 
 
 class DecodingMemory:
-    """What the blocks of a flow, which are decoded in turn, use one after the other: a pool for graphs, and a cache.
+    """Memory that the blocks of a flow, which are decoded in turn, use one after the other: of graphs and of a cache.
 
     A graph may be replayed until the next is captured. The last one is kept, since a pool whose last graph is gone must
     not be captured into; with this object it goes too, and the pool is PyTorch's to free.

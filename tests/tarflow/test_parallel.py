@@ -26,7 +26,7 @@ from tarflow.training.config import TrainingConfig
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "support" / "several.py"
 TARFLOW = {"patch_size": 7, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "guidance.weight": 0.0}
-TARFLOW |= {"no_calibrate": None, "learning_rate": 1e-3}
+TARFLOW |= {"no_calibrate": None, "optimizer": "adamw", "learning_rate": 1e-3}
 FLOWPP = {"model": "flowpp", "filters": 8, "blocks_per_coupling": 1, "stack": "squeeze channel2"}
 FLOWPP |= {"importance_samples": 1, "learning_rate": 1e-3}
 VOLUME_PRESERVING = TARFLOW | {"volume_preserving": None, "noise": "uniform"}

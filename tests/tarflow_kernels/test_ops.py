@@ -121,7 +121,9 @@ def agree(call, op, inputs, cotangent, tolerance, backends=BACKENDS):
             results = run(partial(call, op), inputs, cotangent)
         for result, value in zip(results, expected, strict=True):
             assert result.dtype == inputs[0].dtype
-            assert_close(result.double(), value, atol=tolerance, rtol=tolerance)
+            # A temperature is in all outputs of its row: its gradient adds up their rounding.
+            summed = max(1.0, expected[0].numel() / max(1, value.numel())) ** 0.5
+            assert_close(result.double(), value, atol=tolerance * summed, rtol=tolerance)
 
 
 @given(
