@@ -335,9 +335,10 @@ def test_the_time_left_is_what_the_run_then_takes(tmp_path, monkeypatch):
 def test_decoders_are_timed_for_seconds_or_for_a_hundredth_of_a_long_training(tmp_path, monkeypatch, hours, seconds):
     given = {}
     monkeypatch.setattr(Log, "elapsed", hours * 3600)
-    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, **options: given.update(options) or [])
+    timed = [calibration.Timing("cpu", "float32", 2, 1, "sequential", None, 3, 0.1)]
+    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, **options: given.update(options) or timed)
     train(config_of(**TINY | {"max_steps": 1}), tmp_path / "run")
-    assert given == {"batches": {1, 6, 80}, "rounds": 1, "seconds": seconds}
+    assert given == {"batches": {1, 6, 80}, "rounds": 1, "seconds": seconds, "noise_level": None}
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, uneven):
