@@ -89,18 +89,19 @@ SWEEP = {
     },
 }
 FORMER = "--patch-size 2 --batch-size 16 --optimizer adamw --learning-rate 1e-3 --warmup-steps 100 --max-steps 2200"
+LONGER = "--max-steps 3000 --warmup-steps 300"
 SMALL = "--channels 64 --max-steps 800"
 
 RECIPES = {
     "default": Row("", BEST, num=2000),
-    "longer": Row("--max-steps 3000 --warmup-steps 300", BEST, num=2000),
+    "longer": Row(LONGER, BEST, num=2000),
     "former": Row(
         FORMER, {f"guidance 2, denoised {n}x": Sampling(Guidance(2.0), denoised=n) for n in (1, 2)}, num=2000
     ),
-    "longer-8x1": Row("--max-steps 3000 --warmup-steps 300 --num-blocks 8 --layers-per-block 1", BEST, num=2000),
+    "longer-8x1": Row(f"{LONGER} --num-blocks 8 --layers-per-block 1", BEST, num=2000),
 }
 FIGURES = {
-    "sampling": Row("", SWEEP),  # of the model of the default recipe, which is not trained again
+    "sampling": Row(LONGER, SWEEP),  # of the models of the row "longer", which are not trained again
     "small": Row(SMALL, NOISY),
     **{f"sigma-{sigma}": Row(f"{SMALL} --sigma {sigma}", NOISY) for sigma in (0.02, 0.05, 0.2)},
     "uniform": Row(f"{SMALL} --noise uniform", USUAL),
@@ -138,7 +139,7 @@ def run(name: str, seed: int, out: Path) -> None:
     if not missing:
         return
     settings, _ = read_flags([*shlex.split(f"{COMMON} {row.flags}"), f"--seed={seed}"])
-    config, folder = settings.config, out / f"{'default' if name == 'sampling' else name}-{seed}"
+    config, folder = settings.config, out / f"{'longer' if name == 'sampling' else name}-{seed}"
     model = trained(config, folder)
     result |= {
         "flags": row.flags,
