@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -534,9 +534,11 @@ def test_an_interrupt_in_the_first_seconds_is_one_line():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of six steps, with checkpoints at the last two multiples of two."""
+    """A run of six steps by AdamW, as all were once, with checkpoints at the last two multiples of two."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    train(config_of(**TINY | {"max_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 2}), out)
+    config = config_of(**TINY | {"max_steps": 6, "checkpoint_every": 2, "keep_checkpoints": 2})
+    before = replace(config.training, optimizer="adamw", guidance=Guidance(), denoising_steps=None)
+    train(replace(config, training=before), out)
     return out
 
 
@@ -581,7 +583,11 @@ REFUSED = {
     "out holds a run": (None, ["--out={run}", "--max-steps=1"], r"out: .*/run already holds a run; .* or --resume it"),
     "another width": (None, ["--resume={run}", "--channels=128"], "channels: .* expected 64 as in .*/run, got 128"),
     "another seed": (None, ["--resume={run}", "--seed=1"], "seed: .* expected 0 .* got 1"),
-    "another optimizer": (None, ["--resume={run}", "--optimizer=muon"], "optimizer: .* expected 'adamw' .* got 'muon'"),
+    "another optimizer": (
+        None,
+        ["--resume={run}", "--optimizer=adamw"],
+        "optimizer: .* expected 'muon' .* got 'adamw'",
+    ),
     "truncated": (truncate, ["--resume={run}"], rf"{CORRUPT}; delete it to go on from step-00000004\.pt"),
     "damaged": (damage, ["--resume={run}"], CORRUPT),
     "empty and the only one": (empty_the_last, ["--resume={run}"], f"{CORRUPT}; there is none before it"),
@@ -732,7 +738,7 @@ def test_decoders_are_timed_under_the_guidance_of_the_run(run, monkeypatch, kept
     settings["train"]["training"]["guidance"] = kept
     path.write_text(json.dumps(settings))
     seen = []
-    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, *_: seen.append(guidance) or [])
+    monkeypatch.setattr(calibration, "calibrate", lambda flow, guidance, *_, **__: seen.append(guidance) or [])
     assert main(["calibrate", str(run), "--device=cpu", *arguments]) == 0
     assert seen == [expected]
 
