@@ -583,11 +583,7 @@ REFUSED = {
     "out holds a run": (None, ["--out={run}", "--max-steps=1"], r"out: .*/run already holds a run; .* or --resume it"),
     "another width": (None, ["--resume={run}", "--channels=128"], "channels: .* expected 64 as in .*/run, got 128"),
     "another seed": (None, ["--resume={run}", "--seed=1"], "seed: .* expected 0 .* got 1"),
-    "another optimizer": (
-        None,
-        ["--resume={run}", "--optimizer=muon"],
-        "optimizer: .* expected 'muon' .* got 'adamw'",
-    ),
+    "another optimizer": (None, ["--resume={run}", "--optimizer=muon"], "optimizer: .* expected 'adamw' .* got 'muon'"),
     "truncated": (truncate, ["--resume={run}"], rf"{CORRUPT}; delete it to go on from step-00000004\.pt"),
     "damaged": (damage, ["--resume={run}"], CORRUPT),
     "empty and the only one": (empty_the_last, ["--resume={run}"], f"{CORRUPT}; there is none before it"),
