@@ -15,7 +15,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from tarflow import Guidance, ImageFlow, datasets
@@ -251,12 +252,13 @@ def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> str
         "| distance | precision | recall | recognised |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    missing = []
     for name, row in rows.items():
         known = results.get(name, [])
         for sampling in row.samplings:
             scored = [result for result in known if sampling in result["scores"]]
             if not scored:
-                lines.append(f"| `{name}`: `{row.flags}` | {sampling} | none | | | not measured | | | |")
+                missing.append(f"`{name}` ({sampling})")
                 continue
             found = [result["noisy_bits_per_dim"]["mean"] for result in scored if "sigma" in result]
             sigma = f" ({scored[0]['sigma']:g})" if found else ""
@@ -269,48 +271,92 @@ def table(results: dict[str, list[dict[str, Any]]], rows: dict[str, Row]) -> str
                 f"| `{name}`: {flags} | {sampling}, n = {row.num:,} | {len(scored)} | {scored[0]['images']:,} "
                 f"| {mean_and_deviation(found, 3)}{sigma} | {' | '.join(scores)} |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", f"Not measured: {', '.join(missing)}."] if missing else [])])
 
 
 _COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 _STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 7}
 
 
+Results = dict[str, list[dict[str, Any]]]
+
+
 @rc_context(_STYLE)
-def draw(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the distance over guidance, temperature, noise and architecture; dots are seeds, lines go through means."""
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
-    (top_left, top_right), (left, right) = figure.subplots(2, 2, subplot_kw={"yscale": "log"})
-    swept = results.get("sampling", [])
-    _line(top_left, swept, {w: f"linear {w}" for w in WEIGHTS}, "linear", _COLORS[0])
-    _line(top_left, swept, {0: "linear 0"} | {w: f"constant {w}" for w in (1, 2, 4)}, "constant", _COLORS[1])
-    _line(top_left, swept, {3: "alpha 3"}, "alpha alone, linear", _COLORS[2])
-    _line(top_left, swept, {3: "mu 3"}, "mu alone, linear", _COLORS[3])
-    top_left.set(xlabel="guidance weight", ylabel="distance")
+def draw(results: Results) -> None:
+    """Draw the panels whose rows are there; dots are seeds, lines go through their means."""
+    panels = [panel for panel, rows in PANELS.items() if all(map(partial(_is_whole, results), rows))]
+    if not panels:
+        return
+    figure = Figure(figsize=(3.6 * min(2, len(panels)), 2.7 * -(-len(panels) // 2)), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), subplot_kw={"yscale": "log"}, squeeze=False)
+    for panel, axes in zip(panels, grid.flat, strict=False):
+        panel(axes, results)
+        axes.set_ylabel("distance")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.2, 0.5)))
+        axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
+        axes.legend(frameon=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    with atomic_write(PICTURE) as beside:
+        figure.savefig(beside, dpi=200, format="png")
+
+
+def _is_whole(results: Results, name: str) -> bool:
+    """Whether some seed of a row has all its samples."""
+    return any(result["scores"].keys() >= ROWS[name].samplings.keys() for result in results.get(name, []))
+
+
+def _draw_guidance(axes: Axes, results: Results) -> None:
+    swept = results["sampling"]
+    _line(axes, swept, {w: f"linear {w}" for w in WEIGHTS}, "linear", _COLORS[0])
+    _line(axes, swept, {0: "linear 0"} | {w: f"constant {w}" for w in (1, 2, 4)}, "constant", _COLORS[1])
+    _line(axes, swept, {3: "alpha 3"}, "alpha alone, linear", _COLORS[2])
+    _line(axes, swept, {3: "mu 3"}, "mu alone, linear", _COLORS[3])
+    axes.set_xlabel("guidance weight")
+
+
+def _draw_denoising(axes: Axes, results: Results) -> None:
+    named = {0: "linear 3, denoised 0x", 1: "linear 3, denoised 1x", 2: "linear 3"}
+    named |= {n: f"linear 3, denoised {n}x" for n in (3, 5)}
+    _line(axes, results["sampling"], named, "guidance 3", _COLORS[0])
+    axes.set_xlabel("steps of denoising")
+
+
+def _draw_temperature(axes: Axes, results: Results) -> None:
     for w, color in zip((1, 2), _COLORS, strict=False):
         at = {tau: f"no labels, tau {tau}, weight {w}" for tau in TAUS} | {1: "no labels"}
-        _line(top_right, swept, dict(sorted(at.items())), f"weight {w}", color)
-    top_right.set(xlabel="temperature of the reference branch, without labels", ylabel="distance")
-    sigmas = {0.02: "sigma-0.02", 0.05: "sigma-0.05", 0.1: "small", 0.2: "sigma-0.2"}
+        _line(axes, results["sampling"], dict(sorted(at.items())), f"weight {w}", color)
+    axes.set_xlabel("temperature of the reference branch, without labels")
+
+
+def _draw_noise(axes: Axes, results: Results) -> None:
     for sampling, label, color in (
         ("guidance 3", "denoised twice", _COLORS[0]),
         ("guidance 3, denoised 1x", "denoised once", _COLORS[3]),
         ("guidance 3, denoised 0x", "as drawn", _COLORS[1]),
     ):
-        _rows(left, {sigma: results.get(name, []) for sigma, name in sigmas.items()}, sampling, label, color)
-    _rows(left, {0.0: results.get("uniform", [])}, "guidance 3", "uniform noise", _COLORS[2])
-    left.set(xlabel="sigma of the training noise", ylabel="distance")
-    names = [name for name in FIGURES if name not in ("sampling", *sigmas.values())]
-    places = {place: results.get(name, []) for place, name in enumerate(["small", *names])}
+        _rows(axes, {sigma: results[name] for sigma, name in SIGMAS.items()}, sampling, label, color)
+    _rows(axes, {0.0: results["uniform"]}, "guidance 3", "uniform noise", _COLORS[2])
+    axes.set_xlabel("sigma of the training noise")
+
+
+def _draw_architecture(axes: Axes, results: Results) -> None:
+    places = {place: results[name] for place, name in enumerate(ARCHITECTURES)}
     for sampling, color in (("guidance 3", _COLORS[0]), ("no guidance", _COLORS[1])):
-        _rows(right, places, sampling, sampling, color, line="")
-    right.set_xticks(range(len(places)), ["4 blocks x 2", *names], rotation=40, ha="right")
-    right.set_ylabel("distance")
-    for axes in (top_left, top_right, left, right):
-        axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
-        axes.legend(frameon=False)
-    with atomic_write(PICTURE) as beside:
-        figure.savefig(beside, dpi=200, format="png")
+        _rows(axes, places, sampling, sampling, color, line="")
+    axes.set_xticks(range(len(places)), ARCHITECTURES, rotation=40, ha="right")
+
+
+SIGMAS = {0.02: "sigma-0.02", 0.05: "sigma-0.05", 0.1: "small", 0.2: "sigma-0.2"}
+ARCHITECTURES = [name for name in FIGURES if name not in ("sampling", "uniform", *SIGMAS.values())] + ["small"]
+PANELS = {
+    _draw_guidance: ["sampling"],
+    _draw_denoising: ["sampling"],
+    _draw_temperature: ["sampling"],
+    _draw_noise: [*SIGMAS.values(), "uniform"],
+    _draw_architecture: ARCHITECTURES,
+}
 
 
 def _line(axes: Axes, results: list[dict[str, Any]], samplings: dict[float, str], label: str, color: str) -> None:
