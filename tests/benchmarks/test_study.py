@@ -78,7 +78,9 @@ TINY = "--patch-size 7 --channels 64 --num-blocks 2 --layers-per-block 1 --max-s
 def test_a_row_is_trained_and_scored_once_for_each_seed_and_reported(samples, monkeypatch, tmp_path):
     ways = {"guided": samples.guided(1), "no labels": samples.Sampling(labels=False)}
     rows = {"tiny": samples.Row(TINY, ways, num=20)}
-    for name, given in (("ROWS", rows), ("RECIPES", rows), ("FIGURES", {}), ("NUM_IMAGES", 20)):
+    panels = {lambda axes, results: samples._rows(axes, {1.0: results["tiny"]}, "guided", "tiny", "k"): ["tiny"]}
+    told = {"ROWS": rows, "RECIPES": rows, "FIGURES": {}, "PANELS": panels, "NUM_IMAGES": 20}
+    for name, given in told.items():
         monkeypatch.setattr(samples, name, given)
     samples.main(["tiny", "--seeds", "0", "1", f"--out={tmp_path / 'runs'}"])
     first, second = (json.loads((tmp_path / "RESULTS" / f"tiny-{seed}.json").read_text()) for seed in (0, 1))
