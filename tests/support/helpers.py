@@ -62,3 +62,16 @@ def draw(seed, *shape, dtype=torch.float64):
     generator = torch.Generator("cpu").manual_seed(seed)
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(torch.get_default_device(), dtype)
+
+
+def assert_shares_are_of_the_batch(trainer, data):
+    """Assert that what a trainer prepares of the share of a process is that share of what it prepares of the batch."""
+
+    def prepare(rank, num_ranks):
+        trainer.generator.manual_seed(0)
+        return trainer.prepare(data.images[rank::num_ranks], data.labels[rank::num_ranks], rank, num_ranks)
+
+    whole = prepare(0, 1)
+    for rank in range(4):
+        for part, tensor in zip(prepare(rank, 4), whole, strict=True):
+            assert part is tensor is None or torch.equal(part, tensor[rank::4])

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import tarflow.decoding.sequential as sequential_decoder
-from helpers import draw, randomize
+from helpers import assert_shares_are_of_the_batch, draw, randomize
 from helpers import tarflow as build
 from tarflow import Decoder, Denoising, FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig, TokenFlow, hardware
 from tarflow.datasets import ImageDataset
@@ -331,15 +331,7 @@ def test_the_loss_of_an_image_is_weighted_by_its_level(accumulate):
 
 def test_a_share_of_a_batch_gets_the_levels_that_it_would_get_in_the_batch():
     trainer, data = trainer_of()
-
-    def prepare(rank, num_ranks):
-        trainer.generator.manual_seed(0)
-        return trainer.prepare(data.images[rank::num_ranks], data.labels[rank::num_ranks], rank, num_ranks)
-
-    whole = prepare(0, 1)
-    for rank in range(4):
-        for part, tensor in zip(prepare(rank, 4), whole, strict=True):
-            assert part is tensor is None or torch.equal(part, tensor[rank::4])
+    assert_shares_are_of_the_batch(trainer, data)
 
 
 @pytest.mark.parametrize("model", [SMALL, replace(SMALL, volume_preserving=True)], ids=["affine", "volume preserving"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from helpers import assert_shares_are_of_the_batch
 from tarflow import DequantizerConfig, FlowPP, FlowPPConfig, TarFlow, TarFlowConfig, datasets, evaluation
 from tarflow.datasets import ImageDataset
 from tarflow.hardware import uses_bfloat16
@@ -288,15 +289,7 @@ def test_the_share_of_labels_asked_for_is_dropped_and_the_others_stay(share):
 def test_a_share_of_a_batch_gets_the_random_numbers_that_it_would_get_in_the_batch(noise):
     data = pictures(flip=True)
     trainer, _ = build(data, noise=noise, label_drop=0.5)
-
-    def prepare(rank, num_ranks):
-        trainer.generator.manual_seed(0)
-        return trainer.prepare(data.images[rank::num_ranks], data.labels[rank::num_ranks], rank, num_ranks)
-
-    whole = prepare(0, 1)
-    for rank in range(4):
-        for part, tensor in zip(prepare(rank, 4), whole, strict=True):
-            assert part is tensor is None or torch.equal(part, tensor[rank::4])
+    assert_shares_are_of_the_batch(trainer, data)
 
 
 def test_without_classes_there_are_no_labels():
