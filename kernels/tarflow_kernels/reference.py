@@ -175,7 +175,9 @@ def _log_scale(raw: Tensor, kind: str, first: float, second: float) -> Tensor:
             return first * raw / (first + raw.abs())
         case "softplus":
             t = raw + first
-            return torch.log(torch.logaddexp(t, torch.zeros_like(t)) + second)
+            if second:
+                return torch.log(torch.logaddexp(t, torch.zeros_like(t)) + second)
+            return torch.where(t < -40, t, torch.log(torch.logaddexp(t.clamp(min=-40), torch.zeros_like(t))))
         case "sigmoid":
             t = raw + first
             return torch.log(torch.sigmoid(t) + second) if second else -torch.logaddexp(-t, torch.zeros_like(t))

@@ -39,10 +39,12 @@ def softclip(bound: float) -> Scale:
 def softplus(offset: float = 0.0, eps: float = 1e-3) -> Scale:
     """Scale by a softplus: ``exp(a) = log(1 + exp(raw + offset)) + eps``.
 
+    With an offset of ``log(e - 1)`` and an ``eps`` of zero it is STARFlow's, whose scale is 1 at 0 (arXiv 2506.06276).
+
     Raises:
-        ValueError: ``offset`` is not finite, or ``eps`` is not positive and finite.
+        ValueError: ``offset`` is not finite, or ``eps`` is negative or not finite.
     """
-    return Scale("softplus", _finite(offset=offset), _positive(eps=eps))
+    return Scale("softplus", _finite(offset=offset), _not_negative(eps=eps))
 
 
 def sigmoid(offset: float = 2.0, eps: float = 1e-3) -> Scale:
@@ -53,9 +55,7 @@ def sigmoid(offset: float = 2.0, eps: float = 1e-3) -> Scale:
     Raises:
         ValueError: ``offset`` is not finite, or ``eps`` is negative or not finite.
     """
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a finite number, zero or more; got {eps}")
-    return Scale("sigmoid", _finite(offset=offset), float(eps))
+    return Scale("sigmoid", _finite(offset=offset), _not_negative(eps=eps))
 
 
 def clamp(low: float, high: float) -> Scale:
@@ -91,8 +91,12 @@ def log_scale(raw: Tensor, scale: Scale) -> Tensor:
         case "softclip":
             return raw / (1 + torch.abs(raw / first))
         case "softplus":
+            t = raw + first
             # PyTorch's softplus takes a shortcut from 20 on, which float64 would notice.
-            return torch.log(F.softplus(raw + first, threshold=40) + second)
+            if second:
+                return torch.log(F.softplus(t, threshold=40) + second)
+            # From -40 down it is exp(t) in any precision, which would underflow.
+            return torch.where(t < -40, t, torch.log(F.softplus(t.clamp(min=-40), threshold=40)))
         case "sigmoid":
             return torch.log(torch.sigmoid(raw + first) + second) if second else F.logsigmoid(raw + first)
         case "clamp":
@@ -106,6 +110,13 @@ def _finite(**argument: float) -> float:
     ((name, value),) = argument.items()
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number; got {value}")
+    return float(value)
+
+
+def _not_negative(**argument: float) -> float:
+    ((name, value),) = argument.items()
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, zero or more; got {value}")
     return float(value)
 
 

@@ -18,6 +18,7 @@ SCALES = {
     "softclip": scales.softclip(2.0),
     "softplus": scales.softplus(),
     "softplus, offset": scales.softplus(0.5413, 0.1),
+    "softplus, no eps": scales.softplus(0.5413, 0.0),
     "sigmoid": scales.sigmoid(),
     "sigmoid, no eps": scales.sigmoid(eps=0.0),
     "clamp": scales.clamp(-0.5, 0.7),
@@ -33,6 +34,7 @@ both_ways = pytest.mark.parametrize("op", [affine_forward, affine_inverse])
     [
         (scales.softclip(3.0), lambda raw: raw / (1 + (raw / 3).abs())),
         (scales.softplus(0.5, 0.01), lambda raw: ((raw + 0.5).exp().log1p() + 0.01).log()),
+        (scales.softplus(0.5, 0.0), lambda raw: (raw + 0.5).exp().log1p().log()),
         (scales.sigmoid(1.0, 0.01), lambda raw: (1 / (1 + (-raw - 1).exp()) + 0.01).log()),
         (scales.sigmoid(1.0, 0.0), lambda raw: -(-raw - 1).exp().log1p()),
         (scales.tanh(3.0), lambda raw: 3 * (raw / 3).tanh()),
@@ -89,6 +91,7 @@ def test_what_no_loss_depends_on_has_gradients_too(output, backend, poisoned):
     [
         (scales.softclip(2.0), [-2.0, 2.0]),
         (scales.softplus(), [math.log(1e-3), math.log(1e4)]),
+        (scales.softplus(0.5, 0.0), [0.5 - 1e4, math.log(1e4)]),
         (scales.sigmoid(), [math.log(1e-3), math.log1p(1e-3)]),
         (scales.sigmoid(eps=0.0), [2.0 - 1e4, 0.0]),
         (scales.clamp(-5.0, 3.0), [-5.0, 3.0]),
@@ -191,7 +194,7 @@ def test_maps_of_other_libraries(library, scale, scale_first, backend):
         (lambda: scales.softclip(math.nan), ValueError, "bound"),
         (lambda: scales.tanh(math.inf), ValueError, "bound"),
         (lambda: scales.softplus(math.inf), ValueError, "offset"),
-        (lambda: scales.softplus(eps=0.0), ValueError, "eps"),
+        (lambda: scales.softplus(eps=-1e-3), ValueError, "eps"),
         (lambda: scales.sigmoid(math.nan), ValueError, "offset"),
         (lambda: scales.sigmoid(eps=-1e-3), ValueError, "eps"),
         (lambda: scales.clamp(1.0, 1.0), ValueError, "low"),

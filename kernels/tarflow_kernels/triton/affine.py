@@ -132,6 +132,9 @@ def _log_scale(raw, SCALE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constex
         scale = tl.maximum(t, 0.0) + log1p(tl.exp(-tl.abs(t))) + SECOND
         a = tl.log(scale)
         slope = _sigmoid(t) / scale
+        if SECOND == 0:  # of t far below zero the scale is exp(t), which underflows
+            a = tl.where(t < -40, t, a)
+            slope = tl.where(t < -40, 1.0, slope)
     elif SCALE == "sigmoid":
         t = raw + FIRST
         scale = _sigmoid(t)
