@@ -17,6 +17,7 @@ from models import build
 from tarflow import TarFlowConfig
 from tarflow.decoding.jacobi import JacobiIteration
 from tarflow.decoding.sequential import sequential
+from tarflow.transformer import Context
 
 FIXED = 3.6
 ROWS = 1, 2, 4, 8
@@ -49,7 +50,7 @@ def pass_costs(config: TarFlowConfig, rows: int, rounds: int) -> dict[int, float
     model = build(config, torch.device("cpu"))
     transformer, z = model.flow.blocks[0].transformer, model.flow.sample_prior(rows)
     last = config.num_tokens - 1
-    passes = {window: _pass(JacobiIteration(transformer, z, None, None, window, 0.0)) for window in WINDOWS}
+    passes = {window: _pass(JacobiIteration(transformer, z, Context(), None, window, 0.0)) for window in WINDOWS}
     step, *taken = best_times([lambda: sequential(transformer, z), *passes.values()], rounds)
     return {window: seconds / (step / last) for window, seconds in zip(passes, taken, strict=True)}
 

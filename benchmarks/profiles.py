@@ -65,11 +65,13 @@ def _decoding(decoder: Decoder, device: torch.device, parts: int) -> dict[str, A
     """Profile one of the ``parts`` steps or passes in which a decoder inverts a block."""
     on_gpu = device.type == "cuda"
     model = build(imagenet64(num_blocks=1) if on_gpu else fashion_mnist(2), device)
-    block, (z, labels) = model.flow.blocks[0], latents_and_labels(model, IMAGES)
+    flow, (z, labels) = model.flow, latents_and_labels(model, IMAGES)
     with torch.inference_mode(), autocast(device, torch.bfloat16 if on_gpu else torch.float32):
 
+        branches = flow.branches(flow.condition(labels, None, z), GUIDANCE)
+
         def run() -> None:
-            block.inverse(z, labels, GUIDANCE, decoder)
+            flow.blocks[0].inverse(z, branches, GUIDANCE, decoder)
 
         run()
         return _profiled(run, device, 1, parts)

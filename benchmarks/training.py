@@ -15,6 +15,7 @@ from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow import TarFlow, TarFlowConfig
 from tarflow.model import patchify
 from tarflow.training.throughput import operations
+from tarflow.transformer import Condition
 from tarflow_kernels import use_backend
 
 
@@ -52,7 +53,7 @@ class TrainingInputs:
 
 
 def _ours(block: nn.Module, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return block(tokens, labels)
+    return block(tokens, Condition(labels))
 
 
 def _loss(model: TarFlow, tokens: Tensor, labels: Tensor, forward: Callable) -> Tensor:

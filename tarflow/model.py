@@ -12,11 +12,12 @@ from . import hardware
 from .decoding import NAMES, Decoder, ProgressCallback
 from .decoding.decoder import Timing
 from .denoising import Denoising, denoise_by_levels, tweedie
-from .flow import TokenFlow, check_labels, for_each_block
+from .flow import TokenFlow, for_each_block
 from .flowpp.dequantizer import Dequantizer, DequantizerConfig
 from .flowpp.splits import parse_stack
 from .guidance import Guidance
 from .image_flow import ImageFlow, at_least_one
+from .transformer import RotaryPositions
 from .transforms import make_transform
 from .validation import NoiseLevels, PerBlock, check_fields, check_sigma, check_totals
 
@@ -37,12 +38,16 @@ class TarFlowConfig:
         head_dim: size of an attention head.
         expansion: factor of the hidden layer of the MLPs.
         volume_preserving: whether alpha is 0 throughout.
-        coupling: the map of each value, an affine one or a mixture of logistics with an affine map behind it.
+        coupling: the map of each value: an affine one, one whose scale is a softplus, or a mixture of logistics with an
+            affine map behind it.
         num_mixtures: number of logistics in a mixture.
         noise_levels: smallest and largest standard deviation of the Gaussian noise of images, if the model is to be
             conditioned on it, as iTarFlow is (arXiv 2604.20041); None for a model of one noise.
         dequantizer: configuration of variational dequantization, Flow++'s; without one, the noise of training is
             uniform or Gaussian, and no part of the model.
+        positions, final_norm, start_token, reversed_blocks, prefix_length, prefix_dim: what STARFlow changes (arXiv
+            2506.06276), see :class:`tarflow.TokenFlow`. The prefix is what the images are conditioned on, in place of
+            an embedding of a class.
 
     Raises:
         ValueError: a size that is no positive integer or beyond :mod:`tarflow.validation`, an image that is not a whole
@@ -60,10 +65,16 @@ class TarFlowConfig:
     head_dim: int = 64
     expansion: int = 4
     volume_preserving: bool = False
-    coupling: Literal["affine", "mixture"] = "affine"
+    coupling: Literal["affine", "softplus", "mixture"] = "affine"
     num_mixtures: int = 8
     noise_levels: NoiseLevels = None
     dequantizer: DequantizerConfig | None = None
+    positions: Literal["learned", "rotary"] = "learned"
+    final_norm: bool = False
+    start_token: bool = False
+    reversed_blocks: Literal["odd", "even"] = "odd"
+    prefix_length: int = 0
+    prefix_dim: int = 0
 
     def __post_init__(self):
         check_fields(self)
@@ -73,6 +84,10 @@ class TarFlowConfig:
         if any(channels % self.head_dim for channels in self.channels_of_blocks):
             raise ValueError(f"head_dim: expected a divisor of channels {self.channels}; got {self.head_dim}")
         make_transform(self.coupling, self.num_mixtures, self.volume_preserving)
+        if bool(self.prefix_length) != bool(self.prefix_dim):
+            raise ValueError(f"prefix_dim: expected a size for a prefix_length alone; got {self.prefix_dim}")
+        if self.positions == "rotary":
+            RotaryPositions(self.num_tokens, self.head_dim, self.prefix_length)
         if self.dequantizer is not None:
             parse_stack(self.dequantizer.stack, self.image_shape)
 
@@ -118,7 +133,9 @@ class TarFlowConfig:
         return (
             f"TarFlow {self.patch_size}-{channels}-{self.num_blocks}-{layers} "
             f"(patch-channels-blocks-layers), {self.num_tokens} tokens of {self.token_dim}"
-        ) + ("" if self.noise_levels is None else ", noise levels {:g} to {:g}".format(*self.noise_levels))
+            + ("" if self.noise_levels is None else ", noise levels {:g} to {:g}".format(*self.noise_levels))
+            + (f", after {self.prefix_length} embeddings of {self.prefix_dim}" if self.prefix_dim else "")
+        )
 
     def for_data(self, image_size: int, in_channels: int, num_classes: int) -> Self:
         """Return the configuration of the same architecture for other images."""
@@ -132,7 +149,8 @@ class TarFlowConfig:
         """
         blocks = zip(self.layers_of_blocks, self.channels_of_blocks, strict=True)
         per_token = (4 + 3 + 1 + 2 * self.expansion) * sum(layers * channels for layers, channels in blocks) * itemsize
-        return self.num_tokens * per_token + 2 * self.num_blocks * self._mixture_bytes
+        of_prefix = self.prefix_length * per_token  # no more than that: all but one block have none
+        return self.num_tokens * per_token + of_prefix + 2 * self.num_blocks * self._mixture_bytes
 
     def decoding_bytes(self, branches: int = 1, itemsize: int = 4) -> int:
         """Estimate the bytes that decoding one image takes.
@@ -144,7 +162,7 @@ class TarFlowConfig:
         active = 3 + 2 * self.expansion + 6  # qkv, the MLP before and after its GELU, residuals and norms
         blocks = zip(self.layers_of_blocks, self.channels_of_blocks, strict=True)
         widest = max(channels * (2 * layers + active) for layers, channels in blocks)
-        layers = branches * self.num_tokens * widest * itemsize
+        layers = branches * (self.prefix_length + self.num_tokens) * widest * itemsize
         solving = 7  # exponentials, sums and their products, in stock operators, over the parameters
         return layers + (branches + 1 + solving) * self._mixture_bytes
 
@@ -192,6 +210,12 @@ class TarFlow(ImageFlow):
             coupling=config.coupling,
             num_mixtures=config.num_mixtures,
             takes_noise_level=config.noise_levels is not None,
+            positions=config.positions,
+            final_norm=config.final_norm,
+            start_token=config.start_token,
+            reversed_blocks=config.reversed_blocks,
+            prefix_length=config.prefix_length,
+            prefix_dim=config.prefix_dim,
         )
 
     @property
@@ -282,7 +306,7 @@ class TarFlow(ImageFlow):
         """Draw ``num`` images; arguments, results and errors are those of :meth:`ImageFlow.sample`."""
         num = self.check_num(num)
         level = self._drawn_level(denoise_sigma, denoising)
-        check_labels(labels, num, self.config.num_classes)
+        self.flow.check_labels(labels, num)
         z = self.flow.sample_prior(num, generator)
         labels = None if labels is None else labels.to(z.device)
         if chunk_size is None:

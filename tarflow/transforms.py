@@ -1,11 +1,12 @@
 """Element-wise transforms of a block: the map of each value of a token, given parameters that earlier tokens determine.
 
 Every transform ends in the affine map of TarFlow, ``z = (v - mu) exp(-alpha)``, and transforms differ in what v is of
-x. A transform has no weights: a causal transformer computes its parameters. It knows
+x, and alpha of the output of the transformer. A transform has no weights: a causal transformer computes its parameters.
+It knows
 
 - how many ``outputs`` of the transformer a value takes, and how to ``split`` them into the parameters of the map;
 - the bias of the last projection with which an untrained block is about the identity, the weight being zero;
-- the map ``forward``, shifted by one token, and its ``inverse``, value by value;
+- the map ``forward``, shifted by one token or not, and its ``inverse``, value by value;
 - whether a guess of the inverse is good enough, and the inverse: ``refine``.
 """
 
@@ -14,12 +15,19 @@ import math
 import torch
 from torch import Tensor
 
-from tarflow_kernels import affine_forward, mixture_logistic, mixture_logistic_inverse
+from tarflow_kernels import affine_forward, mixture_logistic, mixture_logistic_inverse, scales
 from tarflow_kernels.mixture import MAX_COMPONENTS
 
-__all__ = ["AffineTransform", "MixtureTransform", "Parameters", "VolumePreservingTransform", "make_transform"]
+__all__ = [
+    "AffineTransform",
+    "MixtureTransform",
+    "Parameters",
+    "SoftplusTransform",
+    "VolumePreservingTransform",
+    "make_transform",
+]
 
-NAMES = ("affine", "mixture")
+NAMES = ("affine", "softplus", "mixture")
 
 Parameters = tuple[Tensor, ...]
 """mu and alpha ``(..., D)``, followed by the mixture ``(..., 3, D, K)`` if there is one."""
@@ -39,13 +47,13 @@ class AffineTransform:
         """Set the bias of the last projection so that the map is about the identity."""
         bias.zero_()
 
-    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *parameters: Tensor, shift: bool = True) -> tuple[Tensor, Tensor]:
         """Map tokens ``(B, N, D)`` to latents and the log-det in nats, ``(B,)``.
 
-        Token i uses the parameters at position i - 1, and token 0 passes through.
+        With ``shift`` token i uses the parameters at position i - 1, and token 0 passes through.
         """
         mu, alpha = parameters
-        return affine_forward(x, mu, alpha, shift=True)
+        return affine_forward(x, mu, alpha, shift=shift)
 
     def inverse(self, z: Tensor, *parameters: Tensor) -> Tensor:
         """Map latents ``(..., D)`` to tokens, given the parameters of each."""
@@ -74,6 +82,22 @@ class VolumePreservingTransform(AffineTransform):
     def split(self, out: Tensor) -> Parameters:
         """Return the output of the last projection, ``(..., D)``, as mu, and zeros as alpha."""
         return out, torch.zeros_like(out)
+
+
+class SoftplusTransform(AffineTransform):
+    """``z = (x - mu) / sigma`` with ``sigma = softplus(a + log(e - 1))``, 1 at a = 0, and ``alpha = log sigma``.
+
+    Outputs o of the transformer first pass through ``4 tanh(o / 4)``, so that sigma stays within 0.03 and 4.54, and mu
+    within 4. Source: STARFlow (arXiv 2506.06276) and its release.
+    """
+
+    bound = 4.0
+    scale = scales.softplus(math.log(math.e - 1), eps=0.0)
+
+    def split(self, out: Tensor) -> Parameters:
+        """Split the output of the last projection, ``(..., 2 * D)``, into mu and alpha."""
+        a, mu = (self.bound * torch.tanh(out / self.bound)).chunk(2, dim=-1)
+        return mu, scales.log_scale(a, self.scale)
 
 
 class MixtureTransform(AffineTransform):
@@ -107,11 +131,12 @@ class MixtureTransform(AffineTransform):
         means.copy_((2 * torch.arange(self.num_mixtures) + 1) / self.num_mixtures - 1)
         log_scales.fill_(0.5 * math.log(1 - variance * 3 / math.pi**2))
 
-    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *parameters: Tensor, shift: bool = True) -> tuple[Tensor, Tensor]:
         """Map tokens ``(B, N, D)`` to latents and the log-det, ``(B,)``, shifted as that of AffineTransform."""
         mu, alpha, mixture = parameters
-        v, logdet = mixture_logistic(x[:, 1:], *mixture[:, :-1].unbind(-3))
-        z, affine_logdet = super().forward(torch.cat((x[:, :1], v), dim=1), mu, alpha)
+        passed = int(shift)  # tokens without parameters
+        v, logdet = mixture_logistic(x[:, passed:], *mixture[:, : mixture.shape[1] - passed].unbind(-3))
+        z, affine_logdet = super().forward(torch.cat((x[:, :passed], v), dim=1), mu, alpha, shift=shift)
         return z, logdet + affine_logdet
 
     def inverse(self, z: Tensor, *parameters: Tensor) -> Tensor:
@@ -147,6 +172,10 @@ def make_transform(name: str, num_mixtures: int, volume_preserving: bool) -> Aff
         raise ValueError(f"coupling: expected one of {', '.join(NAMES)}; got {name!r}")
     if name == "affine":
         return VolumePreservingTransform() if volume_preserving else AffineTransform()
+    if name == "softplus":
+        if volume_preserving:
+            raise ValueError("volume_preserving: expected False with the softplus coupling; got True")
+        return SoftplusTransform()
     if not 1 <= num_mixtures <= MAX_COMPONENTS:
         raise ValueError(f"num_mixtures: expected 1 to {MAX_COMPONENTS}; got {num_mixtures}")
     if volume_preserving:

@@ -37,12 +37,16 @@ LARGEST = {
     "head_dim": 65_536,
     "expansion": 64,
     "num_mixtures": MAX_COMPONENTS,
+    "prefix_length": 65_536,
+    "prefix_dim": 65_536,
     "filters": 16_384,
     "blocks_per_coupling": 1024,
     "context_filters": 16_384,
     "context_blocks": 1024,
 }
 """The largest value of each field of a configuration: many times that of the largest published models."""
+
+MAY_BE_ZERO = ("num_classes", "prefix_length", "prefix_dim")
 
 MOST_LAYERS = 1024
 """The largest number of layers of a model: so many take seconds to build."""
@@ -58,8 +62,8 @@ def check_fields(config: Any) -> None:
     """Check the fields of a configuration by their annotations; integers of any kind become ints.
 
     Raises:
-        ValueError: an integer that is none or not in [1, ``LARGEST``] (classes: [0, ...]), a value of another type
-            where a bool, number or string has to be, a name that is not among its choices.
+        ValueError: an integer that is none or not in [1, ``LARGEST``] (classes and prefixes: [0, ...]), a value of
+            another type where a bool, number or string has to be, a name that is not among its choices.
 
     Sizes that may differ between blocks become a tuple where they do, and one integer where they do not.
     """
@@ -83,7 +87,7 @@ def check_fields(config: Any) -> None:
 
 
 def _integer(name: str, value: Any, otherwise: str = "") -> int:
-    least, most = 0 if name == "num_classes" else 1, LARGEST.get(name, math.inf)
+    least, most = 0 if name in MAY_BE_ZERO else 1, LARGEST.get(name, math.inf)
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         raise ValueError(f"{name}: expected an integer in [{least}, {most}]{otherwise}; got {short(value)}")
     return int(value)

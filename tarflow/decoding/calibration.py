@@ -23,6 +23,7 @@ from .step import count_branches
 
 if TYPE_CHECKING:
     from ..flow import Block, TokenFlow
+    from ..transformer import Condition
 
 __all__ = ["BATCHES", "FILE", "Timing", "calibrate", "load", "save", "time_block", "write"]
 
@@ -59,9 +60,9 @@ def calibrate(
         noise_level: that of the samples to come, for a flow that takes one.
     """
     began = time.perf_counter()
-    device, num_tokens = flow.prior_variance.device, len(flow.prior_variance)
+    device = flow.prior_variance.device
     sequential = Decoder("sequential")
-    windows = [window for window in WINDOWS if window is None or window < num_tokens - 1]
+    windows = [window for window in WINDOWS if window is None or window < flow.num_steps]
     parallel = [Decoder("jacobi", window, tolerance) for window in windows]
     promising = dict.fromkeys(range(len(flow.blocks)), parallel)
     timings = []
@@ -72,13 +73,14 @@ def calibrate(
             break
         tokens = flow.sample_prior(batch, torch.Generator(device).manual_seed(0))
         labels = torch.arange(batch, device=device) % flow.num_classes if flow.num_classes else None
-        level = None if noise_level is None else tokens.new_full((batch,), noise_level)
+        condition = flow.condition(labels, noise_level, tokens)
         block: Any
         for t, block in reversed(list(enumerate(flow.blocks))):
-            guided = guidance and guidance.of_block(len(flow.blocks) - 1 - t)
+            guided = guidance and block.guided(guidance, len(flow.blocks) - 1 - t)
             rows, decoders = batch * count_branches(guided), (sequential, *promising[t])
+            branches = flow.branches(condition, guided)
             # In turn, since the speed of a machine drifts.
-            runs = [{d: time_block(block, tokens, labels, guided, d, level) for d in decoders} for _ in range(rounds)]
+            runs = [{d: time_block(block, tokens, branches, guided, d) for d in decoders} for _ in range(rounds)]
             best = {d: min(taken for _, _, taken in (run[d] for run in runs)) for d in decoders}
             place = device_and_precision(block.transformer.proj_in.weight)
             for decoder in decoders:
@@ -94,15 +96,14 @@ def calibrate(
 def time_block(
     block: "Block",
     tokens: Tensor,
-    labels: Tensor | None,
+    branches: Sequence["Condition"],
     guidance: Guidance | None,
     decoder: Decoder,
-    noise_level: Tensor | None = None,
 ) -> tuple[Tensor, int, float]:
     """Invert a block; return its tokens, the passes and the seconds that it took."""
     _synchronize(tokens.device)
     began = time.perf_counter()
-    decoded, passes = block.inverse(tokens, labels, guidance, decoder, noise_level=noise_level)
+    decoded, passes = block.inverse(tokens, branches, guidance, decoder)
     _synchronize(tokens.device)
     return decoded, passes, time.perf_counter() - began
 

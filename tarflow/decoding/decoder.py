@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
-from ..transformer import CausalTransformer
+from ..transformer import NO_CONTEXT, CausalTransformer, Context
 from .jacobi import cautious_jacobi, jacobi
 from .sequential import sequential
 from .step import DecodingMemory
@@ -92,14 +92,15 @@ class Decoder:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        context: Tensor | None = None,
+        context: Context = NO_CONTEXT,
         guidance: Guidance | None = None,
         memory: DecodingMemory | None = None,
         allowance: "Allowance | None" = None,
     ) -> tuple[Tensor, int]:
         """Decode latents ``(B, N, D)`` to tokens, both in generation order; also return the number of passes.
 
-        The ``context`` is what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``.
+        The first token is known: it is its own latent. The ``context`` is that of each sample in each branch of
+        guidance.
 
         The ``memory`` is that of other blocks, if they are to share it, and so is the ``allowance``,
         without which ``auto`` is sequential.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
-from ..transformer import CausalTransformer
+from ..transformer import NO_CONTEXT, CausalTransformer, Context
 from .sequential import resume
 from .step import CachedStep, DecodingMemory, GraphRunner, GuidedBatch, StepWeights, gather_tokens, scatter_tokens
 
@@ -44,7 +44,7 @@ bound.
 def jacobi(
     transformer: CausalTransformer,
     z: Tensor,
-    context: Tensor | None = None,
+    context: Context = NO_CONTEXT,
     guidance: Guidance | None = None,
     window: int | None = None,
     tolerance: float = 1e-2,
@@ -53,7 +53,7 @@ def jacobi(
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
     Args:
-        context: what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``.
+        context: that of each sample in each branch of guidance.
         window: G, the number of tokens of a row that a pass updates; None is the whole sequence.
         tolerance: the result is the exact inverse, for any transform, of latents each of which differs from z by at
             most this, and by the effect of the rounding of the layers' dtype, ``eps |x_i|``.
@@ -78,7 +78,7 @@ def jacobi(
 def cautious_jacobi(
     transformer: CausalTransformer,
     z: Tensor,
-    context: Tensor | None,
+    context: Context,
     guidance: Guidance | None,
     tolerance: float,
     allowance: "Allowance",
@@ -108,7 +108,7 @@ def cautious_jacobi(
             passes += 1
     rows = iteration.batch_index
     if accepted < last:
-        rest = None if context is None else context[rows]
+        rest = context.select(rows)
         resume(transformer, iteration.step, iteration.x, iteration.z, rest, guidance, accepted, memory)
     x[rows] = iteration.x
     return x, passes + last - accepted
@@ -127,14 +127,14 @@ class JacobiIteration:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        context: Tensor | None,
+        context: Context,
         guidance: Guidance | None,
         window: int,
         tolerance: float,
         memory: DecodingMemory | None = None,
     ):
         self.batch = GuidedBatch(transformer, z, context, guidance)
-        self.step = CachedStep(StepWeights(transformer, z.dtype), self.batch, window, memory)
+        self.step = CachedStep(StepWeights(transformer, z.dtype, z.shape[1]), self.batch, window, memory)
         self.refine = transformer.transform.refine
         self.last = z.shape[1] - 1
         self.window = window

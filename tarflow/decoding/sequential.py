@@ -18,7 +18,7 @@ from torch import Tensor
 from tarflow_kernels import embed_next
 
 from ..guidance import Guidance
-from ..transformer import CausalTransformer
+from ..transformer import NO_CONTEXT, CausalTransformer, Context
 from ..transforms import MixtureTransform
 from .step import (
     CachedStep,
@@ -37,21 +37,21 @@ __all__ = ["count_chains", "resume", "sequential"]
 def sequential(
     transformer: CausalTransformer,
     z: Tensor,
-    context: Tensor | None = None,
+    context: Context = NO_CONTEXT,
     guidance: Guidance | None = None,
     memory: DecodingMemory | None = None,
 ) -> tuple[Tensor, int]:
     """Decode latents ``(B, N, D)`` to tokens ``(B, N, D)``, both in generation order; also return the passes.
 
-    The ``context`` is what is added to the tokens of each sample in each branch of guidance, ``(B, branches, C)``. The
-    ``memory`` is that of other blocks, if they are to share it.
+    The first token is known: it is its own latent. The ``context`` is that of each sample in each branch of guidance,
+    the ``memory`` that of other blocks, if they are to share it.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     x, num_steps = z.clone(), z.shape[1] - 1
-    weights = StepWeights(transformer, z.dtype)
+    weights = StepWeights(transformer, z.dtype, z.shape[1])
     num_chains = count_chains(z.device, len(z), len(z) * count_branches(guidance), *weights.embedding.shape)
-    contexts = [None] * num_chains if context is None else context.chunk(num_chains)
-    parts = zip(x.chunk(num_chains), z.chunk(num_chains), contexts, strict=True)
+    halves = torch.arange(len(z), device=z.device).chunk(num_chains)
+    parts = zip(x.chunk(num_chains), z.chunk(num_chains), map(context.select, halves), strict=True)
     # Chains run side by side, each with a cache of its own.
     place = memory if num_chains == 1 else None
     chains = [_chain(transformer, weights, *part, guidance, memory=place) for part in parts]
@@ -68,7 +68,7 @@ def resume(
     step: CachedStep,
     x: Tensor,
     z: Tensor,
-    context: Tensor | None,
+    context: Context,
     guidance: Guidance | None,
     position: int,
     memory: DecodingMemory | None = None,
@@ -99,7 +99,7 @@ def _chain(
     weights: StepWeights,
     x: Tensor,
     z: Tensor,
-    context: Tensor | None,
+    context: Context,
     guidance: Guidance | None,
     position: int = 0,
     caches: list[tuple[Tensor, Tensor]] | None = None,
@@ -107,9 +107,7 @@ def _chain(
 ) -> Callable[[], None]:
     """Return a function that decodes the next token of some samples into x; the tokens up to ``position`` are there."""
     batch = GuidedBatch(transformer, z, context, guidance)
-    step = CachedStep(weights, batch, memory=memory)
-    if caches is not None:
-        step.caches = caches
+    step = CachedStep(weights, batch, memory=memory, caches=caches)
     step.positions.fill_(position)
     h = step.embed(batch.repeat(x[:, position : position + 1]))
     tickets = torch.zeros(len(x), dtype=torch.int32, device=x.device)

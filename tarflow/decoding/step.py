@@ -54,7 +54,7 @@ from torch import Tensor
 from tarflow_kernels import KVCache, decode_attention, dispatch, residual_norm
 
 from ..guidance import Guidance, divide_densities, extrapolate, extrapolate_scale
-from ..transformer import CausalTransformer, TransformerLayer
+from ..transformer import NO_CONTEXT, CausalTransformer, Context, TransformerLayer, rotate
 from ..transforms import MixtureTransform, Parameters
 
 __all__ = [
@@ -86,7 +86,8 @@ class GuidedBatch:
     Attributes:
         num_branches: 2 under guidance, else 1.
         rows: B, or 2B under guidance.
-        context: what is added to the tokens of each row, ``(rows, C)``, or None.
+        context: what is added to the tokens of each row, ``(rows, C)``, and what comes before them, ``(rows, L, C)``;
+            None where there is none.
         temperature: temperature of the attention logits, 1.0 or ``(rows,)``.
         weights: w_i of guidance for every token, ``(N,)``, or None without guidance.
     """
@@ -95,7 +96,7 @@ class GuidedBatch:
         self,
         transformer: CausalTransformer,
         z: Tensor,
-        context: Tensor | None = None,
+        context: Context = NO_CONTEXT,
         guidance: Guidance | None = None,
     ):
         batch, num_tokens, _ = z.shape
@@ -105,11 +106,12 @@ class GuidedBatch:
         self.temperature: float | Tensor = 1.0
         self.weights: Tensor | None = None
         if self.guidance is not None:
-            self.weights = self.guidance.weights(num_tokens).to(z)
+            passed = int(transformer.start_token is not None)  # which is no token of the data
+            self.weights = F.pad(self.guidance.weights(num_tokens - passed), (passed, 0)).to(z)
             if self.guidance.temperature != 1:
-                taus = transformer.pos_embed.new_tensor([1.0, self.guidance.temperature])
+                taus = transformer.proj_in.weight.new_tensor([1.0, self.guidance.temperature])
                 self.temperature = taus.repeat_interleave(batch)
-        self.context = None if context is None else context.transpose(0, 1).flatten(0, 1)
+        self.context = Context(*(None if part is None else part.transpose(0, 1).flatten(0, 1) for part in context))
         self.combine = self._choose_rule(transformer)
 
     def repeat(self, samples: Tensor) -> Tensor:
@@ -171,9 +173,10 @@ class StepWeights:
     Args:
         transformer: the transformer of the block.
         dtype: dtype of the tokens, float32 or float64.
+        num_tokens: number of tokens, a start token included.
     """
 
-    def __init__(self, transformer: CausalTransformer, dtype: torch.dtype):
+    def __init__(self, transformer: CausalTransformer, dtype: torch.dtype, num_tokens: int):
         weight, layers = transformer.proj_in.weight, list[Any](transformer.layers)
         autocast = torch.is_autocast_enabled(weight.device.type)
         self.dtype = dtype
@@ -183,14 +186,19 @@ class StepWeights:
         self.layers = [_LayerWeights(layer, dtype, self.layer_dtype) for layer in layers]
         self.proj_in, bias = _prepare(transformer.proj_in, dtype)
         self.proj_out, self.proj_out_bias = _prepare(transformer.proj_out, dtype)
-        self.embedding = transformer.pos_embed.to(dtype) + bias
+        norm = transformer.final_norm
+        self.final_norm = None if norm is None else 1 + norm.to(dtype)
+        self.embedding = bias.repeat(num_tokens, 1)
+        if transformer.pos_embed is not None:
+            self.embedding[: len(transformer.pos_embed)] += transformer.pos_embed
+        self.rotary = transformer.rotary
 
 
 class CachedStep:
     """The pass of a :class:`CausalTransformer` over G new tokens per row, given all the earlier ones.
 
     The cache and the activations that outlive an operator have fixed buffers, so that a step allocates nothing but what
-    its operators return.
+    its operators return. Where there is a prefix, its keys and values are the first in the cache, once and for all.
 
     *Launches on a GPU.* Eight per layer: residual and norm, qkv, append and attend (one more where rows and heads are
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
@@ -206,27 +214,40 @@ class CachedStep:
         batch: the rows that are decoded.
         window: the largest G.
         memory: where the cache is to be; only one step at a time may use it.
+        caches: the keys and values of a step that has run already, to go on with.
 
     Attributes:
         positions: int32 ``(R,)``, where the first new token of each row stands, from 0; whoever decodes moves it.
     """
 
     def __init__(
-        self, weights: StepWeights, batch: GuidedBatch, window: int = 1, memory: "DecodingMemory | None" = None
+        self,
+        weights: StepWeights,
+        batch: GuidedBatch,
+        window: int = 1,
+        memory: "DecodingMemory | None" = None,
+        caches: list[tuple[Tensor, Tensor]] | None = None,
     ):
         (num_tokens, channels), device, low = weights.embedding.shape, weights.embedding.device, weights.layer_dtype
         rows, num_layers = batch.rows, len(weights.layers)
         self.weights = weights
         self.heads, self.head_dim = channels // weights.head_dim, weights.head_dim
-        self.context = None if batch.context is None else batch.context.to(weights.dtype)
+        added, prefix = batch.context
+        self.context = None if added is None else added.to(weights.dtype)
         self.temperature = batch.temperature
         self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
-        shape = num_layers, rows, self.heads, num_tokens, self.head_dim
-        self.caches = list((memory or DecodingMemory()).cache(*shape, device=device, dtype=low))
+        self.before = 0 if prefix is None else prefix.shape[1]
+        shape = num_layers, rows, self.heads, self.before + num_tokens, self.head_dim
         self.offsets = torch.arange(window, dtype=torch.int32, device=device)
-        self.qkv = torch.empty(rows * window, 3 * channels, device=device, dtype=low)
-        self.hidden = torch.empty(rows * window, weights.hidden_channels, device=device, dtype=low)
-        self.shape: tuple[int, int] | None = None
+        rotary = weights.rotary
+        self.rotation = None if rotary is None else rotary.table(weights.embedding, self.before, num_tokens)
+        if caches is not None:
+            self.caches = caches
+        else:
+            self.caches = list((memory or DecodingMemory()).cache(*shape, device=device, dtype=low))
+            if prefix is not None:
+                self._fill(prefix.to(weights.dtype, copy=True))
+        self._make_buffers(rows * window)
 
     def __call__(self, tokens: Tensor) -> Parameters:
         """Compute the parameters ``(R, G, ...)`` of the tokens that follow each of ``(R, G, D)`` at ``positions``.
@@ -246,21 +267,54 @@ class CachedStep:
     def run_layers(self, h: Tensor) -> Parameters:
         """Map the first activations, which are overwritten, to the parameters of the transform."""
         (rows, new, _), weights = h.shape, self.weights
-        qkv, hidden, activation, q, k, v = self._buffers(rows, new)
+        places = self.positions + self.before if self.before else self.positions
+        h, delta = self._attend(h, places)
+        h.add_(delta)
+        if weights.final_norm is not None:
+            h = F.rms_norm(h, h.shape[-1:], weights.final_norm, eps=1e-6)
+        outputs = torch.addmm(weights.proj_out_bias, h, weights.proj_out)
+        return weights.split(outputs.unflatten(0, (rows, new)))
+
+    def _attend(self, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the layers over ``(R, G, C)`` from their places in the cache on; the result is the sum of two tensors."""
+        (rows, new, _), weights = h.shape, self.weights
+        rotation = None if self.rotation is None else self._rotation_at(places, new)
+        qkv, hidden, activation, turned, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
         delta: Tensor | None = None
         for layer, (cache_k, cache_v) in zip(weights.layers, self.caches, strict=True):
             y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
-            attended = decode_attention(q, k, v, cache_k, cache_v, self.positions, temperature=self.temperature)
+            if rotation is not None:
+                turned.copy_(rotate(turned, rotation))
+            attended = decode_attention(q, k, v, cache_k, cache_v, places, temperature=self.temperature)
             delta = torch.addmm(layer.proj_bias, attended.transpose(1, 2).reshape(h.shape), layer.proj)
             y = residual_norm(h, delta, *layer.mlp_norm, dtype=qkv.dtype)
             torch.addmm(layer.up_bias, y, layer.up, out=hidden)
             torch.ops.aten.gelu_(activation)
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
         assert delta is not None, "a transformer has a layer at least"
-        outputs = torch.addmm(weights.proj_out_bias, h.add_(delta), weights.proj_out)
-        return weights.split(outputs.unflatten(0, (rows, new)))
+        return h, delta
+
+    def _rotation_at(self, places: Tensor, new: int) -> Tensor:
+        """Return the angles of G tokens from each place on, for queries and keys: ``(2, R, G, 1, 1, head_dim / 2)``."""
+        assert self.rotation is not None
+        at = (places[:, None] + self.offsets[:new]).long()
+        return self.rotation[:, at, None, None]
+
+    def _fill(self, prefix: Tensor) -> None:
+        """Put keys and values of a prefix ``(R, L, C)``, which is overwritten, into the cache."""
+        self.offsets, offsets = torch.arange(self.before, dtype=torch.int32, device=prefix.device), self.offsets
+        self._make_buffers(len(prefix) * self.before)
+        self._attend(prefix, torch.zeros_like(self.positions))
+        self.offsets = offsets
+
+    def _make_buffers(self, size: int) -> None:
+        """Make buffers for so many new tokens in all rows."""
+        like = self.positions.new_empty(0, dtype=self.weights.layer_dtype)
+        self.qkv = like.new_empty(size, 3 * self.heads * self.head_dim)
+        self.hidden = like.new_empty(size, self.weights.hidden_channels)
+        self.shape: tuple[int, int] | None = None
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -275,8 +329,9 @@ class CachedStep:
         """Return the buffers of qkv and of the hidden layer for so many tokens, and their views for the operators."""
         if self.shape != (rows, new):
             qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
-            heads = qkv.view(rows, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            self.shape, self.views = (rows, new), (qkv, hidden, self._gelu_view(hidden), *heads.unbind())
+            heads = qkv.view(rows, new, 3, self.heads, self.head_dim)
+            views = self._gelu_view(hidden), heads[:, :, :2], *heads.permute(2, 0, 3, 1, 4).unbind()
+            self.shape, self.views = (rows, new), (qkv, hidden, *views)
         return self.views
 
     def _gelu_view(self, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from row import Contender, Row
 from tarflow import TarFlowConfig
 from tarflow.model import patchify
 from tarflow.published import to_published
+from tarflow.transformer import Condition
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def test_alpha_of_a_random_model_spreads_alike_at_every_width():
         x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             _, alpha = model.flow.blocks[0].transformer(
-                patchify(x, model.config.patch_size), torch.tensor([0, 1, 2, 0])
+                patchify(x, model.config.patch_size), Condition(torch.tensor([0, 1, 2, 0]))
             )
         spreads.append(alpha.std())
     assert max(spreads) < 1.3 * min(spreads)

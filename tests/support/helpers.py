@@ -8,6 +8,15 @@ import torch
 from tarflow import TarFlow, TarFlowConfig
 from tarflow.transforms import MixtureTransform
 
+STARFLOW = {
+    "coupling": "softplus",
+    "positions": "rotary",
+    "final_norm": True,
+    "start_token": True,
+    "reversed_blocks": "even",
+}
+PREFIX = STARFLOW | {"prefix_length": 5, "prefix_dim": 7, "channels": 20, "head_dim": 20}
+
 # The Triton kernels run on a GPU, or, in a process of their own, under Triton's interpreter: see test_triton.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -36,6 +45,8 @@ def randomize(module, seed=0):
             else:
                 parameter.copy_(0.1 * noise)
         for part in module.modules():
+            if getattr(part, "class_prefixes", None) is not None:
+                part.class_prefixes.copy_(torch.randn(part.class_prefixes.shape, generator=generator))
             if isinstance(getattr(part, "transform", None), MixtureTransform) and hasattr(part, "proj_out"):
                 randomize_mixture(part.transform, part.proj_out, generator)
     return module
@@ -55,6 +66,11 @@ def tarflow(seed=0, dtype=torch.float64, **config):
     """A small TarFlow with random weights: four tokens of four values, unless told otherwise."""
     small = {"image_size": 4, "patch_size": 2, "channels": 32, "head_dim": 16, "num_blocks": 3, "layers_per_block": 2}
     return randomize(TarFlow(TarFlowConfig(**small | config)), seed).to(dtype)
+
+
+def branches(flow, z, labels=None, guidance=None, noise_level=None):
+    """What a block is conditioned on in each branch of guidance."""
+    return flow.branches(flow.condition(labels, noise_level, z), guidance)
 
 
 def draw(seed, *shape, dtype=torch.float64):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import draw, randomize, tarflow
+from helpers import PREFIX, STARFLOW, branches, draw, randomize, tarflow
 from launches import Launches
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, TOLERANCE, calibration
@@ -21,8 +21,9 @@ from tarflow.decoding import sequential as sequential_decoder
 from tarflow.decoding.decoder import LARGEST_LOSS, PASS_COSTS, Allowance, Timing, choose, device_and_precision
 from tarflow.decoding.jacobi import JacobiIteration
 from tarflow.decoding.sequential import count_chains
-from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights
+from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights, count_branches
 from tarflow.model import unpatchify
+from tarflow.transformer import Context
 
 TRAINED = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
 TOKENS, CLASSES = 13, 3
@@ -52,18 +53,20 @@ def can_follow(options, guidance):
 every_window = pytest.mark.parametrize("window", WINDOWS)
 MODELS = [
     pytest.param(options, guidance, id=f"{name}, {options}")
-    for options in ({}, {"num_classes": 0}, {"volume_preserving": True}, MIXTURE)
+    for options in ({}, {"num_classes": 0}, {"volume_preserving": True}, MIXTURE, STARFLOW, PREFIX)
     for name, guidance in GUIDANCE.items()
     if can_follow(options, guidance)
 ]
 every_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
 every_decoder = pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi")], ids=str)
-every_coupling = pytest.mark.parametrize("options", [{}, MIXTURE], ids=["affine", "mixture"])
+every_coupling = pytest.mark.parametrize("options", [{}, MIXTURE, STARFLOW, PREFIX], ids=["affine", "mixture", "starflow", "prefix"])
 
 
-def token_flow(**options):
-    settings = {"num_classes": CLASSES, "head_dim": 8} | options
-    return randomize(TokenFlow(TOKENS, 2, 16, 2, 2, **settings)).double().requires_grad_(False)
+SIZES = {"channels": 16, "num_blocks": 2, "layers_per_block": 2, "num_classes": CLASSES, "head_dim": 8}
+
+
+def token_flow(num_tokens=TOKENS, **options):
+    return randomize(TokenFlow(num_tokens, 2, **SIZES | options)).double().requires_grad_(False)
 
 
 def latents_and_labels(flow, batch=4, seed=0):
@@ -94,8 +97,8 @@ def test_without_tolerance_it_is_the_sequential_decoder(options, guidance, windo
     tokens, passes = decode(flow, z, labels, guidance, Decoder("jacobi", window, tolerance=0.0))
     expected, steps = decode(flow, z, labels, guidance, "sequential")
     assert_close(tokens, expected, atol=1e-10, rtol=1e-10)
-    assert steps == [TOKENS - 1] * 2
-    assert all(1 <= taken <= TOKENS - 1 for taken in passes)
+    assert steps == [flow.num_steps] * 2
+    assert all(1 <= taken <= flow.num_steps for taken in passes)
 
 
 @every_coupling
@@ -106,8 +109,10 @@ def test_a_block_is_inverted_exactly_at_latents_within_the_tolerance(dtype, tole
     flow = token_flow(**options).to(dtype)
     z, labels = latents_and_labels(flow, batch=6)
     for block in flow.blocks:
-        tokens, _ = block.inverse(z.to(dtype), labels, None, Decoder("jacobi", window, tolerance))
-        latents, _ = block(tokens, labels)
+        tokens, _ = block.inverse(
+            z.to(dtype), branches(flow, z, labels), None, Decoder("jacobi", window, tolerance)
+        )
+        latents, _ = block(tokens, flow.condition(labels, None, z))
         assert (latents - z).abs().max() <= tolerance + (1e-9 if dtype == torch.float64 else 1e-4)
 
 
@@ -116,7 +121,7 @@ def test_values_agree_that_have_the_latents_to_the_tolerance_or_differ_by_roundi
     flow = token_flow(**options)
     tokens, labels = latents_and_labels(flow, batch=50)
     z, rounding = draw(1, *tokens.shape), 1e-2
-    parameters = flow.blocks[0].transformer(tokens, labels)
+    parameters = flow.blocks[0].transformer(tokens, flow.condition(labels, None, tokens))
     shifted = [v[:, :-1] for v in parameters]
     inverse = flow.transform.inverse(z[:, 1:], *shifted)
     x = inverse + draw(2, *inverse.shape) * 10 ** draw(3, *inverse.shape)
@@ -175,7 +180,8 @@ def test_two_halves_of_a_batch_are_decoded_as_the_whole(monkeypatch, dtype, tole
     tokens, passes = decode_in_halves(monkeypatch, flow, z, labels, guidance)
     assert_close((tokens, passes), decode(flow, z, labels, guidance, "sequential"), atol=tolerance, rtol=tolerance)
     alone = [flow.inverse(part, of, guidance, "sequential") for part, of in halves_of(z, labels)]
-    assert torch.equal(tokens, torch.cat(alone))
+    # The product that projects the prefixes is one for the whole batch.
+    assert_close(tokens, torch.cat(alone), atol=1e-12 if flow.class_prefixes is not None else 0, rtol=0)
 
 
 def halves_of(z, labels):
@@ -235,7 +241,8 @@ def test_rows_that_are_finished_leave_the_batch(monkeypatch):
     z, labels = mixed_batch(flow)
     rows, run = [], CachedStep.__call__
     monkeypatch.setattr(CachedStep, "__call__", lambda step, tokens: rows.append(len(tokens)) or run(step, tokens))
-    flow.blocks[0].inverse(z, labels, Guidance(1.5), Decoder("jacobi", tolerance=1e-2))
+    guidance = Guidance(1.5)
+    flow.blocks[0].inverse(z, branches(flow, z, labels, guidance), guidance, Decoder("jacobi", tolerance=1e-2))
     assert rows[0] == 2 * len(z)
     assert rows == sorted(rows, reverse=True)
     assert rows[-1] <= len(z)
@@ -254,11 +261,11 @@ def test_what_no_row_has_reached_may_hold_anything(poisoned, options):
 @pytest.mark.parametrize("shape", [(0, TOKENS), (3, 1), (3, 2), (1, TOKENS)], ids=str)
 def test_batches_and_sequences_of_any_size(shape, options):
     batch, num_tokens = shape
-    flow = randomize(TokenFlow(num_tokens, 2, 16, 2, 1, head_dim=8, **options)).double()
+    flow = token_flow(**{"num_classes": 0} | options, num_tokens=num_tokens)
     z = draw(0, batch, num_tokens, 2)
     tokens, passes = decode(flow, z, None, None, Decoder("jacobi", tolerance=0.0))
     assert_close(tokens, flow.inverse(z, decoder="sequential"))
-    assert max(passes) <= num_tokens - 1
+    assert max(passes) <= flow.num_steps
 
 
 @every_decoder
@@ -393,12 +400,15 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which the meta device cannot tell
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     with torch.device("meta"), torch.inference_mode():
-        flow = TokenFlow(TOKENS, 2, 16, 1, 2, **{"head_dim": 8, "num_classes": CLASSES} | options)
+        flow = TokenFlow(TOKENS, 2, **SIZES | {"num_blocks": 1} | options)
         z, labels = torch.empty(4, TOKENS, 2), torch.empty(4, dtype=torch.int64) if flow.num_classes else None
         tokens = flow.inverse(z, labels, guidance, "sequential")
-        branches = 2 if guidance is not None and guidance.weight else 1
-        context = torch.empty(4, branches, 16) if flow.num_classes else None
-        iteration = JacobiIteration(flow.blocks[0].transformer, z, context, guidance, 5, 1e-2)
+        transformer, (condition, *_) = flow.blocks[0].transformer, branches(flow, z, labels)
+        repeated = [
+            None if part is None else torch.stack([part] * count_branches(guidance), dim=1)
+            for part in transformer.embed_context(condition)
+        ]
+        iteration = JacobiIteration(transformer, z, Context(*repeated), guidance, 5, 1e-2)
         iteration.advance()
         assert tokens.shape == iteration.x.shape == z.shape
         with pytest.raises(RuntimeError, match="meta"):
@@ -537,8 +547,9 @@ def test_what_parallel_passes_leave_is_decoded_one_by_one(options, guidance, win
     z, labels = mixed_batch(flow)
     for block in flow.blocks:
         allowance = Windows(*windows)
-        tokens, passes = block.inverse(z, labels, guidance, Decoder("auto", tolerance=0.0), None, allowance)
-        expected, steps = block.inverse(z, labels, guidance, Decoder("sequential"))
+        conditions = branches(flow, z, labels, guidance)
+        tokens, passes = block.inverse(z, conditions, guidance, Decoder("auto", tolerance=0.0), None, allowance)
+        expected, steps = block.inverse(z, conditions, guidance, Decoder("sequential"))
         assert_close(tokens, expected, atol=1e-10, rtol=1e-10)
         brought = [tokens for _, tokens in allowance.settled]
         assert passes == len(brought) + steps - sum(brought) <= steps
@@ -699,10 +710,12 @@ def test_auto_decodes_block_by_block_as_calibrated_and_within_the_tolerance():
 def test_calibration_times_every_decoder_and_is_read_back(tmp_path, guidance, options):
     flow = token_flow(**options)
     timings = calibration.calibrate(flow, guidance, batches=(3, 1))
-    small = [(t.block, t.decoder, t.window) for t in timings if t.rows == (1 if guidance is None else 2)]
+    # Of the blocks of a flow with a prefix the one that is generated first alone is guided.
+    rows = [1 if guidance is None or (t == 0 and options is PREFIX) else 2 for t in range(2)]
+    small = [(t.block, t.decoder, t.window) for t in timings if t.rows == rows[t.block]]
     assert small == [(t, name, None) for t in (1, 0) for name in ("sequential", "jacobi")]
-    assert {t.rows for t in timings} == ({1, 3} if guidance is None else {2, 6})
-    assert all(t.seconds > 0 and 1 <= t.passes <= TOKENS - 1 for t in timings)
+    assert {t.rows for t in timings} == {batch * row for row in rows for batch in (1, 3)}
+    assert all(t.seconds > 0 and 1 <= t.passes <= flow.num_steps for t in timings)
     calibration.save(tmp_path, TIMINGS[-2:])
     calibration.save(tmp_path, TIMINGS[:1])
     calibration.save(tmp_path, timings)
@@ -710,7 +723,7 @@ def test_calibration_times_every_decoder_and_is_read_back(tmp_path, guidance, op
 
 
 def test_what_is_hopeless_on_a_small_batch_is_not_tried_on_a_larger_one(monkeypatch):
-    def timed(block, tokens, labels, guidance, decoder, noise_level):
+    def timed(block, tokens, branches, guidance, decoder):
         return tokens, 1, {"sequential": 1.0, "jacobi": 1.4 if block is flow.blocks[0] else 1.6}[decoder.name]
 
     monkeypatch.setattr(calibration, "time_block", timed)
@@ -727,7 +740,7 @@ def test_batches_are_left_out_that_would_take_longer_than_is_left(monkeypatch, s
     """A clock by which an image takes 8 seconds: one for each of two decoders, blocks and rounds."""
     now = [0.0]
 
-    def timed(block, tokens, labels, guidance, decoder, noise_level):
+    def timed(block, tokens, branches, guidance, decoder):
         now[0] += len(tokens)
         return tokens, 1, 1.0
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from helpers import draw, randomize, tarflow
+from helpers import PREFIX, STARFLOW, draw, randomize, tarflow
 from tarflow import Guidance, TarFlow, TarFlowConfig, TokenFlow
+from tarflow.transformer import Condition
 
 MODELS = {
     "one block": {"num_blocks": 1},
@@ -22,6 +23,12 @@ MODELS = {
     "one token": {"image_size": 2},
     "one token, mixture": {"image_size": 2, "coupling": "mixture"},
     "one head": {"head_dim": 32, "layers_per_block": 1},
+    "starflow": STARFLOW | {"num_blocks": 2},
+    "starflow, classes": STARFLOW | {"num_blocks": 3, "num_classes": 3},
+    "starflow, prefix": PREFIX | {"num_blocks": 2, "num_classes": 3},
+    "start token": {"start_token": True},
+    "start token, mixture": {"start_token": True, "coupling": "mixture", "num_mixtures": 3},
+    "start token, volume preserving": {"start_token": True, "volume_preserving": True},
     "sizes of their own": {"channels": (16, 32, 48), "layers_per_block": (1, 1, 3), "num_classes": 3},
 }
 every_coupling = pytest.mark.parametrize("coupling", ["affine", "mixture"])
@@ -65,7 +72,9 @@ def test_logdet_is_that_of_the_jacobian(config):
         label = None if labels is None else labels[i : i + 1]
         jacobian = torch.autograd.functional.jacobian(lambda x, label=label: model(x, label)[0], x[i : i + 1])
         assert_close(logdet[i], torch.linalg.slogdet(jacobian.view(x[i].numel(), -1)).logabsdet)
-    assert bool((logdet == 0).all()) == (model.config.volume_preserving or model.config.num_tokens == 1)
+    assert bool((logdet == 0).all()) == model.config.volume_preserving or (
+        model.config.num_tokens == 1 and not model.config.start_token
+    )
 
 
 @every_model
@@ -73,18 +82,20 @@ def test_a_block_is_causal_in_its_own_order(config):
     """Tokens depend on all earlier ones, on themselves value by value, and on no later one."""
     flow = tarflow(**config).flow
     tokens = draw(1, 1, *flow.prior_variance.shape)
-    label = torch.tensor([1]) if flow.num_classes else None
+    condition = flow.condition(torch.tensor([1]) if flow.num_classes else None, None, tokens)
     for t, block in enumerate(flow.blocks):
-        jacobian = torch.autograd.functional.jacobian(lambda x, block=block: block(x, label)[0], tokens)[0, :, :, 0]
+        jacobian = torch.autograd.functional.jacobian(lambda x, block=block: block(x, condition)[0], tokens)[0, :, :, 0]
         jacobian = jacobian.transpose(1, 2)  # token and token, value and value
-        if t % 2:
+        if block.reverse:
             jacobian = jacobian.flip(0, 1)
         for i, row in enumerate(jacobian):
             assert all(bool(row[j].any()) for j in range(i))
             assert torch.equal(row[i], row[i].diag().diag())
             assert (row[i].diag() > 0).all()
             assert not row[i + 1 :].any()
-        assert torch.equal(jacobian[0, 0], torch.eye(tokens.shape[2], dtype=torch.float64)), "the first token stays"
+        stays = torch.equal(jacobian[0, 0], torch.eye(tokens.shape[2], dtype=torch.float64))
+        started = config.get("start_token", False) and not config.get("volume_preserving", False)
+        assert stays != started, "the first token stays, unless a start token comes before it"
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
@@ -166,7 +177,7 @@ def test_trajectory_passes_through_every_block():
     x, labels = draw(0, 2, 4, 2), torch.tensor([2, -1])
     states = [x]
     for block in flow.blocks:
-        states.append(block(states[-1], labels)[0].detach())
+        states.append(block(states[-1], Condition(labels))[0].detach())
     for state, expected in zip(flow.trajectory(states.pop(), labels), reversed(states), strict=True):
         assert_close(state, expected)
 
@@ -184,7 +195,7 @@ def test_autocast_keeps_latents_and_logdets_in_float32(guidance, coupling):
     z, logdet = (t.detach() for t in model(x, labels))
     images = model.inverse(z, labels, guidance)
     with torch.autocast("cpu", torch.bfloat16):
-        assert {t.dtype for t in model.flow.blocks[0].transformer(z, labels)} == {torch.float32}
+        assert {t.dtype for t in model.flow.blocks[0].transformer(z, Condition(labels))} == {torch.float32}
         low = *(t.detach() for t in model(x, labels)), model.inverse(z, labels, guidance)
     for result, expected in zip(low, (z, logdet, images), strict=True):
         assert result.dtype == torch.float32

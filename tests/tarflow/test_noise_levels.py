@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import tarflow.decoding.sequential as sequential_decoder
-from helpers import assert_shares_are_of_the_batch, draw, randomize
+from helpers import assert_shares_are_of_the_batch, branches, draw, randomize
 from helpers import tarflow as build
 from tarflow import Decoder, Denoising, FlowPP, FlowPPConfig, Guidance, TarFlow, TarFlowConfig, TokenFlow, hardware
 from tarflow.datasets import ImageDataset
@@ -130,9 +130,9 @@ def test_every_row_is_decoded_at_its_own_level_by_every_decoder(monkeypatch, gui
 def test_what_parallel_passes_leave_is_decoded_at_its_level(guidance):
     flow = randomize(TokenFlow(9, 2, 16, 1, 2, head_dim=8, num_classes=3, takes_noise_level=True)).double()
     (block,), z = flow.requires_grad_(False).blocks, draw(1, 3, 9, 2)
-    expected, _ = block.inverse(z, LABELS, guidance, Decoder("sequential"), noise_level=OF_EACH)
-    cautious = Decoder("auto", tolerance=0.0)
-    tokens, _ = block.inverse(z, LABELS, guidance, cautious, allowance=Windows(), noise_level=OF_EACH)
+    conditions = branches(flow, z, LABELS, guidance, OF_EACH)
+    expected, _ = block.inverse(z, conditions, guidance, Decoder("sequential"))
+    tokens, _ = block.inverse(z, conditions, guidance, Decoder("auto", tolerance=0.0), allowance=Windows())
     assert_close(tokens, expected, atol=1e-9, rtol=1e-9)
 
 
