@@ -67,7 +67,6 @@ def _decoding(decoder: Decoder, device: torch.device, parts: int) -> dict[str, A
     model = build(imagenet64(num_blocks=1) if on_gpu else fashion_mnist(2), device)
     flow, (z, labels) = model.flow, latents_and_labels(model, IMAGES)
     with torch.inference_mode(), autocast(device, torch.bfloat16 if on_gpu else torch.float32):
-
         branches = flow.branches(flow.condition(labels, None, z), GUIDANCE)
 
         def run() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,17 @@ from .transformer import RotaryPositions
 from .transforms import make_transform
 from .validation import NoiseLevels, PerBlock, check_fields, check_sigma, check_totals
 
-__all__ = ["TarFlow", "TarFlowConfig", "patchify", "unpatchify"]
+__all__ = ["STARFLOW", "TarFlow", "TarFlowConfig", "patchify", "unpatchify"]
+
+
+STARFLOW: dict[str, Any] = {
+    "coupling": "softplus",
+    "positions": "rotary",
+    "final_norm": True,
+    "start_token": True,
+    "reversed_blocks": "even",
+}
+"""What a STARFlow has in its configuration, beside a prefix (arXiv 2506.06276)."""
 
 
 @dataclass(frozen=True)

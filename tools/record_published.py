@@ -1,9 +1,9 @@
-"""Record what the published code computes, for the tests: tests/support/published_cases.npz, published_itarflow.npz.
+"""Record what the published code computes, for the tests: tests/support/published_{cases,itarflow,starflow}.npz.
 
-    python tools/record_published.py path/to/ml-tarflow path/to/ml-itarflow
+    python tools/record_published.py path/to/ml-tarflow path/to/ml-itarflow path/to/ml-starflow
 
-Takes checkouts of apple/ml-tarflow and apple/ml-itarflow; the models, their weights and their inputs are those of
-tests/support/published_cases.py.
+Takes checkouts of apple/ml-tarflow, apple/ml-itarflow and apple/ml-starflow, which needs einops; the models, their
+weights and their inputs are those of tests/support/published_cases.py.
 """
 
 import ast
@@ -70,6 +70,33 @@ def record_itarflow(folder: Path) -> dict[str, np.ndarray]:
     return record
 
 
+@torch.no_grad()
+def record_starflow(folder: Path) -> dict[str, np.ndarray]:
+    """Run every STARFlow forward, and backward with and without guidance."""
+    record = cases.starflow_inputs()
+    sys.path.insert(0, str(folder))  # for its package ``misc``
+    code = checkout.load_code(folder)
+    for name, arguments in cases.STARFLOWS.items():
+        model = build(folder, arguments, cases.weights)
+        x, latents = (torch.from_numpy(record[f"{name}: {part}"]) for part in ("x", "latents"))
+        text, empty = (torch.from_numpy(record[part]) for part in ("text", "empty text"))
+        conditional = "txt_dim" in arguments
+        z, _, _, logdets = model(x, text if conditional else None)
+        record |= {f"{name}: z": z.numpy(), f"{name}: logdet": sum(part.flatten(1).sum(1) for part in logdets).numpy()}
+        for kind, guidance in cases.STARFLOW_GUIDANCE[name].items():
+            texts = text if guidance is None else torch.cat((text, empty.expand_as(text)))
+            caches = [code.KVCache() for _ in model.blocks]
+            images = model(
+                latents.clone(),
+                texts if conditional else None,
+                reverse=True,
+                kv_caches=caches,
+                guidance=guidance.weight if guidance else 0,
+            )
+            record[f"{name}: {kind}"] = images.numpy()
+    return record
+
+
 def build(folder: Path, arguments: dict, make_weights: Callable[..., dict[str, Tensor]]) -> torch.nn.Module:
     """Build a published model with the weights of the tests."""
     model = checkout.load_code(folder).Model(**arguments)
@@ -95,9 +122,13 @@ def denoise(
         )
 
 
-def main(tarflow: Path, itarflow: Path) -> None:
-    """Write both records."""
-    for path, record in ((cases.RECORD, record_tarflow(tarflow)), (cases.ITARFLOW_RECORD, record_itarflow(itarflow))):
+def main(tarflow: Path, itarflow: Path, starflow: Path) -> None:
+    """Write the records."""
+    for path, record in (
+        (cases.RECORD, record_tarflow(tarflow)),
+        (cases.ITARFLOW_RECORD, record_itarflow(itarflow)),
+        (cases.STARFLOW_RECORD, record_starflow(starflow)),
+    ):
         np.savez_compressed(path, **record)
         print(f"{path.name}: {len(record)} arrays, {path.stat().st_size:,} bytes")
 

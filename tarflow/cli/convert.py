@@ -20,8 +20,8 @@ class Convert:
 
     checkpoint: tyro.conf.Positional[Path]
     out: tyro.conf.Positional[Path]
-    in_channels: int = 3
-    """channels of the images, which the weights do not tell"""
+    in_channels: int | None = None
+    """channels of the images, which the weights do not tell: by default 3, or of a STARFlow all values of a token"""
     sigma: float = 0.0
     """standard deviation of the noise in training, the last number in the name of a published TarFlow"""
     noise_levels: NoiseLevels = None

@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from tarflow import TarFlow, TarFlowConfig
+from tarflow.model import STARFLOW
 from tarflow.transforms import MixtureTransform
 
-STARFLOW = {
-    "coupling": "softplus",
-    "positions": "rotary",
-    "final_norm": True,
-    "start_token": True,
-    "reversed_blocks": "even",
-}
 PREFIX = STARFLOW | {"prefix_length": 5, "prefix_dim": 7, "channels": 20, "head_dim": 20}
 
 # The Triton kernels run on a GPU, or, in a process of their own, under Triton's interpreter: see test_triton.py.

@@ -1,7 +1,7 @@
 """What is recorded of the published code: models whose weights come from a seed, and the guidance of each inverse.
 
-``tools/record_published.py`` runs these through checkouts of it, TarFlow's into ``published_cases.npz`` and iTarFlow's
-into ``published_itarflow.npz``, which the tests read.
+``tools/record_published.py`` runs these through checkouts of it, TarFlow's into ``published_cases.npz``, iTarFlow's
+into ``published_itarflow.npz`` and STARFlow's into ``published_starflow.npz``, which the tests read.
 """
 
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ from tarflow import Denoising, Guidance
 
 RECORD = Path(__file__).with_suffix(".npz")
 ITARFLOW_RECORD = Path(__file__).with_name("published_itarflow.npz")
+STARFLOW_RECORD = Path(__file__).with_name("published_starflow.npz")
 CLASSES, BATCH = 5, 3
 
 # By the arguments of the published model.
@@ -67,9 +68,37 @@ ITARFLOW_GUIDANCE = {
     "volume preserving": {"none": None, "linear": Guidance(2.0)},
 }
 DENOISING = {
-    "ten steps": Denoising(),
+    "ten steps": Denoising(10),
     "one step": Denoising(1),
     "clipped": Denoising(4, clip=True),
+}
+
+
+# The same of STARFlow.
+TEXT, TEXT_DIM = 6, 10
+SMALL_STARFLOW = {
+    "in_channels": 4,
+    "img_size": 4,
+    "patch_size": 1,
+    "channels": 128,
+    "num_blocks": 3,
+    "layers_per_block": [1, 1, 2],
+    "rope": True,
+    "sos": True,
+    "use_softplus": True,
+    "use_final_norm": True,
+    "soft_clip": 4,
+    "seq_order": "L2R",
+}
+STARFLOWS = {
+    "text": SMALL_STARFLOW | {"txt_size": TEXT, "txt_dim": TEXT_DIM, "cond_top_only": True},
+    "no text": SMALL_STARFLOW | {"num_blocks": 2, "layers_per_block": [1, 2]},
+    "patches": SMALL_STARFLOW | {"in_channels": 3, "patch_size": 2, "num_blocks": 2, "layers_per_block": [1, 2]},
+}
+STARFLOW_GUIDANCE = {
+    "text": {"none": None, "gaussian": Guidance(2.5, "constant", rule="gaussian")},
+    "no text": {"none": None},
+    "patches": {"none": None},
 }
 
 
@@ -89,6 +118,19 @@ def inputs() -> dict[str, np.ndarray]:
     }
 
 
+def starflow_inputs() -> dict[str, np.ndarray]:
+    """Images ``x``, ``latents`` of the same shape, which the code for STARFlow has, and embeddings of texts."""
+    random, record = np.random.RandomState(2), {}
+    for name, arguments in STARFLOWS.items():
+        shape = BATCH, arguments["in_channels"], arguments["img_size"], arguments["img_size"]
+        record[f"{name}: x"] = random.uniform(-1, 1, shape).astype(np.float32)
+        record[f"{name}: latents"] = random.uniform(-(3**0.5), 3**0.5, shape).astype(np.float32)
+    return record | {
+        "text": random.uniform(-1, 1, (BATCH, TEXT, TEXT_DIM)).astype(np.float32),
+        "empty text": random.uniform(-1, 1, (1, TEXT, TEXT_DIM)).astype(np.float32),
+    }
+
+
 def itarflow_weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
     """Weights of an iTarFlow, with a prior of variance 1 as trained ones have, which published denoising assumes."""
     state = weights(shapes)
@@ -100,10 +142,12 @@ def weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
     random, state = np.random.RandomState(0), {}
     for name, shape in sorted(shapes):
         noise = torch.tensor(random.uniform(-1, 1, shape), dtype=torch.float32)
-        if name.endswith("attn_mask"):
+        if name.endswith(("attn_mask", "freqs_cos", "freqs_sin")):
             state[name] = torch.ones(shape).tril()
         elif name == "var":
             state[name] = noise.exp()
+        elif name.endswith("final_norm.weight"):
+            state[name] = 0.3 * noise
         elif name.endswith("norm.weight"):
             state[name] = 1 + 0.3 * noise
         elif name.endswith("embed"):

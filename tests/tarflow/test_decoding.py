@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import PREFIX, STARFLOW, branches, draw, randomize, tarflow
+from helpers import PREFIX, branches, draw, randomize, tarflow
 from launches import Launches
 from tarflow import Decoder, Guidance, TarFlow, TokenFlow
 from tarflow.decoding import DISTANCE, TOLERANCE, calibration
@@ -22,7 +22,7 @@ from tarflow.decoding.decoder import LARGEST_LOSS, PASS_COSTS, Allowance, Timing
 from tarflow.decoding.jacobi import JacobiIteration
 from tarflow.decoding.sequential import count_chains
 from tarflow.decoding.step import CachedStep, GraphRunner, StepWeights, count_branches
-from tarflow.model import unpatchify
+from tarflow.model import STARFLOW, unpatchify
 from tarflow.transformer import Context
 
 TRAINED = Path(__file__).parents[2] / "benchmarks" / "trained" / "fashion-mnist"
@@ -59,7 +59,8 @@ MODELS = [
 ]
 every_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
 every_decoder = pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi")], ids=str)
-every_coupling = pytest.mark.parametrize("options", [{}, MIXTURE, STARFLOW, PREFIX], ids=["affine", "mixture", "starflow", "prefix"])
+COUPLINGS = {"affine": {}, "mixture": MIXTURE, "starflow": STARFLOW, "prefix": PREFIX}
+every_coupling = pytest.mark.parametrize("options", COUPLINGS.values(), ids=COUPLINGS)
 
 
 SIZES = {"channels": 16, "num_blocks": 2, "layers_per_block": 2, "num_classes": CLASSES, "head_dim": 8}
@@ -109,9 +110,7 @@ def test_a_block_is_inverted_exactly_at_latents_within_the_tolerance(dtype, tole
     flow = token_flow(**options).to(dtype)
     z, labels = latents_and_labels(flow, batch=6)
     for block in flow.blocks:
-        tokens, _ = block.inverse(
-            z.to(dtype), branches(flow, z, labels), None, Decoder("jacobi", window, tolerance)
-        )
+        tokens, _ = block.inverse(z.to(dtype), branches(flow, z, labels), None, Decoder("jacobi", window, tolerance))
         latents, _ = block(tokens, flow.condition(labels, None, z))
         assert (latents - z).abs().max() <= tolerance + (1e-9 if dtype == torch.float64 else 1e-4)
 

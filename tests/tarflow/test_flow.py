@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from helpers import PREFIX, STARFLOW, draw, randomize, tarflow
+from helpers import PREFIX, draw, randomize, tarflow
 from tarflow import Guidance, TarFlow, TarFlowConfig, TokenFlow
+from tarflow.model import STARFLOW
 from tarflow.transformer import Condition
 
 MODELS = {
@@ -83,7 +84,7 @@ def test_a_block_is_causal_in_its_own_order(config):
     flow = tarflow(**config).flow
     tokens = draw(1, 1, *flow.prior_variance.shape)
     condition = flow.condition(torch.tensor([1]) if flow.num_classes else None, None, tokens)
-    for t, block in enumerate(flow.blocks):
+    for block in flow.blocks:
         jacobian = torch.autograd.functional.jacobian(lambda x, block=block: block(x, condition)[0], tokens)[0, :, :, 0]
         jacobian = jacobian.transpose(1, 2)  # token and token, value and value
         if block.reverse:

@@ -17,7 +17,8 @@ import published_cases as cases
 from helpers import draw
 from tarflow import Decoder, TarFlow, TarFlowConfig, load_published
 from tarflow.denoising import denoise_by_levels
-from tarflow.published import PUBLISHED_LEVELS, infer_config
+from tarflow.model import patchify, unpatchify
+from tarflow.published import PUBLISHED_LEVELS, infer_config, to_published
 
 HEAD = 64  # always
 
@@ -51,18 +52,23 @@ def published_shapes(side, patch, channels, blocks, layers, classes=0, in_channe
         linear = {"proj_in": (width, values), "proj_out": ((1 + nvp) * values, width)}
         if levels:
             linear |= {"time_embed.mlp.0": (4 * width, width), "time_embed.mlp.2": (width, 4 * width)}
-        for number in range(depth):
-            layer = f"{'head' if levels else 'attn'}_blocks.{number}"
-            for norm in ("attention", "mlp"):
-                yield f"blocks.{t}.{layer}.{norm}.norm.weight", (width,)
-                yield f"blocks.{t}.{layer}.{norm}.norm.bias", (width,)
-            linear[f"{layer}.attention.qkv"] = (3 * width, width)
-            linear[f"{layer}.attention.proj"] = (width, width)
-            linear[f"{layer}.mlp.main.0"] = (4 * width, width)
-            linear[f"{layer}.mlp.main.2"] = (width, 4 * width)
-        for name, shape in linear.items():
-            yield f"blocks.{t}.{name}.weight", shape
-            yield f"blocks.{t}.{name}.bias", shape[:1]
+        names = [f"{'head' if levels else 'attn'}_blocks.{number}" for number in range(depth)]
+        yield from layer_shapes(t, linear, names, width)
+
+
+def layer_shapes(t, linear, layers, width):
+    """Name and shape of the tensors in the layers of a block, and in other linear layers."""
+    for layer in layers:
+        for norm in ("attention", "mlp"):
+            yield f"blocks.{t}.{layer}.{norm}.norm.weight", (width,)
+            yield f"blocks.{t}.{layer}.{norm}.norm.bias", (width,)
+        linear[f"{layer}.attention.qkv"] = (3 * width, width)
+        linear[f"{layer}.attention.proj"] = (width, width)
+        linear[f"{layer}.mlp.main.0"] = (4 * width, width)
+        linear[f"{layer}.mlp.main.2"] = (width, 4 * width)
+    for name, shape in linear.items():
+        yield f"blocks.{t}.{name}.weight", shape
+        yield f"blocks.{t}.{name}.bias", shape[:1]
 
 
 def each(size, blocks):
@@ -249,6 +255,68 @@ def test_an_itarflow_denoises_as_the_published_code_did(name, kind):
     *_, images = denoise_by_levels(lambda x, t: model.denoise(x, t, labels), noisy, levels, denoising)
     assert_close(images, known[f"{name}: {kind}"], atol=1e-3, rtol=1e-5)
     assert (images - noisy).abs().max() > 0.1
+
+
+@functools.cache
+def recorded_starflow(name):
+    """The STARFlow of that name, in the precision of the published code, with its embeddings of no text."""
+    arguments, known = cases.STARFLOWS[name], record(cases.STARFLOW_RECORD)
+    model = load_published(cases.weights(starflow_shapes(**arguments)), arguments["in_channels"])
+    if model.flow.class_prefixes is not None:
+        model.flow.class_prefixes.copy_(known["empty text"])
+    return model.requires_grad_(False)
+
+
+def starflow_shapes(
+    in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, txt_size=0, txt_dim=0, **options
+):
+    """Name and shape of every tensor in a state dict of the published code of STARFlow."""
+    tokens, values = (img_size // patch_size) ** 2, in_channels * patch_size**2
+    yield "var", (tokens, values)
+    for buffer in ("freqs_cos", "freqs_sin"):
+        yield f"feat_rope.{buffer}", (tokens + txt_size, HEAD)
+    for t, depth in enumerate(layers_per_block):
+        yield f"blocks.{t}.attn_mask", (tokens + txt_size, tokens + txt_size)
+        yield f"blocks.{t}.sos_embed", (1, 1, values)
+        yield f"blocks.{t}.final_norm.weight", (channels,)
+        linear = {"proj_in": (channels, values), "proj_out": (2 * values, channels)}
+        if txt_dim and t == num_blocks - 1:
+            linear["proj_txt"] = (channels, txt_dim)
+        yield from layer_shapes(t, linear, [f"attn_blocks.{number}" for number in range(depth)], channels)
+
+
+@pytest.mark.parametrize("name", cases.STARFLOWS)
+def test_a_starflow_has_the_latents_and_log_dets_that_the_published_code_computed(name):
+    model, known = recorded_starflow(name), record(cases.STARFLOW_RECORD)
+    z, logdet = model(known[f"{name}: x"], known["text"] if model.config.prefix_dim else None)
+    assert_close(in_published_layout(model, z), known[f"{name}: z"], atol=1e-5, rtol=1e-5)
+    assert_close(logdet, known[f"{name}: logdet"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", [Decoder("sequential"), Decoder("jacobi", 4, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in cases.STARFLOWS for kind in cases.STARFLOW_GUIDANCE[name]]
+)
+def test_a_starflow_draws_what_the_published_code_drew_under_guidance(name, kind, decoder):
+    model, known = recorded_starflow(name), record(cases.STARFLOW_RECORD)
+    z = patchify(known[f"{name}: latents"], model.config.patch_size)
+    text = known["text"] if model.config.prefix_dim else None
+    images = model.inverse(z, text, cases.STARFLOW_GUIDANCE[name][kind], decoder)
+    assert_close(images, known[f"{name}: {kind}"], atol=1e-4, rtol=1e-5)
+
+
+def in_published_layout(model, z):
+    """Latents as images, as the published code of STARFlow returns them."""
+    return unpatchify(z, model.config.patch_size, model.config.image_size)
+
+
+@pytest.mark.parametrize("name", ["text", "no text"])
+def test_a_starflow_becomes_the_checkpoint_that_it_came_from(name):
+    state = cases.weights(starflow_shapes(**cases.STARFLOWS[name]))
+    back = to_published(load_published(state).state_dict())
+    unused = {key for key in state if key.endswith(("attn_mask", "freqs_cos", "freqs_sin"))}
+    assert back.keys() == state.keys() - unused
+    assert all(torch.equal(back[key], state[key]) for key in back if key != "var")
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
