@@ -252,6 +252,23 @@ class TarFlow(ImageFlow):
     def calibration(self, timings: Sequence[Timing]) -> None:
         self.flow.calibration = timings
 
+    def set_prefixes(self, prefixes: Tensor) -> None:
+        """Give the model other classes: what each is conditioned on, such as the embedding of a text.
+
+        Args:
+            prefixes: those of a dropped label and of every class, ``(1 + num_classes, L, E)``.
+
+        Raises:
+            ValueError: they do not fit, or the model is conditioned on no prefix.
+        """
+        expected = self.config.prefix_length, self.config.prefix_dim
+        if not self.config.prefix_dim or prefixes.dim() != 3 or prefixes.shape[1:] != expected or not len(prefixes):
+            got, (length, size) = tuple(prefixes.shape), expected
+            raise ValueError(f"prefixes: expected shape (1 + num_classes, {length}, {size}); got {got}")
+        self.config = replace(self.config, num_classes=len(prefixes) - 1)
+        self.flow.num_classes = self.config.num_classes
+        self.flow.class_prefixes = prefixes.to(self.flow.prior_variance)
+
     def forward(
         self, x: Tensor, labels: Tensor | None = None, *, noise_level: float | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

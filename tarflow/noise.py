@@ -35,9 +35,10 @@ def add_gaussian_noise(
 ) -> Tensor:
     """Return ``pixels / 127.5 - 1 + sigma * eps``: uint8 (B, C, H, W) to float32; unless given, eps ~ N(0, 1).
 
-    The standard deviation sigma is one for all images, or one for each, ``(B, 1, 1, 1)``.
+    Latents, which are floating-point, are taken as they are. The standard deviation sigma is one for all images, or one
+    for each, ``(B, 1, 1, 1)``.
     """
-    x = pixels.float() / 127.5 - 1
+    x = pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
     return x + sigma * (torch.randn(x.shape, generator=generator, device=x.device) if eps is None else eps)
 
 

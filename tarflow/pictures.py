@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .datasets import evenly_spaced
 from .decoding import Decoder, ProgressCallback
 from .denoising import Denoising
+from .encoders import Autoencoder
 from .files import atomic_write
 from .guidance import Guidance
 from .image_flow import ImageFlow
@@ -64,6 +65,7 @@ class Gallery:
         on_nan: what to do about samples that are not finite: ``"fail"``, ``"redraw"`` from latents that the seed gives
             next, up to ten times, or ``"keep"``, with a line that says how many.
         denoising: as in :meth:`tarflow.TarFlow.sample`.
+        autoencoder: what turns the samples of a model of latents into images.
     """
 
     class_names: Sequence[str] = ()
@@ -74,6 +76,7 @@ class Gallery:
     quantization: Quantization = "floor"
     on_nan: Literal["fail", "redraw", "keep"] = "fail"
     denoising: Denoising | None = None
+    autoencoder: Autoencoder | None = None
 
     def save_samples(
         self,
@@ -152,7 +155,8 @@ class Gallery:
         def sample(num: int, labels: Tensor | None) -> tuple[Tensor, ...]:
             settings = (self.guidance, self.denoise_sigma, self.decoder, generator, return_trajectory)
             drawn = model.sample(num, labels, *settings, progress=progress, denoising=self.denoising)
-            return drawn if isinstance(drawn, tuple) else (drawn,)
+            images = drawn if isinstance(drawn, tuple) else (drawn,)
+            return images if self.autoencoder is None else tuple(map(self.autoencoder.decode, images))
 
         drawn = sample(num, labels)
         bad = not_finite(drawn[0])

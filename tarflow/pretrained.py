@@ -177,6 +177,8 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "class_names": ("a list of strings", lambda value: isinstance(value, list) and all(type(v) is str for v in value)),
     "train": ("an object", lambda value: isinstance(value, dict)),
+    **dict.fromkeys(("autoencoder", "text_encoder"), ("a name, or null", lambda value: isinstance(value, str | None))),
+    "text_length": ("an integer, or null", lambda value: value is None or type(value) is int),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import datasets, evaluation, hardware, processes
 from ..datasets import ImageDataset, ImageFolder
 from ..denoising import Denoising
+from ..encoders import Autoencoder
 from ..features import Extractor, load_extractor
 from ..files import atomic_write
 from ..image_flow import ImageFlow, at_least_one
@@ -162,6 +163,8 @@ def _reference(command: Evaluate, trained: DataConfig, extractor: Extractor) -> 
     with processes.together():
         if command.statistics is not None:
             return Reference.load(command.statistics, extractor)
+        if trained.dataset == "latents" and command.dataset is None:
+            raise ValueError("statistics: expected those of images, which `tarflow statistics` writes; got None")
         dataset = _load_images(command, trained, "train")
     flip = dataset.flip if trained.flip is None else trained.flip
     return Reference.of(dataset, extractor, flip, command.batch_size, command.seed)
@@ -174,7 +177,7 @@ def _score_samples(
     drawing, num, config = command.drawing, command.samples, model.config
     decoder, guidance, sigma = drawing.make_decoder(), drawing.make_guidance(), drawing.denoise_sigma(metadata)
     denoising = drawing.make_denoising(metadata) if model.supports_guidance else None
-    generator = torch.Generator(model.device)
+    generator, autoencoder = torch.Generator(model.device), Autoencoder.of(metadata, model.device)
     labels = draw_labels(command.protocol, num, config.num_classes, command.seed)
     share = sum(map(len, torch.arange(num).split(command.batch_size)[:: processes.num_ranks()]))  # the main one's
     with Progress(share, len(model.stages), shown=processes.is_main()) as progress:
@@ -185,12 +188,13 @@ def _score_samples(
                     num, labels, guidance, sigma, decoder, generator, progress=progress.note, denoising=denoising
                 )
             assert isinstance(drawn, Tensor)
-            return drawn
+            return drawn if autoencoder is None else autoencoder.decode(drawn)
 
         sampler = Sampler(draw, QUANTIZATION[command.protocol], generator, command.seed)
         batches = sampler.batches(num, labels, command.batch_size)
         scores = score_samples(batches, extractor, reference, command.seed)
-    scores |= distance_range(num, config.image_shape, extractor, reference, command.seed)
+    shape = config.image_shape if autoencoder is None else autoencoder.image_shape(config.image_shape)
+    scores |= distance_range(num, shape, extractor, reference, command.seed)
     protocol = {
         "protocol": command.protocol,
         "samples": num,

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -11,7 +11,9 @@ from matplotlib.backend_bases import FigureCanvasBase
 from torch import Tensor
 
 from .. import processes
+from ..encoders import Autoencoder, TextEncoder
 from ..image_flow import ImageFlow, at_least_one
+from ..model import TarFlow
 from ..noise import Quantization, quantization, to_pixels
 from ..pictures import Gallery
 from .drawing import Drawing, Progress
@@ -38,6 +40,12 @@ class Sample:
     """images to draw; a picture has them in a row for each class, or in rows of eight"""
     labels: tuple[int, ...] = ()
     """classes to draw, -1 for no label; by default all of them in turn, in a picture ten at most"""
+    prompt: tuple[str, ...] = ()
+    """texts to draw in turn, in place of the classes of a model that is conditioned on text"""
+    text_encoder: str | None = None
+    """what encodes them, of transformers; by default that of training"""
+    autoencoder: str | None = None
+    """what decodes the samples of a model of latents, of diffusers; by default that of training"""
     drawing: Flat[Drawing] = Drawing()  # noqa: RUF009 (it is frozen)
     quantization: Quantization | None = None
     """to 8-bit pixels: round (default after Gaussian noise), floor (default after others) or truncate, as published"""
@@ -61,8 +69,14 @@ def run(arguments: Sequence[str]) -> None:
                 raise ValueError(f"out: expected a folder, to which several processes write; got {command.out}")
             model, metadata = load_model(command.run, str(processes.pick_device(command.device)))
         drawing.check_usable(given, model)
+        if command.prompt:
+            _set_prompts(model, command, metadata)
+        if command.autoencoder is not None:
+            metadata["autoencoder"] = command.autoencoder
+        autoencoder = Autoencoder.of(metadata, model.device)
         _check_labels(command.labels, model.config.num_classes)
-        if command.format == "png" and (channels := model.config.image_shape[0]) not in (1, 3):
+        channels = model.config.image_shape[0] if autoencoder is None else autoencoder.module.config.out_channels
+        if command.format == "png" and channels not in (1, 3):
             raise ValueError(f"format: expected npz for images of {channels} channels; got png")
         model.check_num(command.num)
         gallery = Gallery(
@@ -74,9 +88,22 @@ def run(arguments: Sequence[str]) -> None:
             command.quantization or quantization(metadata.get("sigma", 0.0)),
             command.on_nan,
             drawing.make_denoising(metadata) if model.supports_guidance else None,
+            autoencoder,
         )
         with autocast(model, drawing.precision, command.run):
             _draw(command, gallery, model) if command.out.suffix else _draw_folder(command, gallery, model)
+
+
+def _set_prompts(model: ImageFlow, command: Sample, metadata: dict[str, Any]) -> None:
+    """Make texts the classes of a model; ValueError for one that is not conditioned on text."""
+    if not isinstance(model, TarFlow) or not model.config.prefix_dim:
+        raise ValueError(f"prompt: expected none for a model that is not conditioned on text; got {command.prompt}")
+    source = command.text_encoder or metadata.get("text_encoder")
+    if source is None:
+        raise ValueError("text_encoder: expected the one of training, which config.json does not tell; got None")
+    encode = TextEncoder(source, model.config.prefix_length, model.device)
+    model.set_prefixes(encode(["", *command.prompt]))
+    metadata["class_names"] = list(command.prompt)
 
 
 def _draw(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
@@ -101,6 +128,7 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
     settings = {
         "num": command.num,
         "labels": command.labels,
+        **({"prompt": command.prompt} if command.prompt else {}),
         "seed": command.seed,
         "quantization": gallery.quantization,
         "on_nan": command.on_nan,
@@ -142,6 +170,10 @@ def _check(command: Sample, given: Collection[str]) -> None:
     at_least_one("num", command.num)
     check_seed(command.seed)
     command.drawing.check(given)
+    if command.prompt and command.labels:
+        raise ValueError(f"labels: expected none with --prompt, whose texts are the classes; got {command.labels}")
+    if len(command.prompt) > command.num:
+        raise ValueError(f"prompt: expected at most {command.num} texts, as --num says; got {len(command.prompt)}")
     if "labels" in given and not 0 < len(command.labels) <= command.num:
         raise ValueError(f"labels: expected 1 to {command.num} classes, as --num says; got {len(command.labels)}")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..compatibility import renamed_attributes
 from .dataset import ImageDataset, ImageFolder, evenly_spaced, fingerprint
 from .formats import MAX_PIXELS, RESIZE, Resize, Unreadable
+from .latents import read_latents
 from .readers import READERS, SHIPPED_SUBSET, read_folder, read_hub
 from .streaming import batches, read
 
@@ -52,6 +53,7 @@ def load(
     folder          class sub-folders of images in `data_dir`, or in its `train` and `test` (or `val`), resized to
                     `image_size`; without such splits 5% are the test split, chosen by the hash of each image's name, so
                     that other images stay where they are when one is added
+    latents         a folder that `tarflow encode` wrote, `data_dir`
     hub:<id>        a Hugging Face dataset, cached in `data_dir`, resized to `image_size` where given
 
     The .npz files of ImageNet are unpacked once, to an .npy file beside them or, where nothing can be written to that
@@ -78,8 +80,8 @@ def load(
         raise ValueError(f"name: expected one of {', '.join(READERS)}, folder, hub:<dataset id>; got {name!r}")
     if name.startswith("hub:") and name != "hub:":
         return read_hub(name, split, data_dir, image_size, resize)
-    if name != "folder" and name not in READERS:
-        raise ValueError(f"name: expected one of {', '.join(READERS)}, folder, hub:<dataset id>; got {name!r}")
+    if name not in ("folder", "latents", *READERS):
+        raise ValueError(f"name: expected one of {', '.join(READERS)}, folder, latents, hub:<id>; got {name!r}")
     if data_dir is None and name != "fashion-mnist":
         raise ValueError(f"data_dir: expected the folder that holds {name}, got None")
     if data_dir is not None:
@@ -88,7 +90,7 @@ def load(
         folder = DEBIAN_FASHION_MNIST if DEBIAN_FASHION_MNIST.is_dir() else SHIPPED_SUBSET
     if name == "folder":
         return read_folder(split, folder, image_size, resize)
-    dataset = READERS[name](split, folder)
+    dataset = read_latents(split, folder) if name == "latents" else READERS[name](split, folder)
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"image_size: expected None or {dataset.image_size} for {name}, got {image_size}")
     return dataset

@@ -20,11 +20,13 @@ class ImageDataset:
     """A dataset of images in memory, or of a file that is mapped into it.
 
     Args:
-        images: uint8 (N, C, S, S).
+        images: uint8 (N, C, S, S); float32 of latents.
         labels: int64 (N,), each in 0 .. num_classes - 1, or all -1 where there are no classes.
         class_names: one a class; none for data without classes.
         flip: whether a mirrored image means the same.
         source: a sentence that says which data this is.
+        prefixes: of latents the embeddings of no text and of the name of each class, ``(1 + num_classes, L, E)``.
+        encoders: what made the latents: ``autoencoder``, ``text_encoder`` and ``text_length``.
 
     Raises:
         ValueError: the images and labels are of other shapes or types, or a label is out of range.
@@ -35,10 +37,12 @@ class ImageDataset:
     class_names: tuple[str, ...]
     flip: bool
     source: str
+    prefixes: Tensor | None = None
+    encoders: dict[str, Any] | None = None
 
     def __post_init__(self):
         images, labels, shape = self.images, self.labels, list(self.images.shape)
-        if images.dtype != torch.uint8 or len(shape) != 4 or 0 in shape or shape[2] != shape[3]:
+        if images.dtype not in (torch.uint8, torch.float32) or len(shape) != 4 or 0 in shape or shape[2] != shape[3]:
             raise ValueError(f"images: expected uint8 [N, C, S, S], got {images.dtype} {shape} from {self.source}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             got = f"{labels.dtype} {list(labels.shape)}"
@@ -79,6 +83,8 @@ class ImageFolder(Dataset):
     flip: bool = True
     in_channels: int = 3
     resize: str | None = "lanczos"
+    prefixes: None = None
+    encoders: None = None
 
     num_classes = property(lambda self: len(self.class_names))
 

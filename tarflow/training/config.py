@@ -64,7 +64,8 @@ class DataConfig:
     """
 
     dataset: str = setting("fashion-mnist", fixed=True)
-    """fashion-mnist, mnist, cifar10, imagenet32 or imagenet64 (of 2017; with -2016, of 2016), folder or hub:<name>"""
+    """fashion-mnist, mnist, cifar10, imagenet32 or imagenet64 (of 2017; with -2016, of 2016), folder, latents or
+    hub:<name>"""
     data_dir: Path | None = None
     """folder with the files of the dataset"""
     image_size: int | None = setting(None, fixed=True)
@@ -271,12 +272,18 @@ class TrainConfig:
 
     def model_config(self, dataset: ImageDataset | ImageFolder) -> TarFlowConfig | FlowPPConfig:
         """The model that fits the dataset; ValueError for a conditional one where there are no labels."""
+        if dataset.encoders is not None and self.training.noise != "gaussian":
+            raise ValueError(f"noise: expected gaussian for latents, which fill no bins; got {self.training.noise}")
         if self.data.conditional and not dataset.num_classes:
             raise ValueError("conditional: expected False (--no-conditional) for data without labels; got True")
         learned = self.training.noise == "variational"
         dequantizer = (self.model.dequantizer or DequantizerConfig()) if learned else None
         classes = dataset.num_classes if self.data.conditional else 0
-        return replace(self.model, dequantizer=dequantizer).for_data(dataset.image_size, dataset.in_channels, classes)
+        model = replace(self.model, dequantizer=dequantizer)
+        if classes and dataset.prefixes is not None and isinstance(model, TarFlowConfig):
+            length, size = dataset.prefixes.shape[1:]
+            model = replace(model, prefix_length=length, prefix_dim=size)
+        return model.for_data(dataset.image_size, dataset.in_channels, classes)
 
     def fixed_settings(self) -> Iterator[tuple[str, Any]]:
         """The settings of data and training that stay when a run is resumed; the model stays as a whole."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..flowpp.config import FlowPPConfig
 from ..guidance import Guidance
-from ..model import TarFlowConfig
+from ..model import STARFLOW, TarFlowConfig
 from .config import DataConfig, TrainConfig, TrainingConfig
 
 __all__ = ["PRESETS"]
@@ -71,6 +71,8 @@ def _published_flowpp(dataset: str, model: FlowPPConfig, **training: Any) -> Tra
     return TrainConfig(DataConfig(dataset, flip=False, conditional=False), model, replace(common, **training))
 
 
+_STARFLOW_GUIDANCE = Guidance(2.5, "constant", rule="gaussian")  # the top block alone sees what it is guided by
+
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(
         DataConfig(),
@@ -83,6 +85,21 @@ PRESETS: dict[str, TrainConfig] = {
     "itarflow-fashion-mnist": TrainConfig(
         model=TarFlowConfig(patch_size=2, layers_per_block=(1, 1, 1, 5), noise_levels=(0.01, 0.3)),
         training=TrainingConfig(guidance=Guidance(blocks=1)),
+    ),
+    "starflow-fashion-mnist": TrainConfig(
+        DataConfig("latents"),
+        TarFlowConfig(patch_size=1, num_blocks=3, layers_per_block=(1, 1, 4), **STARFLOW),
+        TrainingConfig(
+            max_steps=2000, batch_size=32, optimizer="muon", learning_rate=6e-3, warmup_steps=200, sigma=0.3,
+            guidance=_STARFLOW_GUIDANCE,
+        ),
+    ),
+    "starflow-256": TrainConfig(
+        DataConfig("latents"),
+        TarFlowConfig(32, 4, 1, 3072, 6, (2, 2, 2, 2, 2, 24), **STARFLOW),
+        TrainingConfig(
+            batch_size=1024, learning_rate=6.4e-5, min_learning_rate=1e-6, sigma=0.3, guidance=_STARFLOW_GUIDANCE
+        ),
     ),
     "fashion-mnist-flowpp": TrainConfig(
         DataConfig(conditional=False), FlowPPConfig.fashion_mnist(), replace(_FLOWPP, learning_rate=2e-3)

@@ -15,6 +15,7 @@ from .. import datasets, evaluation, hardware, pictures, processes
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..decoding import calibration
 from ..decoding.step import count_branches
+from ..encoders import Autoencoder
 from ..files import remove_abandoned
 from ..flow import TokenFlow
 from ..hardware import uses_bfloat16
@@ -138,6 +139,7 @@ class Run:
             quantization=quantization(self.settings.noise_sigma),
             on_nan="keep",
             denoising=self.settings.denoising,
+            autoencoder=Autoencoder.of(trainer.dataset.encoders, trainer.device),
         )
 
     @property
@@ -339,6 +341,7 @@ class Run:
             sigma=self.settings.noise_sigma,
             denoising_steps=self.settings.denoising_steps,
             class_names=self.gallery.class_names,
+            **(self.trainer.dataset.encoders or {}),
             train=self.config.config_dict(),
             data=self.data,
         )

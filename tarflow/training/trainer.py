@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..hardware import uses_bfloat16
 from ..image_flow import ImageFlow
+from ..model import TarFlow
 from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim, derive_seed
 from . import parallel
 from .config import TrainConfig, TrainingConfig
@@ -339,7 +340,10 @@ class Trainer:
 
 def build(config: TrainConfig, dataset: ImageDataset | ImageFolder) -> ImageFlow:
     """The untrained model of a run on these data."""
-    return config.flow(config.model_config(dataset))
+    model = config.flow(config.model_config(dataset))
+    if isinstance(model, TarFlow) and model.config.prefix_dim and dataset.prefixes is not None:
+        model.set_prefixes(dataset.prefixes)
+    return model
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
