@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         flags = f"--preset starflow-fashion-mnist --data-dir {out / 'latents'} --max-steps {command.steps}"
         run(f"train {flags} --out {out / 'run'}")
     seconds = time.perf_counter() - began
-    named = [word for name in datasets.load().class_names for word in ("--prompt", name)]
+    named = ["--prompt", *datasets.load().class_names]
     drawn = ["--guidance", "2.5", "--schedule", "constant", "--rule", "gaussian", "--out", str(out / "samples.png")]
     if status := tarflow(["sample", str(out / "run"), *named, *drawn]):
         raise SystemExit(status)

@@ -41,7 +41,7 @@ class Sample:
     labels: tuple[int, ...] = ()
     """classes to draw, -1 for no label; by default all of them in turn, in a picture ten at most"""
     prompt: tuple[str, ...] = ()
-    """texts to draw in turn, in place of the classes of a model that is conditioned on text"""
+    """texts to draw in turn (--prompt "a coat" "a bag"), in place of the classes of a model conditioned on text"""
     text_encoder: str | None = None
     """what encodes them, of transformers; by default that of training"""
     autoencoder: str | None = None

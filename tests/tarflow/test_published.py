@@ -310,6 +310,12 @@ def in_published_layout(model, z):
     return unpatchify(z, model.config.patch_size, model.config.image_size)
 
 
+def test_the_text_of_nothing_is_no_part_of_a_checkpoint():
+    model = load_published(cases.weights(starflow_shapes(**cases.STARFLOWS["text"])))
+    assert model.flow.class_prefixes.shape == (1, cases.TEXT, cases.TEXT_DIM)
+    assert not model.flow.class_prefixes.any()
+
+
 @pytest.mark.parametrize("name", ["text", "no text"])
 def test_a_starflow_becomes_the_checkpoint_that_it_came_from(name):
     state = cases.weights(starflow_shapes(**cases.STARFLOWS[name]))
