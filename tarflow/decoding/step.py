@@ -54,7 +54,7 @@ from torch import Tensor
 from tarflow_kernels import KVCache, decode_attention, dispatch, residual_norm
 
 from ..guidance import Guidance, divide_densities, extrapolate, extrapolate_scale
-from ..transformer import NO_CONTEXT, CausalTransformer, Context, TransformerLayer, rotate
+from ..transformer import NO_CONTEXT, CausalTransformer, Context, TransformerLayer
 from ..transforms import MixtureTransform, Parameters
 
 __all__ = [
@@ -204,7 +204,8 @@ class CachedStep:
     too few to fill the card, and the cache is split), output projection, residual and norm, the two products of the MLP
     and the GELU between them. Around the L layers three more: the last residual, the projection to mu and alpha, the
     guided affine map with the embedding of the next token and its position: ``8 L + 3``, 67 for eight layers. With a
-    mixture transform guidance, map and embedding are operators of their own, and 20 in place of three.
+    mixture transform guidance, map and embedding are operators of their own, and 20 in place of three. A block of
+    STARFlow takes ``9 L + 16``, for rotary positions, the last norm and its scale, and in bfloat16 two more per layer.
 
     *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
@@ -240,7 +241,8 @@ class CachedStep:
         shape = num_layers, rows, self.heads, self.before + num_tokens, self.head_dim
         self.offsets = torch.arange(window, dtype=torch.int32, device=device)
         rotary = weights.rotary
-        self.rotation = None if rotary is None else rotary.table(weights.embedding, self.before, num_tokens)
+        table = None if rotary is None else rotary.table(weights.embedding, self.before, num_tokens)
+        self.rotation = None if table is None else torch.complex(*table)
         if caches is not None:
             self.caches = caches
         else:
@@ -279,14 +281,14 @@ class CachedStep:
         """Run the layers over ``(R, G, C)`` from their places in the cache on; the result is the sum of two tensors."""
         (rows, new, _), weights = h.shape, self.weights
         rotation = None if self.rotation is None else self._rotation_at(places, new)
-        qkv, hidden, activation, turned, q, k, v = self._buffers(rows, new)
+        qkv, hidden, activation, queries_and_keys, q, k, v = self._buffers(rows, new)
         h = h.flatten(0, 1)
         delta: Tensor | None = None
         for layer, (cache_k, cache_v) in zip(weights.layers, self.caches, strict=True):
             y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             if rotation is not None:
-                turned.copy_(rotate(turned, rotation))
+                _turn(queries_and_keys, rotation)
             attended = decode_attention(q, k, v, cache_k, cache_v, places, temperature=self.temperature)
             delta = torch.addmm(layer.proj_bias, attended.transpose(1, 2).reshape(h.shape), layer.proj)
             y = residual_norm(h, delta, *layer.mlp_norm, dtype=qkv.dtype)
@@ -297,10 +299,10 @@ class CachedStep:
         return h, delta
 
     def _rotation_at(self, places: Tensor, new: int) -> Tensor:
-        """Return the angles of G tokens from each place on, for queries and keys: ``(2, R, G, 1, 1, head_dim / 2)``."""
+        """Return ``exp(i angle)`` of G tokens from each place on, ``(R, G, 1, 1, head_dim / 2)``."""
         assert self.rotation is not None
         at = (places[:, None] + self.offsets[:new]).long()
-        return self.rotation[:, at, None, None]
+        return self.rotation[at, None, None]
 
     def _fill(self, prefix: Tensor) -> None:
         """Put keys and values of a prefix ``(R, L, C)``, which is overwritten, into the cache."""
@@ -360,6 +362,15 @@ class _LayerWeights:
 def _prepare(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return weight and bias as addmm reads them fastest."""
     return linear.weight.to(dtype).t().contiguous(), linear.bias.to(dtype)
+
+
+def _turn(x: Tensor, rotation: Tensor) -> None:
+    """Turn pairs of neighbouring channels of ``(R, G, ..., D)`` in place, as complex numbers; see ``rotate``."""
+    real = rotation.dtype.to_real()
+    turned = x if x.dtype == real else x.to(real)  # of lower precisions there are no complex numbers
+    torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(rotation)
+    if turned is not x:
+        x.copy_(turned)
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:

@@ -414,10 +414,14 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
             iteration.retire_finished(z)
 
 
-@pytest.mark.parametrize(("options", "around"), [({}, 3), (MIXTURE, 20)], ids=["affine", "mixture"])
+@pytest.mark.parametrize(
+    ("options", "of_layer", "around"),
+    [({}, 8, 3), (MIXTURE, 8, 20), (STARFLOW, 9, 16)],
+    ids=["affine", "mixture", "starflow"],
+)
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("chains", [1, 2])
-def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, chains, num_layers, options, around):
+def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, chains, num_layers, options, of_layer, around):
     counts = []
 
     def count(runner, *runs):
@@ -429,9 +433,10 @@ def test_a_step_launches_as_few_kernels_as_it_says(monkeypatch, chains, num_laye
     monkeypatch.setattr(GraphRunner, "__call__", count)
     monkeypatch.setattr("tarflow.decoding.sequential.count_chains", lambda *sizes: chains)
     flow = TokenFlow(TOKENS, 2, 16, 1, num_layers, head_dim=8, num_classes=CLASSES, **options)
+    flow.requires_grad_(False)
     with Launches(monkeypatch) as launches:
         flow.inverse(torch.randn(2, TOKENS, 2), torch.tensor([0, 1]), Guidance(1.0), "sequential")
-    assert counts == [chains * (8 * num_layers + around)] * (TOKENS - 1)
+    assert counts == [chains * (of_layer * num_layers + around)] * flow.num_steps
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
