@@ -31,7 +31,7 @@ STARFLOW: dict[str, Any] = {
     "start_token": True,
     "reversed_blocks": "even",
 }
-"""What a STARFlow has in its configuration, beside a prefix (arXiv 2506.06276)."""
+"""The configuration of a STARFlow, beside its sizes and a prefix (arXiv 2506.06276)."""
 
 
 @dataclass(frozen=True)

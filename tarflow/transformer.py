@@ -25,7 +25,7 @@ __all__ = [
 
 
 class Condition(NamedTuple):
-    """What the samples of a batch are conditioned on, each part of it where the flow is made for it."""
+    """Conditions of the samples of a batch, each part where the flow is made for it."""
 
     labels: Tensor | None = None
     """classes, int64 ``(B,)``, -1 for a dropped one"""

@@ -30,6 +30,7 @@ LAYERS = {
         "compatibility",
         "data",
         "datasets",
+        "encoders",
         "files",
         "guidance",
         "hardware",

@@ -622,7 +622,9 @@ def test_a_published_checkpoint_is_converted_and_sampled(tmp_path, capsys):
 def test_a_preset_has_the_size_that_was_published(preset, image_size, num_classes, millions):
     config = PRESETS[preset]
     assert config.data.image_size in (None, image_size)
-    dataset = SimpleNamespace(image_size=image_size, in_channels=3, num_classes=num_classes)
+    names = tuple(map(str, range(num_classes)))
+    labels = torch.zeros(1, dtype=torch.int64)
+    dataset = datasets.ImageDataset(torch.zeros(1, 3, image_size, image_size).byte(), labels, names, False, "nothing")
     with torch.device("meta"):
         model = build(config, dataset)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
