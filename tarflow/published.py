@@ -1,4 +1,4 @@
-"""Checkpoints of the published code: state dicts of TarFlow and iTarFlow, renamed to ours and, of TarFlow, back.
+"""Checkpoints of the published code: state dicts of TarFlow and iTarFlow, renamed to ours and back.
 
 Sources: apple/ml-tarflow, apple/ml-itarflow.
 """
@@ -69,7 +69,10 @@ def load_published(
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the state dict of a TarFlow to that of the published ``Model``, but for its attention masks."""
+    """Convert the state dict of a TarFlow to that of the published ``Model``, but for its attention masks.
+
+    That of a model with noise levels is one of the iTarFlow, whose code reads the names of TarFlow too.
+    """
     return {_their_name(name): _their_layout(name, tensor) for name, tensor in state.items()}
 
 
@@ -164,6 +167,7 @@ def _their_name(name: str) -> str:
         return "var"
     for ours, theirs in _LAYER_NAMES.items():
         name = re.sub(rf"layers\.(\d+)\.{ours}\.", rf"attn_blocks.\1.{theirs}.", name)
+    name = name.replace(".noise_embed.", ".time_embed.mlp.")
     return re.sub(r"^flow\.blocks\.(\d+)\.transformer\.", r"blocks.\1.", name)
 
 
