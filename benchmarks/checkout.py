@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tarflow import Guidance, TarFlow
 from tarflow.published import to_published
 
-_GUIDED = {"both": "ab", "alpha": "a", "mu": "b"}
+_GUIDED = {"alpha": "a", "mu": "b"}
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,11 @@ def sample(
     if guidance:
         options |= {
             "guidance": guidance.weight,
-            "guide_what": _GUIDED[guidance.parameters],
             "attn_temp": guidance.temperature,
             "annealed_guidance": guidance.schedule == "linear",
         }
+        if guidance.parameters != "both":
+            options["guide_what"] = _GUIDED[guidance.parameters]
     if noise_level is not None:
         options["t"] = z.new_full((len(z), 1), noise_level)
     if guidance and noise_level is not None:

@@ -10,6 +10,7 @@ from tarflow.pretrained import read_config
 
 GUIDANCE = Guidance(weight=2.0, schedule="linear")
 TRAINED = Path(__file__).parent / "trained"
+SEED = 1
 
 # The spread of alpha over that of the activations, over whose number it sums. A large token makes large activations,
 # these a large alpha, and that a larger token: with four times this, tokens run away to infinity within a block.
@@ -63,7 +64,7 @@ def trained_config(name: str = "fashion-mnist") -> TarFlowConfig:
 def latents_and_labels(model: TarFlow, batch: int) -> tuple[Tensor, Tensor]:
     """Draw latents from the prior; the labels are all classes in turn."""
     device = model.flow.prior_variance.device
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(SEED)
     return model.flow.sample_prior(batch, generator), torch.arange(batch, device=device) % model.config.num_classes
 
 

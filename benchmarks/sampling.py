@@ -55,8 +55,7 @@ def _random(name: str, config: TarFlowConfig, note: str = "") -> Subject:
     return Subject(name, config, partial(build, config), note)
 
 
-def _trained() -> Subject:
-    return Subject("Fashion-MNIST 2-128-4-2, trained", trained_config(), trained)
+TRAINED = Subject("Fashion-MNIST 2-128-4-2, trained", trained_config(), trained)
 
 
 def _chaotic() -> Subject:
@@ -93,9 +92,9 @@ def _cpu_rows() -> list[Row]:
     few = "auto", UNCALIBRATED, "sequential"
     every, some = (*DECODERS, UNCALIBRATED, *OTHERS), (*few, *OTHERS)
     return [
-        *(sampling_row(_trained(), batch, guidance, every) for guidance in (GUIDANCE, None) for batch in (1, 16)),
+        *(sampling_row(TRAINED, batch, guidance, every) for guidance in (GUIDANCE, None) for batch in (1, 16)),
         *(sampling_row(random, batch, GUIDANCE, some) for batch in (64, 1)),
-        *(sampling_row(_trained(), 2, guidance, few) for guidance in (GUIDANCE, None)),
+        *(sampling_row(TRAINED, 2, guidance, few) for guidance in (GUIDANCE, None)),
         *(sampling_row(_chaotic(), batch, None, few) for batch in (1, 2, 4)),
     ]
 
@@ -113,10 +112,10 @@ def _gpu_rows() -> list[Row]:
     # The passes of random weights say nothing, and there can be a thousand of them.
     large = partial(row, contenders=("auto", "sequential"), rounds=1)
     return [
-        *(row(_trained(), batch, GUIDANCE) for batch in (1, 8, 32, 128)),
+        *(row(TRAINED, batch, GUIDANCE) for batch in (1, 8, 32, 128)),
         large(whole, 32, GUIDANCE),
         row(block, 32, GUIDANCE, rounds=1),
-        *(row(_trained(), batch, None) for batch in (1, 8, 32, 128)),
+        *(row(TRAINED, batch, None) for batch in (1, 8, 32, 128)),
         *(large(whole, batch, GUIDANCE) for batch in (8, 1)),
         *(large(subject, 8, GUIDANCE) for subject in others),
         *(large(whole, batch, None) for batch in (32, 8, 1)),
@@ -188,7 +187,7 @@ class Decoding:
         }
 
 
-def _calibrated(inputs: Inputs) -> Decoding:
+def calibrated(inputs: Inputs) -> Decoding:
     """Calibrate ``auto`` for this very batch; what is hopeless at batch 1 is not tried on it."""
     with inputs.autocast():
         batches = {1, len(inputs.z)}
@@ -217,17 +216,17 @@ def _published(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 # The chain of tokens amplifies rounding, now more in one contender, now in another.
-_CHANCE = 1e-5
+CHANCE = 1e-5
 # Latents have a variance of one and images less: relative to them, what each latent may be off by is stricter.
 _parallel = partial(Contender, allowance=DISTANCE * TOLERANCE, facts=Decoding.facts)
 _CONTENDERS = {
-    "auto": _parallel(_calibrated),
+    "auto": _parallel(calibrated),
     UNCALIBRATED: _parallel(partial(Decoding, Decoder("auto"))),
     "jacobi": _parallel(partial(Decoding, Decoder("jacobi"))),
     "jacobi, window 64": _parallel(partial(Decoding, Decoder("jacobi", 64))),
-    "sequential": Contender(partial(Decoding, Decoder("sequential")), allowance=_CHANCE, facts=Decoding.facts),
+    "sequential": Contender(partial(Decoding, Decoder("sequential")), allowance=CHANCE, facts=Decoding.facts),
     "eager": Contender(_eager),
-    "published": Contender(_published, allowance=_CHANCE),
+    "published": Contender(_published, allowance=CHANCE),
 }
 
 

@@ -17,7 +17,7 @@ import published_cases as cases
 from helpers import draw
 from tarflow import Decoder, TarFlow, TarFlowConfig, load_published
 from tarflow.denoising import denoise_by_levels
-from tarflow.published import PUBLISHED_LEVELS, infer_config
+from tarflow.published import PUBLISHED_LEVELS, infer_config, to_published
 
 HEAD = 64  # always
 
@@ -147,6 +147,15 @@ def test_it_is_the_same_map(variant):
     assert bool(logdet.any()) == variant.get("nvp", True)
     assert_close(model.inverse(z.detach(), y, noise_level=t), x)
     assert torch.equal(model.flow.prior_variance, state["var"])
+
+
+@every_variant
+def test_back_under_the_published_names_it_is_the_same_state_but_for_the_masks(variant):
+    state = published_state(**variant)
+    levels = (0.01, 0.3) if "levels" in variant else None
+    back = to_published(load_published(state, variant.get("in_channels", 3), noise_levels=levels).state_dict())
+    named = {name.replace("head_blocks", "attn_blocks"): value for name, value in state.items()}
+    assert_close(back, {name: value for name, value in named.items() if "attn_mask" not in name}, atol=0, rtol=0)
 
 
 @functools.cache
