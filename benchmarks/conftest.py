@@ -24,15 +24,16 @@ BEGAN = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
-    """How long all rows together may take, and where the published code is."""
+    """How long all rows together may take, and where published code is."""
     seconds = 240 if DEVICE.type == "cpu" else 600
     parser.addoption("--seconds", type=float, default=seconds, help="benchmarks: start no row later than this")
-    parser.addoption("--published", type=Path, metavar="PATH", help=f"benchmarks: {checkout.HELP}")
+    for code in checkout.CODES:
+        parser.addoption(code.option, type=Path, metavar="PATH", help=f"benchmarks: {code.help}")
 
 
 def pytest_configure(config):
     """Start the clock."""
-    checkout.use(config.getoption("published"))
+    checkout.use(config.option)
     config.stash[MEASURED] = {}
     config.stash[BEGAN] = time.perf_counter()
 

@@ -70,7 +70,7 @@ def main() -> int:
     arguments = _arguments()
     if arguments.rehearse:
         _rehearse(arguments.out)
-    checkout.use(arguments.published)
+    checkout.use(arguments)
     if arguments.plan:
         print(plan(arguments.skip, arguments.seconds))
         return 0
@@ -107,7 +107,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skip", type=lambda names: names.split(","), default=[], help=f"of {','.join(STAGES)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
     parser.add_argument("--out", type=Path, default=records.FOLDER, help="folder of the results")
-    parser.add_argument("--published", type=Path, metavar="PATH", help=checkout.HELP)
+    for code in checkout.CODES:
+        parser.add_argument(code.option, type=Path, metavar="PATH", help=code.help)
     parser.add_argument("--compiled", action="store_true", help="measure contenders under torch.compile too")
     parser.add_argument(
         "--rows", nargs="+", default=[], help="measure the rows whose names contain one of these, and nothing else"

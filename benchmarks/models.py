@@ -9,7 +9,8 @@ from tarflow import Guidance, TarFlow, TarFlowConfig
 from tarflow.pretrained import read_config
 
 GUIDANCE = Guidance(weight=2.0, schedule="linear")
-TRAINED = Path(__file__).parent / "trained" / "fashion-mnist"
+TRAINED = Path(__file__).parent / "trained"
+SEED = 1
 
 # The spread of alpha over that of the activations, over whose number it sums. A large token makes large activations,
 # these a large alpha, and that a larger token: with four times this, tokens run away to infinity within a block.
@@ -46,31 +47,33 @@ def build(config: TarFlowConfig, device: torch.device) -> TarFlow:
     with device:
         model = TarFlow(config)
     for block in model.flow.blocks:
-        nn.init.normal_(block.transformer.proj_out.weight, std=_SPREAD / config.channels**0.5)
+        weight = block.transformer.proj_out.weight
+        nn.init.normal_(weight, std=_SPREAD / weight.shape[1] ** 0.5)
     return model
 
 
-def trained(device: torch.device) -> TarFlow:
-    """Load what ``python train.py`` made: how many passes a parallel decoder takes depends on trained weights."""
-    return TarFlow.from_pretrained(TRAINED).float().to(device)
+def trained(device: torch.device, name: str = "fashion-mnist") -> TarFlow:
+    """Load what was trained: how many passes a parallel decoder takes depends on trained weights."""
+    return TarFlow.from_pretrained(TRAINED / name).float().to(device)
 
 
-def trained_config() -> TarFlowConfig:
-    """Read the configuration of the trained model."""
-    return TarFlowConfig(**read_config(TRAINED)["model"])
+def trained_config(name: str = "fashion-mnist") -> TarFlowConfig:
+    """Read the configuration of a trained model."""
+    return TarFlowConfig(**read_config(TRAINED / name)["model"])
 
 
 def latents_and_labels(model: TarFlow, batch: int) -> tuple[Tensor, Tensor]:
     """Draw latents from the prior; the labels are all classes in turn."""
     device = model.flow.prior_variance.device
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(SEED)
     return model.flow.sample_prior(batch, generator), torch.arange(batch, device=device) % model.config.num_classes
 
 
 def step_bytes(config: TarFlowConfig, rows: int, known: float, itemsize: int) -> float:
-    """Count what a step of sequential decoding reads in one block with ``known`` tokens: weights and cache."""
-    layers, channels = config.layers_per_block, config.channels
-    return itemsize * (12 * layers * channels**2 + 2 * layers * rows * known * channels)
+    """Count what a step of sequential decoding reads in the average block with ``known`` tokens: weights and cache."""
+    blocks = zip(config.layers_of_blocks, config.channels_of_blocks, strict=True)
+    read = sum(layers * channels * (12 * channels + 2 * rows * known) for layers, channels in blocks)
+    return itemsize * read / config.num_blocks
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -4,7 +4,8 @@
 
 Writes ``docs/benchmarks.md``, ``docs/roofline-<device>.png``, ``docs/limits-<device>.png`` and
 ``docs/sampling-<device>.png``, and between the markers of ``docs/kernels/*.md`` what compilers make of an op and what
-was measured of it.
+was measured of it, of ``docs/decoding.md`` how Jacobi decoders compare, and of ``docs/family.md`` how long iTarFlow's
+code takes beside ours.
 """
 
 import argparse
@@ -18,8 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import cost
+import gs_jacobi
+import itarflow
 import plots
 import records
+import starflow
 from fallbacks import LEVELS
 from profiles import summary
 from records import Record, three_digits
@@ -46,9 +50,21 @@ OP_PAGES = {
     "embed_next": ("embed_next",),
     "incremental_inverse": ("inverse",),
 }
+JACOBI_HEAD = (
+    "decoder",
+    "passes by block",
+    "tokens",
+    "median",
+    "latents, largest",
+    "latents, rms",
+    "pixels, largest",
+    "pixels, rms",
+)
+FAMILY_HEAD = ("", "published", "sequential", "auto", "ratios")
 # The sections of a device, and which ops each holds; the rest are the ops of the kernels.
 SECTIONS = {
-    "Sampling": plots.SAMPLING,
+    "Sampling": (*plots.SAMPLING, itarflow.DENOISED),
+    "Jacobi decoders": tuple(gs_jacobi.OPS),
     "Training": ("training step",),
     "Flows of other libraries": OTHER_FLOWS,
 }
@@ -70,8 +86,14 @@ def main() -> None:
         text = op_page(file.read_text(), OP_PAGES.get(file.stem, ()), results)
         with atomic_write(file) as beside:
             beside.write_text(text)
+    for name, write in PAGES.items():
+        if (file := arguments.docs / name).exists():
+            text = write(file.read_text(), results)
+            with atomic_write(file) as beside:
+                beside.write_text(text)
     for device, result in results.items():
-        measured = [row for row in result["rows"].values() if records.ours(row) and row["op"] not in OTHER_FLOWS]
+        unplotted = (*OTHER_FLOWS, *gs_jacobi.OPS, itarflow.DENOISED)
+        measured = [row for row in result["rows"].values() if records.ours(row) and row["op"] not in unplotted]
         bounded, sampled = (
             [row for row in measured if (row["op"] in plots.SAMPLING) == kind] for kind in (False, True)
         )
@@ -98,11 +120,63 @@ def op_page(text: str, names: tuple[str, ...], results: dict[str, Record]) -> st
         if (rows := [row for row in result["rows"].values() if row["op"].startswith(names)])
         for part in (_where(rows), table(HEAD, (line for row in rows for line in _lines(row))))
     ]
-    parts = {"resources": _resources(names), "measured": "\n\n".join(measured or ["Nothing has been measured yet."])}
-    for marker, part in parts.items():
-        pattern = rf"(<!-- {marker} -->\n).*(<!-- /{marker} -->)"
-        text = re.sub(pattern, lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text, flags=re.DOTALL)
+    return _between_markers(_between_markers(text, "resources", [_resources(names)]), "measured", measured)
+
+
+def decoding_page(text: str, results: dict[str, Record]) -> str:
+    """Write how Jacobi decoders compare, a table for each row that was measured, between the markers of the page."""
+    parts = []
+    for result in results.values():
+        rows = [row for row in result["rows"].values() if row["op"] in gs_jacobi.OPS and records.timed(row)]
+        parts += [_where(rows)] if rows else []
+        for row in rows:
+            parts += [f"{row['op']}, batch {row['shape']['B']}:", table(JACOBI_HEAD, _jacobi_lines(row))]
+    return _between_markers(text, "jacobi decoders", parts)
+
+
+def family_page(text: str, results: dict[str, Record]) -> str:
+    """Write how long the code of iTarFlow and of STARFlow takes beside ours, between the markers of the page."""
+    for name, subject in (("itarflow", itarflow.TRAINED), ("starflow", starflow.SUBJECT)):
+        parts = []
+        for result in results.values():
+            rows = [row for row in result["rows"].values() if row["model"] == subject.name]
+            if lines := [_beside_published(row) for row in rows if "published" in records.timed(row)]:
+                parts += [_where(rows), table(FAMILY_HEAD, lines)]
+        text = _between_markers(text, name, parts)
     return text
+
+
+PAGES = {"decoding.md": decoding_page, "family.md": family_page}
+
+
+def _beside_published(row: Record) -> list[str]:
+    """The medians of a row, and how many times as long the published code takes."""
+    timed = records.timed(row)
+    times = {name: timed[name]["p50"] for name in ("published", "sequential", "auto") if name in timed}
+    ratios = [f"{times['published'] / times[name]:.1f}" for name in ("sequential", "auto") if name in times]
+    cells = [_milliseconds(times[name]) if name in times else "–" for name in ("published", "sequential", "auto")]
+    return [f"{row['op']}, batch {row['shape']['B']}", *cells, ", ".join(ratios)]
+
+
+def _jacobi_lines(row: Record) -> Iterator[list[str]]:
+    """A line for each decoder: what it took, and how far it is off."""
+    for name, result in records.timed(row).items():
+        by_block = " + ".join(entry.partition("/")[0] for entry in result["by_block"])
+        distances = (f"{result[of][how]:.1e}" for of in ("latents", "pixels") for how in ("max", "rms"))
+        yield [
+            name,
+            f"{by_block} = {result['passes']}",
+            f"{result['tokens']:.0f}",
+            _milliseconds(result["p50"]),
+            *distances,
+        ]
+
+
+def _between_markers(text: str, marker: str, parts: Sequence[str]) -> str:
+    """Replace what is between the markers of a page."""
+    written = "\n\n".join(parts or ["Nothing has been measured yet."])
+    pattern = rf"(<!-- {marker} -->\n).*(<!-- /{marker} -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}\n{written}\n\n{match[2]}", text, flags=re.DOTALL)
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -2,10 +2,13 @@
 
 import torch
 
+from gs_jacobi import gs_jacobi_rows
+from itarflow import itarflow_rows
 from ops import PUBLISHED, op_rows
 from other_flows import other_flow_rows
 from row import Row
 from sampling import sampling_rows
+from starflow import starflow_rows
 from training import training_rows
 
 
@@ -14,7 +17,8 @@ def all_rows(device: torch.device) -> list[Row]:
     ops, sampling = op_rows(device), sampling_rows(device)
     foremost = [row for row in ops if row.model.startswith(("ImageNet64", "Flow++"))]
     trained = [row for row in sampling if row.op == "guided sampling" and row.model.endswith("trained")]
-    order = [*foremost, *trained, *training_rows(device), *sampling, *ops, *other_flow_rows(device)]
+    codes = [*itarflow_rows(device), *starflow_rows(device), *gs_jacobi_rows(device)]
+    order = [*foremost, *trained, *training_rows(device), *sampling, *codes, *ops, *other_flow_rows(device)]
     return list(dict.fromkeys(order))
 
 

@@ -55,8 +55,7 @@ def _random(name: str, config: TarFlowConfig, note: str = "") -> Subject:
     return Subject(name, config, partial(build, config), note)
 
 
-def _trained() -> Subject:
-    return Subject("Fashion-MNIST 2-128-4-2, trained", trained_config(), trained)
+TRAINED = Subject("Fashion-MNIST 2-128-4-2, trained", trained_config(), trained)
 
 
 def _chaotic() -> Subject:
@@ -93,9 +92,9 @@ def _cpu_rows() -> list[Row]:
     few = "auto", UNCALIBRATED, "sequential"
     every, some = (*DECODERS, UNCALIBRATED, *OTHERS), (*few, *OTHERS)
     return [
-        *(sampling_row(_trained(), batch, guidance, every) for guidance in (GUIDANCE, None) for batch in (1, 16)),
+        *(sampling_row(TRAINED, batch, guidance, every) for guidance in (GUIDANCE, None) for batch in (1, 16)),
         *(sampling_row(random, batch, GUIDANCE, some) for batch in (64, 1)),
-        *(sampling_row(_trained(), 2, guidance, few) for guidance in (GUIDANCE, None)),
+        *(sampling_row(TRAINED, 2, guidance, few) for guidance in (GUIDANCE, None)),
         *(sampling_row(_chaotic(), batch, None, few) for batch in (1, 2, 4)),
     ]
 
@@ -113,10 +112,10 @@ def _gpu_rows() -> list[Row]:
     # The passes of random weights say nothing, and there can be a thousand of them.
     large = partial(row, contenders=("auto", "sequential"), rounds=1)
     return [
-        *(row(_trained(), batch, GUIDANCE) for batch in (1, 8, 32, 128)),
+        *(row(TRAINED, batch, GUIDANCE) for batch in (1, 8, 32, 128)),
         large(whole, 32, GUIDANCE),
         row(block, 32, GUIDANCE, rounds=1),
-        *(row(_trained(), batch, None) for batch in (1, 8, 32, 128)),
+        *(row(TRAINED, batch, None) for batch in (1, 8, 32, 128)),
         *(large(whole, batch, GUIDANCE) for batch in (8, 1)),
         *(large(subject, 8, GUIDANCE) for subject in others),
         *(large(whole, batch, None) for batch in (32, 8, 1)),
@@ -140,6 +139,12 @@ class Inputs:
     guidance: Guidance | None
     dtype: torch.dtype
     rounds: int
+
+    @property
+    def noise_level(self) -> float | None:
+        """The level at which a model of noisy images draws: the largest."""
+        levels = self.model.noise_levels
+        return levels and levels[1]
 
     def autocast(self) -> torch.autocast:
         """Let the transformers run in the precision."""
@@ -165,7 +170,9 @@ class Decoding:
         inputs, progress = self.inputs, self.statistics.append
         inputs.model.flow.calibration = self.calibration
         with inputs.autocast():
-            tokens = inputs.model.flow.inverse(inputs.z, inputs.labels, inputs.guidance, self.decoder, progress)
+            tokens = inputs.model.flow.inverse(
+                inputs.z, inputs.labels, inputs.guidance, self.decoder, progress, noise_level=inputs.noise_level
+            )
         return (tokens[inputs.checked()],)
 
     def facts(self) -> dict[str, Any]:
@@ -180,11 +187,12 @@ class Decoding:
         }
 
 
-def _calibrated(inputs: Inputs) -> Decoding:
+def calibrated(inputs: Inputs) -> Decoding:
     """Calibrate ``auto`` for this very batch; what is hopeless at batch 1 is not tried on it."""
     with inputs.autocast():
         batches = {1, len(inputs.z)}
-        timings = calibrate(inputs.model.flow, inputs.guidance, batches=batches, rounds=inputs.rounds)
+        options = {"batches": batches, "rounds": inputs.rounds, "noise_level": inputs.noise_level}
+        timings = calibrate(inputs.model.flow, inputs.guidance, **options)
     return Decoding(Decoder("auto"), inputs, timings)
 
 
@@ -201,24 +209,24 @@ def _published(inputs: Inputs) -> Callable[[], Outputs]:
 
     def run() -> Outputs:
         with inputs.autocast():
-            images = checkout.sample(theirs, inputs.z, inputs.labels, inputs.guidance)
+            images = checkout.sample(theirs, inputs.z, inputs.labels, inputs.guidance, inputs.noise_level)
         return (patchify(images[inputs.checked()], inputs.model.config.patch_size),)
 
     return run
 
 
 # The chain of tokens amplifies rounding, now more in one contender, now in another.
-_CHANCE = 1e-5
+CHANCE = 1e-5
 # Latents have a variance of one and images less: relative to them, what each latent may be off by is stricter.
 _parallel = partial(Contender, allowance=DISTANCE * TOLERANCE, facts=Decoding.facts)
 _CONTENDERS = {
-    "auto": _parallel(_calibrated),
+    "auto": _parallel(calibrated),
     UNCALIBRATED: _parallel(partial(Decoding, Decoder("auto"))),
     "jacobi": _parallel(partial(Decoding, Decoder("jacobi"))),
     "jacobi, window 64": _parallel(partial(Decoding, Decoder("jacobi", 64))),
-    "sequential": Contender(partial(Decoding, Decoder("sequential")), allowance=_CHANCE, facts=Decoding.facts),
+    "sequential": Contender(partial(Decoding, Decoder("sequential")), allowance=CHANCE, facts=Decoding.facts),
     "eager": Contender(_eager),
-    "published": Contender(_published),
+    "published": Contender(_published, allowance=CHANCE),
 }
 
 
@@ -231,7 +239,8 @@ def _exactly(inputs: Inputs) -> Outputs:
 def _nearly(inputs: Inputs) -> Outputs:
     """Decode sequentially in float32, where eager code takes too long."""
     rows = inputs.checked()
-    return (inputs.model.flow.inverse(inputs.z[rows], inputs.labels[rows], inputs.guidance, "sequential"),)
+    options = {"decoder": "sequential", "noise_level": inputs.noise_level}
+    return (inputs.model.flow.inverse(inputs.z[rows], inputs.labels[rows], inputs.guidance, **options),)
 
 
 def sampling_row(

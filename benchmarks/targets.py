@@ -7,6 +7,8 @@ import records
 from records import Record
 
 _GUIDED, _TRAINED, _LARGE = "guided sampling", "Fashion-MNIST 2-128-4-2, trained", "ImageNet64 2-768-8-8"
+_ITARFLOW = "iTarFlow, Fashion-MNIST 2-128-4-1/1/1/6, trained"
+_STARFLOW = "STARFlow, latents 4 x 16 x 16, 1-256-6-1/1/1/1/1/12, random"
 _SDPA = ("SDPA flash", "SDPA cuDNN", "SDPA efficient")
 Value = Callable[[list[Record]], float | None]
 
@@ -159,6 +161,10 @@ TARGETS = {
         _faster("trained model, 16 guided", 0.97, _GUIDED, ("sequential",), _TRAINED, B=16),
         _faster("trained model, 1 guided", 5.0, _GUIDED, ("published",), _TRAINED, B=1),
         _faster("trained model, 16 guided", 5.0, _GUIDED, ("published",), _TRAINED, B=16),
+        _faster("iTarFlow, 1 guided", 3.0, _GUIDED, ("published",), _ITARFLOW, B=1),
+        _faster("iTarFlow, 16 guided", 3.0, _GUIDED, ("published",), _ITARFLOW, B=16),
+        _faster("STARFlow, 1 guided", 3.0, _GUIDED, ("published",), _STARFLOW, B=1),
+        _faster("STARFlow, 16 guided", 3.0, _GUIDED, ("published",), _STARFLOW, B=16),
         *_inverses("zuko MAF", ("zuko", "fixed point"), {1: 1.0}),
         *_inverses("zuko MAF", ("zuko",), {64: 6.0, 1024: 25.0, 4096: 35.0}),
         *_inverses("nflows MAF", ("nflows",), {64: 6.0, 1024: 22.0, 4096: 28.0}),

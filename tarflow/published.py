@@ -85,7 +85,8 @@ def load_published(
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of a model to that of the published ``Model``, but for its unused buffers.
 
-    The prefixes of a STARFlow stay behind: there, they come with the text. Its patches have to be single values.
+    That of a model with noise levels is one of the iTarFlow, whose code reads the names of TarFlow too. The prefixes of
+    a STARFlow stay behind: there, they come with the text. Its patches have to be single values.
     """
     return {
         _their_name(name): _their_layout(name, tensor)
@@ -225,6 +226,7 @@ def _their_name(name: str) -> str:
         name = re.sub(rf"layers\.(\d+)\.{ours}\.", rf"attn_blocks.\1.{theirs}.", name)
     for ours, theirs in _STARFLOW_NAMES.items():
         name = name.replace(f".{ours}", f".{theirs}")
+    name = name.replace(".noise_embed.", ".time_embed.mlp.")
     return re.sub(r"^flow\.blocks\.(\d+)\.transformer\.", r"blocks.\1.", name)
 
 

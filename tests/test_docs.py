@@ -54,3 +54,11 @@ def test_the_page_of_an_op_has_the_tables_of_its_results(name):
     text = (ROOT / "docs" / "kernels" / f"{name}.md").read_text(encoding="utf-8")
     results = {path.stem: records.load(path) for path in sorted(records.FOLDER.glob("*.json"))}
     assert report.op_page(text, report.OP_PAGES[name], results) == text
+
+
+@pytest.mark.parametrize("name", report.PAGES)
+def test_a_page_has_the_tables_of_what_is_measured_beside_published_code(name):
+    """``python benchmarks/report.py`` writes them."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    results = {path.stem: records.load(path) for path in sorted(records.FOLDER.glob("*.json"))}
+    assert report.PAGES[name](text, results) == text

@@ -155,6 +155,15 @@ def test_it_is_the_same_map(variant):
     assert torch.equal(model.flow.prior_variance, state["var"])
 
 
+@every_variant
+def test_back_under_the_published_names_it_is_the_same_state_but_for_the_masks(variant):
+    state = published_state(**variant)
+    levels = (0.01, 0.3) if "levels" in variant else None
+    back = to_published(load_published(state, variant.get("in_channels", 3), noise_levels=levels).state_dict())
+    named = {name.replace("head_blocks", "attn_blocks"): value for name, value in state.items()}
+    assert_close(back, {name: value for name, value in named.items() if "attn_mask" not in name}, atol=0, rtol=0)
+
+
 @functools.cache
 def record(path=cases.RECORD):
     return {name: torch.from_numpy(array) for name, array in np.load(path).items()}
