@@ -1,7 +1,7 @@
 """Rows of STARFlow: guided sampling by its code and by ours, of latents under a text.
 
-The model is a small one of the published proportions, a deep block above five shallow ones, with random weights: it shows
-the time of sequential decoding, which does not depend on them.
+The model is a small one of the published proportions, a deep block above five shallow ones, with random weights: it
+shows the time of sequential decoding, which does not depend on them.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tarflow import Guidance, TarFlow, TarFlowConfig
 from tarflow.model import STARFLOW, patchify, unpatchify
 
 TEXT = {"prefix_length": 32, "prefix_dim": 128}
-CONFIG = TarFlowConfig(16, 4, 1, 256, 6, (1, 1, 1, 1, 1, 12), num_classes=10, **TEXT, **STARFLOW)
+CONFIG = TarFlowConfig(16, 4, 1, 128, 6, (1, 1, 1, 1, 1, 12), num_classes=10, **TEXT, **STARFLOW)
 GUIDANCE = Guidance(2.5, "constant", rule="gaussian")
 
 
@@ -28,7 +28,7 @@ def build(device: torch.device) -> TarFlow:
     return model
 
 
-SUBJECT = Subject("STARFlow, latents 4 x 16 x 16, 1-256-6-1/1/1/1/1/12, random", CONFIG, build)
+SUBJECT = Subject("STARFlow, latents 4 x 16 x 16, 1-128-6-1/1/1/1/1/12, random", CONFIG, build)
 
 
 def starflow_rows(device: torch.device) -> list[Row]:

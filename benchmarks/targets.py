@@ -8,7 +8,7 @@ from records import Record
 
 _GUIDED, _TRAINED, _LARGE = "guided sampling", "Fashion-MNIST 2-128-4-2, trained", "ImageNet64 2-768-8-8"
 _ITARFLOW = "iTarFlow, Fashion-MNIST 2-128-4-1/1/1/6, trained"
-_STARFLOW = "STARFlow, latents 4 x 16 x 16, 1-256-6-1/1/1/1/1/12, random"
+_STARFLOW = "STARFlow, latents 4 x 16 x 16, 1-128-6-1/1/1/1/1/12, random"
 _SDPA = ("SDPA flash", "SDPA cuDNN", "SDPA efficient")
 Value = Callable[[list[Record]], float | None]
 
