@@ -17,7 +17,7 @@ from ..training.folder import read_run
 from .parsing import parse
 from .shared import load_model
 
-__all__ = ["SHIPPED", "Demo", "run"]
+__all__ = ["SHIPPED", "Demo", "load_test_images", "run"]
 
 SHIPPED = Path(__file__).parents[1] / "data" / "fashion-mnist"
 """The trained model that comes with tarflow."""
@@ -50,8 +50,7 @@ def run(arguments: Sequence[str]) -> None:
             from ..demo.page import serve
         except ModuleNotFoundError as error:
             raise ImportError(f'demo: the page needs {error.name}: pip install "tarflow[demo]"') from error
-        print(f"{trained.name} at http://{command.host}:{command.port}, until Ctrl-C", flush=True)
-        serve(trained, _test_images(command.run), command.host, command.port)
+        serve(trained, load_test_images(command.run), command.host, command.port)
 
 
 def _load(command: Demo) -> Trained:
@@ -61,8 +60,8 @@ def _load(command: Demo) -> Trained:
     return Trained(model, metadata, command.run.resolve().name)
 
 
-def _test_images(folder: Path) -> ImageDataset | ImageFolder | None:
-    """The test images of the data that a model was trained on, None where they are not here."""
+def load_test_images(folder: Path) -> ImageDataset | ImageFolder | None:
+    """Load the test images of the data that a model was trained on, None where they are not here."""
     try:
         data = read_run(folder).data
         return datasets.load(data.dataset, "test", data.data_dir, data.image_size, data.resize)

@@ -46,7 +46,8 @@ MOST_IMAGES, SHOWN_IN_TRAJECTORY, DRAWS = 32, 4, 8
 
 def serve(trained: Trained, test_images: Dataset, host: str, port: int) -> None:
     """Serve the page until it is interrupted; to nobody but this machine, unless the host says otherwise."""
-    build(trained, test_images).launch(
+    page = build(trained, test_images)
+    page.launch(
         server_name=host,
         server_port=port,
         share=False,
@@ -57,7 +58,10 @@ def serve(trained: Trained, test_images: Dataset, host: str, port: int) -> None:
         theme=THEME,
         css=CSS,
         footer_links=[],
+        prevent_thread_lock=True,
     )
+    print(f"{trained.name} at http://{host}:{port}, until Ctrl-C", flush=True)
+    page.block_thread()
 
 
 def build(trained: Trained, test_images: Dataset = None) -> gr.Blocks:
@@ -91,7 +95,7 @@ def _sample_tab(trained: Trained) -> None:
             num = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Images")
             weight = gr.Slider(0, 10, 3 if classes else 0, step=0.5, label="Guidance weight (0 for none)")
             schedule = gr.Radio(["linear", "constant"], value="linear", label="Guidance schedule")
-            temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Attention temperature of the reference branch")
+            temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Reference temperature (1 for none)")
             denoising = gr.Slider(
                 0,
                 max(5, steps or 1),
@@ -103,11 +107,11 @@ def _sample_tab(trained: Trained) -> None:
             seed = _seed()
             with gr.Accordion("Decoder", open=False):
                 decoder = gr.Radio(["auto", "jacobi", "sequential"], value="auto", label="Decoder")
-                tolerance = gr.Number(TOLERANCE, label="Tolerance of auto and jacobi, in latents", minimum=0)
+                tolerance = gr.Number(TOLERANCE, label="Tolerance of auto and jacobi, in latents")
                 beside = gr.Checkbox(False, label="Decode once more, sequentially, and compare")
             button = gr.Button("Sample", variant="primary")
         with gr.Column(min_width=280, scale=2):
-            samples, cost, trajectory = gr.HTML(), gr.Markdown(), gr.HTML()
+            samples, cost, trajectory = gr.HTML(padding=False), gr.Markdown(), gr.HTML(padding=False)
 
     def show(label, num, weight, schedule, temperature, denoising, seed, decoder, tolerance, beside):
         with _errors_shown():
@@ -123,7 +127,7 @@ def _sample_tab(trained: Trained) -> None:
             decoded = stage = None
             for stage in draw(trained, settings):
                 decoded = stage if "denoising" not in stage.name else decoded
-                shown.append((_tiles(trained, stage.images[:SHOWN_IN_TRAJECTORY]), stage.name))
+                shown.append((_tiles(trained, stage.images[:SHOWN_IN_TRAJECTORY], side=84), stage.name))
                 yield _each(trained, stage.images, names), _figures(shown), _cost(stage)
             if beside and decoder != "sequential":
                 yield gr.skip(), gr.skip(), f"{_cost(stage)} Decoding once more, sequentially ..."
@@ -175,14 +179,14 @@ def _score_tab(trained: Trained, test_images: Dataset) -> None:
         with gr.Column(min_width=280, scale=2):
             text = gr.Markdown()
             posterior = gr.Label(label="Class, by Bayes' rule", num_top_classes=5, visible=bool(trained.class_names))
-            pictures = gr.HTML()
+            pictures = gr.HTML(padding=False)
 
     def show(invert, seed, *choice):
         with _errors_shown():
             pixels, done = _read_choice(trained, test_images, invert, *choice)
             found = score(trained, pixels, DRAWS, int(seed))
         images = {"as the model sees it": pixels, "its latents": found.latents, "back again": found.reconstruction}
-        shown = _figures([(_tiles(trained, image, side=224), name) for name, image in images.items()])
+        shown = _figures([(_tiles(trained, image, side=196), name) for name, image in images.items()])
         names = trained.class_names
         bars = None if found.posterior is None else dict(zip(names, found.posterior.tolist(), strict=True))
         return _report(trained, done, found), bars, shown
@@ -214,7 +218,7 @@ def _interpolate_tab(trained: Trained, test_images: Dataset) -> None:
         seed = _seed()
         invert = _invert(trained)
     button = gr.Button("Interpolate", variant="primary")
-    text, frames = gr.Markdown(), gr.HTML()
+    text, frames = gr.Markdown(), gr.HTML(padding=False)
 
     def show(num, invert, seed, *choices):
         with _errors_shown():
@@ -235,14 +239,14 @@ def _interpolate_tab(trained: Trained, test_images: Dataset) -> None:
 
 
 def _seed() -> gr.Number:
-    return gr.Number(0, label="Seed", precision=0, minimum=0, min_width=160)
+    return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=160)
 
 
 def _invert(trained: Trained) -> gr.Checkbox:
     return gr.Checkbox(
         True,
         label="Invert an image with a light border",
-        info="The images of this model are light on dark.",
+        info="for a model of images that are light on dark",
         visible=trained.model.config.in_channels == 1,
         min_width=280,
     )
