@@ -188,7 +188,7 @@ def _border(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of an image.
+    """The score of an image by a model, and the image on its way through it.
 
     Attributes:
         bits_per_dim: mean and standard error over draws of noise; the classes of a model count equally.
