@@ -50,7 +50,11 @@ def run(arguments: Sequence[str]) -> None:
             from ..demo.page import serve
         except ModuleNotFoundError as error:
             raise ImportError(f'demo: the page needs {error.name}: pip install "tarflow[demo]"') from error
-        serve(trained, load_test_images(command.run), command.host, command.port)
+        try:
+            serve(trained, load_test_images(command.run), command.host, command.port)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second one is not to interrupt the deletion
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _load(command: Demo) -> Trained:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -32,7 +33,9 @@ def served(tmp_path_factory):
         assert process.stdout.readline().startswith("fashion-mnist at http://127.0.0.1:")
         yield f"http://127.0.0.1:{port}", temporary
         assert list(temporary.glob("tarflow-demo-*"))
-        process.send_signal(signal.SIGTERM)
+        for _ in range(2):  # as an impatient user does
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
         process.wait(timeout=60)
     assert not list(temporary.glob("tarflow-demo-*"))
 
