@@ -29,6 +29,7 @@ __all__ = [
     "Estimate",
     "accuracy",
     "bits_per_dim",
+    "class_log_likelihoods",
     "class_log_posterior",
     "dequantized_bits_per_dim",
     "evaluate",
@@ -219,6 +220,19 @@ def _hits(
 
 
 @torch.no_grad()
+def class_log_likelihoods(model: ImageFlow, x: Tensor, noise_level: float | None = None) -> Tensor:
+    """Return ``log p(x | y)`` of every class y, ``(B, num_classes)``, in nats.
+
+    Arguments and errors are those of :func:`class_log_posterior`.
+    """
+    classes = model.config.num_classes
+    if not classes:
+        raise ValueError("model: expected a class-conditional model; got one with num_classes=0")
+    labels = torch.arange(classes, device=x.device)
+    log_likelihoods = [model.log_prob(x, label.expand(len(x)), noise_level=noise_level) for label in labels]
+    return torch.stack(log_likelihoods, dim=1)
+
+
 def class_log_posterior(model: ImageFlow, x: Tensor, noise_level: float | None = None) -> Tensor:
     """Apply Bayes' rule under a uniform prior: ``log p(y | x) = log p(x | y) - log sum_y' p(x | y')``.
 
@@ -229,13 +243,11 @@ def class_log_posterior(model: ImageFlow, x: Tensor, noise_level: float | None =
 
     Returns:
         ``(B, num_classes)`` in nats; its argmax classifies.
+
+    Raises:
+        ValueError: the model has no classes.
     """
-    classes = model.config.num_classes
-    if not classes:
-        raise ValueError("model: expected a class-conditional model; got one with num_classes=0")
-    labels = torch.arange(classes, device=x.device)
-    log_likelihoods = [model.log_prob(x, label.expand(len(x)), noise_level=noise_level) for label in labels]
-    return torch.stack(log_likelihoods, dim=1).log_softmax(dim=1)
+    return class_log_likelihoods(model, x, noise_level).log_softmax(dim=1)
 
 
 @torch.no_grad()

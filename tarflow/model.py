@@ -350,14 +350,14 @@ class TarFlow(ImageFlow):
                 trajectories.append(torch.stack([self._to_images(frame) for frame in frames]))
         images = torch.cat(samples)
         trajectory = [torch.cat(trajectories, dim=1)] if return_trajectory else []
-        denoised = self._remove_noise(images, denoise_sigma, labels, denoising, chunk_size, generator)
+        denoised = self.remove_noise(images, denoise_sigma, labels, denoising, chunk_size, generator)
         for step, cleaner in enumerate(denoised):
             if return_trajectory and step:
                 trajectory.append(images[None])
             images = cleaner
         return (images, torch.cat(trajectory)) if return_trajectory else images
 
-    def _remove_noise(
+    def remove_noise(
         self,
         images: Tensor,
         sigma: float,
@@ -366,7 +366,11 @@ class TarFlow(ImageFlow):
         chunk_size: int,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
-        """Yield images with less and less noise, computed in chunks whose activations fit into memory; none for 0."""
+        """Yield images with less and less noise of ``sigma``, one for each step of the denoising; none for sigma 0.
+
+        No more than ``chunk_size`` images are denoised at a time, and fewer where their activations need more memory.
+        The generator is the source of the noise of stochastic steps. See :meth:`sample`.
+        """
         if not sigma:
             return
         size = min(chunk_size, hardware.chunk_size(self.config.activation_bytes(), images.device))

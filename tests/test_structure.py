@@ -21,7 +21,7 @@ SOURCES = {"tarflow": ROOT / "tarflow", "tarflow_kernels": ROOT / "kernels" / "t
 
 # From top to bottom: a module imports from its own layer and from those below.
 LAYERS = {
-    "commands": ["__main__", "cli"],
+    "commands": ["__main__", "cli", "demo"],
     "training": ["training"],
     "results": ["evaluation", "features", "pictures", "reference", "samples", "scores"],
     "models": ["model", "published", "flowpp", "image_flow", "pretrained"],

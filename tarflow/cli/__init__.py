@@ -38,6 +38,7 @@ COMMANDS = {
         Command("evaluate", "RUN", "score a trained model, and its samples", "a smaller --batch-size"),
         Command("statistics", "DATASET", "compute what samples are compared with", "a smaller --batch-size"),
         Command("encode", "DATASET OUT", "compute the latents of a dataset", "a smaller --batch-size"),
+        Command("demo", "[RUN]", "serve a page to play with a model", "a smaller model"),
         Command("convert", "CKPT OUT", "convert a published checkpoint", "a machine with more of it"),
     )
 }

@@ -30,6 +30,7 @@ __all__ = [
     "array_shape",
     "map_arrays",
     "open_decompressed",
+    "opened_image",
     "read_array",
     "read_idx",
     "read_image",
@@ -176,13 +177,20 @@ def _check_size(path: Path, size: int) -> None:
 
 def read_image(path: Path, size: int, resize: str | None) -> Tensor:
     """Read an image as RGB, uint8 (3, size, size), see :func:`to_tensor`; where resize is None, it has that size."""
+    with opened_image(path) as image:
+        if resize is None and image.size != (size, size):
+            raise Unreadable(f"{path}: expected {size} x {size} pixels, got {image.width} x {image.height}")
+        return to_tensor(image, "RGB", size, resize or "lanczos")
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image that anyone may have made, for :func:`to_tensor`; every error of the block is Unreadable."""
     with reading(path, "an image"), warnings.catch_warnings():
         # Pillow warns from 89 million pixels on; MAX_PIXELS is below that.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if resize is None and image.size != (size, size):
-                raise Unreadable(f"{path}: expected {size} x {size} pixels, got {image.width} x {image.height}")
-            return to_tensor(image, "RGB", size, resize or "lanczos")
+            yield image
 
 
 def to_tensor(image: Image.Image, mode: str, size: int | None, resize: str) -> Tensor:

@@ -641,7 +641,7 @@ def flags_in(text):
     return set(re.findall(r"(?<![\w`])--[a-z][a-z0-9.-]*[a-z0-9]", text)) - {"--help"}
 
 
-@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "statistics", "convert"])
+@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "statistics", "demo", "convert"])
 def test_help_lists_every_flag(capsys, command):
     settings = getattr(importlib.import_module(f"tarflow.cli.{command}"), command.capitalize())
     assert {*flags_of(settings)} <= flags_in(help_of(capsys, command))

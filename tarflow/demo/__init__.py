@@ -1,0 +1,1 @@
+"""The page of ``tarflow demo``: :mod:`.tasks` computes what :mod:`.page` shows, and needs no gradio."""
