@@ -85,20 +85,19 @@ def log_scale(raw: Tensor, scale: Scale) -> Tensor:
     tensor([-5.,  0.,  3.])
     """
     kind, first, second = scale
-    match kind:
-        case "exp":
-            return raw
-        case "softclip":
-            return raw / (1 + torch.abs(raw / first))
-        case "softplus":
-            # PyTorch's softplus takes a shortcut from 20 on, which float64 would notice.
-            return torch.log(F.softplus(raw + first, threshold=40) + second)
-        case "sigmoid":
-            return torch.log(torch.sigmoid(raw + first) + second) if second else F.logsigmoid(raw + first)
-        case "clamp":
-            return raw.clamp(first, second).detach() + (raw - raw.detach())
-        case "tanh":
-            return first * torch.tanh(raw / first)
+    if kind == "exp":
+        return raw
+    if kind == "softclip":
+        return raw / (1 + torch.abs(raw / first))
+    if kind == "softplus":
+        # PyTorch's softplus takes a shortcut from 20 on, which float64 would notice.
+        return torch.log(F.softplus(raw + first, threshold=40) + second)
+    if kind == "sigmoid":
+        return torch.log(torch.sigmoid(raw + first) + second) if second else F.logsigmoid(raw + first)
+    if kind == "clamp":
+        return raw.clamp(first, second).detach() + (raw - raw.detach())
+    if kind == "tanh":
+        return first * torch.tanh(raw / first)
     raise ValueError(f"kind: expected the kind of a scale; got {kind!r}")
 
 
