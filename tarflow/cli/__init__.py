@@ -38,6 +38,7 @@ COMMANDS = {
         Command("evaluate", "RUN", "score a trained model, and its samples", "a smaller --batch-size"),
         Command("statistics", "DATASET", "compute what samples are compared with", "a smaller --batch-size"),
         Command("convert", "CKPT OUT", "convert a published checkpoint", "a machine with more of it"),
+        Command("push", "RUN OWNER/NAME", "publish a model on the Hugging Face hub", "a machine with more of it"),
     )
 }
 

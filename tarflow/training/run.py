@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -338,6 +338,7 @@ class Run:
             **self.trainer.model.config_dict(),
             sigma=self.settings.noise_sigma,
             denoising_steps=self.settings.denoising_steps,
+            guidance=self.config.sample_guidance and asdict(self.config.sample_guidance),
             class_names=self.gallery.class_names,
             train=self.config.config_dict(),
             data=self.data,
