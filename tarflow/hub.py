@@ -57,14 +57,15 @@ def push(
     except ImportError as error:
         raise ImportError('publishing a model needs huggingface_hub: pip install "tarflow[hub]"') from error
     folder = Path(folder)
-    if not (folder / CARD).exists():
-        if license is None:
-            raise ValueError("license: expected that of the model, such as mit, for its card; got none")
-        with atomic_write(folder / CARD) as path:
-            path.write_text(model_card(model, repo_id, license, _scores(folder)), encoding="utf-8")
+    has_card = (folder / CARD).exists()
+    if not has_card and license is None:
+        raise ValueError("license: expected that of the model, such as mit, for its card; got none")
     api = HfApi(token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not has_card:
+            with atomic_write(folder / CARD) as path:
+                path.write_text(model_card(model, repository, str(license), _scores(folder)), encoding="utf-8")
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,

@@ -6,11 +6,11 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import httpx2
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from helpers import tarflow
@@ -207,7 +207,7 @@ def test_a_new_card_needs_a_license(hub, run, capsys):
 
 def test_a_hub_that_is_not_reached_is_an_error_of_one_line(run, monkeypatch, capsys):
     def create_repo(self, repo_id, **options):
-        raise httpx2.ConnectError("no route")
+        raise HTTPError("no route")
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     assert cli.main(["push", str(run), "someone/model", "--license=mit"]) == 1
