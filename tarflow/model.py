@@ -283,7 +283,8 @@ class TarFlow(ImageFlow):
         num = self.check_num(num)
         if denoise_sigma is None:
             denoise_sigma = float(self.metadata.get("sigma", 0.0))
-        denoising = denoising or Denoising(self.metadata.get("denoising_steps"))
+        if denoising is None and (steps := self.metadata.get("denoising_steps")):
+            denoising = Denoising(steps)
         level = self._drawn_level(denoise_sigma, denoising)
         check_labels(labels, num, self.config.num_classes)
         z = self.flow.sample_prior(num, generator)
