@@ -1,5 +1,7 @@
 """tarflow: transformer autoregressive normalizing flows with exact likelihoods and fast, exact sampling."""
 
+from tarflow_kernels import __version__ as __version__
+
 from .decoding import Decoder
 from .denoising import Denoising
 from .flow import TokenFlow
@@ -11,7 +13,6 @@ from .model import TarFlow, TarFlowConfig
 from .pretrained import load_pretrained
 from .published import load_published
 
-__version__ = "0.1.0"
 __all__ = [
     "Decoder",
     "Denoising",

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from . import hardware, pretrained
+from . import hardware, hub, pretrained
 from .compatibility import renamed_arguments
 from .decoding import Decoder, ProgressCallback, calibration
 from .decoding.decoder import Timing
@@ -82,6 +83,8 @@ class ImageFlow(nn.Module):
         super().__init__()
         self.config = config
         self.dequantizer = dequantizer
+        self.metadata: dict[str, Any] = {}
+        """What ``config.json`` told beside the configuration, see :func:`tarflow.load_pretrained`."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -139,7 +142,7 @@ class ImageFlow(nn.Module):
         num: int,
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
-        denoise_sigma: float = 0.0,
+        denoise_sigma: float | None = None,
         decoder: str | Decoder = "auto",
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
@@ -155,6 +158,7 @@ class ImageFlow(nn.Module):
             guidance: see :class:`tarflow.Guidance`; None samples the model's own distribution.
             denoise_sigma: the standard deviation of the noise in training, to be removed from the samples; 0 leaves it.
                 Of a model with :attr:`noise_levels` it is the level at which samples are drawn, the largest for 0.
+                None is what the ``config.json`` of a model says that was read from a folder or a hub, and 0 without.
             decoder: a :class:`tarflow.Decoder` or the name of one, see :attr:`decoders`: ``"sequential"``,
                 ``"jacobi"``, or ``"auto"``, the faster of these for each block where the model was calibrated (at the
                 end of training, or by ``tarflow calibrate``), and elsewhere parallel passes for as long as they pay.
@@ -165,7 +169,8 @@ class ImageFlow(nn.Module):
                 more than these are denoised at a time, and fewer where their activations need more memory.
             progress: a function that is called after every block of every chunk with a
                 :class:`tarflow.decoding.BlockStatistics`.
-            denoising: in which steps the noise is removed; None is :class:`tarflow.Denoising` as it is.
+            denoising: in which steps the noise is removed; None is in as many as ``config.json`` says, else
+                :class:`tarflow.Denoising` as it is.
 
         Returns:
             images ``(num, C, H, W)``, nominally in [-1, 1] but not clipped, and, if asked for, their trajectory
@@ -261,17 +266,23 @@ class ImageFlow(nn.Module):
         """Adapt the prior to the latents of a batch, if it is one that adapts."""
 
     @classmethod
-    def from_pretrained(cls, source: Path | str) -> Self:
+    def from_pretrained(cls, source: Path | str, **download: Any) -> Self:
         """Read a model of this class or one derived from it, see :func:`tarflow.pretrained.load_pretrained`.
 
         ``ImageFlow.from_pretrained`` returns whichever flow it finds.
         """
-        model, _ = pretrained.load_pretrained(source, cls)
+        model, _ = pretrained.load_pretrained(source, cls, **download)
         return model
 
     def save_pretrained(self, folder: Path | str, **metadata: Any) -> None:
         """Write the model into a folder, see :func:`tarflow.pretrained.save_pretrained`."""
         pretrained.save_pretrained(self, folder, **metadata)
+
+    def push_to_hub(self, repo_id: str, *, license: str, **options: Any) -> str:
+        """Publish the model as it is now, its metadata and a card that tells of them, see :func:`tarflow.hub.push`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(self, folder, repo_id, license=license, **options)
 
     def save_weights(self, path: Path | str) -> None:
         """Write the weights alone, see :func:`tarflow.pretrained.save_weights`."""

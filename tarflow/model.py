@@ -322,7 +322,7 @@ class TarFlow(ImageFlow):
         num: int,
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
-        denoise_sigma: float = 0.0,
+        denoise_sigma: float | None = None,
         decoder: str | Decoder = "auto",
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
@@ -332,6 +332,10 @@ class TarFlow(ImageFlow):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw ``num`` images; arguments, results and errors are those of :meth:`ImageFlow.sample`."""
         num = self.check_num(num)
+        if denoise_sigma is None:
+            denoise_sigma = float(self.metadata.get("sigma", 0.0))
+        if denoising is None and (steps := self.metadata.get("denoising_steps")):
+            denoising = Denoising(steps)
         level = self._drawn_level(denoise_sigma, denoising)
         self.flow.check_labels(labels, num)
         z = self.flow.sample_prior(num, generator)

@@ -21,6 +21,7 @@ from . import hardware
 from .decoding import calibration
 from .denoising import MAX_STEPS
 from .files import atomic_write
+from .guidance import Guidance
 
 if TYPE_CHECKING:
     from .image_flow import ImageFlow
@@ -32,6 +33,7 @@ __all__ = [
     "read_config",
     "save_pretrained",
     "save_weights",
+    "weights_digest",
     "write_config",
 ]
 
@@ -47,14 +49,14 @@ def save_pretrained(model: "ImageFlow", folder: Path | str, **metadata: Any) -> 
     """Write a model into a folder, with its calibration, or without that of the model that was there before.
 
     Args:
-        metadata: further entries of ``config.json``, such as ``sigma`` and ``class_names``: see
-            :func:`load_pretrained`.
+        metadata: further entries of ``config.json``, such as ``sigma`` and ``class_names``, see
+            :func:`load_pretrained`. Those that the model was read with, its ``metadata``, are kept where not given.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / calibration.FILE).unlink(missing_ok=True)
     save_weights(model, folder / "model.safetensors")
-    write_config(folder, **model.config_dict(), **metadata)
+    write_config(folder, **model.config_dict(), **(model.metadata | metadata))
     calibration.write(folder, model.calibration)
 
 
@@ -65,24 +67,33 @@ def save_weights(model: "ImageFlow", path: Path | str) -> None:
         beside.write_bytes(save(state, metadata={"sha256": _digest(state)}))
 
 
+def weights_digest(folder: Path) -> str | None:
+    """Return the checksum that the weights in a folder carry, if they do."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return (file.metadata() or {}).get("sha256")
+
+
 def write_config(folder: Path, **entries: Any) -> None:
     """Write ``config.json``: the class and the configuration of a model, and metadata."""
     with atomic_write(folder / "config.json") as path:
         path.write_text(json.dumps(entries, indent=2, default=str) + "\n")
 
 
-def load_pretrained(source: Path | str, kind: type[Flow] | None = None) -> tuple[Flow, dict[str, Any]]:
+def load_pretrained(source: Path | str, kind: type[Flow] | None = None, **download: Any) -> tuple[Flow, dict[str, Any]]:
     """Read a model that :func:`save_pretrained` or a training run wrote, and what is known of it.
 
     Args:
         source: a folder, or, where there is none of that name, a repository on the Hugging Face hub: ``"owner/name"``.
         kind: the class of the model, or one from which it is derived; any, unless given.
+        download: how a repository is fetched, by arguments of ``huggingface_hub.snapshot_download``: ``revision``,
+            ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Returns:
         the model, on the CPU, in evaluation mode and in the precision that :func:`build_model` tells; and its metadata:
         ``sigma``, the standard deviation of the Gaussian noise of training, 0 without; ``denoising_steps``, in which
-        it is removed from samples, or None; ``class_names``, a list; ``train``, the settings of the training run, or
-        {}; and whatever else ``config.json`` holds beside the configuration of the model.
+        it is removed from samples, or None; ``guidance``, the fields of a :class:`tarflow.Guidance` for samples, or
+        None; ``class_names``, a list; ``train``, the settings of the training run, or {}; and whatever else
+        ``config.json`` holds beside the configuration of the model, all of which is the model's ``metadata`` too.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -91,17 +102,18 @@ def load_pretrained(source: Path | str, kind: type[Flow] | None = None) -> tuple
     """
     folder = Path(source)
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
-        folder = _download(str(source))
+        folder = _download(str(source), download)
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     for path in (config_path, weights_path):
         if not path.is_file():
             raise FileNotFoundError(f"source: expected a folder with config.json and model.safetensors; no {path}")
-    metadata = {"flow": "TarFlow", "sigma": 0.0, "denoising_steps": None, "class_names": [], "train": {}}
-    metadata |= read_config(folder)
-    model_class, config = _find_class(kind, metadata.pop("flow"), metadata.pop("model", None), config_path)
+    told = read_config(folder)
+    model_class, config = _find_class(kind, told.pop("flow", "TarFlow"), told.pop("model", None), config_path)
     model = build_model(model_class, config, _read_weights(weights_path), str(weights_path))
     model.load_calibration(folder)
-    return model, metadata
+    model.metadata = told
+    untold: dict[str, Any] = {"sigma": 0.0, "denoising_steps": None, "guidance": None, "class_names": [], "train": {}}
+    return model, untold | told
 
 
 def build_model(model_class: type[Flow], config: Any, state: dict[str, Tensor], origin: str) -> Flow:
@@ -169,12 +181,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return entries
 
 
+def _is_guidance(value: Any) -> bool:
+    try:
+        Guidance(**value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sigma": ("a number in [0, 10]", lambda value: type(value) in (int, float) and 0 <= value <= 10),
     "denoising_steps": (
         f"an integer from 1 to {MAX_STEPS}, or null",
         lambda value: value is None or (type(value) is int and 1 <= value <= MAX_STEPS),
     ),
+    "guidance": ("an object with fields of a Guidance, or null", lambda value: value is None or _is_guidance(value)),
     "class_names": ("a list of strings", lambda value: isinstance(value, list) and all(type(v) is str for v in value)),
     "train": ("an object", lambda value: isinstance(value, dict)),
     **dict.fromkeys(("autoencoder", "text_encoder"), ("a name, or null", lambda value: isinstance(value, str | None))),
@@ -237,7 +258,7 @@ def _digest(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, options: dict[str, Any]) -> Path:
     """Fetch a repository of the Hugging Face hub into its cache."""
     try:
         from huggingface_hub import snapshot_download
@@ -245,4 +266,5 @@ def _download(repository: str) -> Path:
         raise FileNotFoundError(
             f'source: no folder {repository!r}; reading it from the hub needs: pip install "tarflow[hub]"'
         ) from error
-    return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors", calibration.FILE]))
+    files = ["config.json", "model.safetensors", calibration.FILE]
+    return Path(snapshot_download(repository, allow_patterns=files, **options))

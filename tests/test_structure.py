@@ -24,7 +24,7 @@ LAYERS = {
     "commands": ["__main__", "cli", "demo"],
     "training": ["training"],
     "results": ["evaluation", "features", "pictures", "reference", "samples", "scores"],
-    "models": ["model", "published", "flowpp", "image_flow", "pretrained"],
+    "models": ["model", "published", "flowpp", "image_flow", "hub", "pretrained"],
     "parts": ["decoding", "denoising", "flow", "transformer", "transforms"],
     "foundations": [
         "compatibility",

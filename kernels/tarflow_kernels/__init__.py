@@ -12,6 +12,7 @@ from .mixture import mixture_logistic, mixture_logistic_inverse
 from .norm import residual_norm
 from .self_attention import CausalSelfAttention
 
+__version__ = "0.1.0"  # of both distributions
 __all__ = [
     "CausalSelfAttention",
     "KVCache",

@@ -3,6 +3,8 @@
 An error names the argument, what was expected and what came.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -3,6 +3,8 @@
 Source: TarFlow (arXiv 2412.06329), whose temperature guidance divides the attention logits by tau.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,5 +1,7 @@
 """Attention of new tokens against a key-value cache that they extend: one step of incremental decoding."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,14 +49,14 @@ class KVCache:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "KVCache":
+    ) -> KVCache:
         """Allocate a cache without writing to it: contents are only ever read at positions that were written."""
         shape = (num_layers, rows, num_heads, capacity, head_dim)
         return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over layers: ``(cache_k, cache_v)``, each ``(R, H, capacity, D)``."""
-        return zip(self.keys.unbind(), self.values.unbind(), strict=True)
+        return zip(self.keys.unbind(), self.values.unbind())
 
 
 def decode_attention(

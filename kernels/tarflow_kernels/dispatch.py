@@ -1,5 +1,7 @@
 """The choice of the implementation that runs for an op: the device picks, and only ``use_backend`` overrides it."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import importlib
@@ -12,13 +14,15 @@ from typing import Any
 import torch
 from torch import library
 
+from ._ops import add_op_namespace_prefix, ops
+
 __all__ = ["BACKENDS", "can_be_captured", "chosen", "implementations", "pick", "use_backend"]
 
 BACKENDS = ("reference", "torch", "triton")
 implementations: dict[str, dict[str, Callable]] = {}
 """The functions that run, by op and backend; a test puts others in their place."""
 
-_library = library.Library("tarflow", "DEF")
+_library = library.Library(ops.name, "DEF")
 _serves: dict[str, Callable[..., bool]] = {}
 _opaque: set[str] = set()
 _has_triton = importlib.util.find_spec("triton") is not None
@@ -93,7 +97,7 @@ def register(
         _library.impl(name, run, "CompositeImplicitAutograd")
     else:
         _library.impl(name, run, "CompositeExplicitAutograd")
-        library.register_fake(f"tarflow::{name}", fake, lib=_library)
+        library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
         _opaque.add(name)
     implementations[name] = of_backends
     _serves[name] = serves or (lambda *args: True)
@@ -109,8 +113,8 @@ def register_opaque(schema: str, run: Callable, *, fake: Callable) -> Callable:
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
-    library.register_fake(f"tarflow::{name}", fake, lib=_library)
-    return getattr(torch.ops.tarflow, name).default
+    library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
+    return getattr(ops, name).default
 
 
 def launcher(module: str, name: str) -> Callable:
@@ -130,7 +134,7 @@ def call(name: str, *args: Any) -> Any:
     the dispatcher costs some ten microseconds, a good part of a decoding step on a CPU.
     """
     if torch.compiler.is_compiling() and (chosen() is None or name in _opaque):
-        return getattr(torch.ops.tarflow, name).default(*args)
+        return getattr(ops, name).default(*args)
     return _run(name, args)
 
 

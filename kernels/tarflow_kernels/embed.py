@@ -3,6 +3,8 @@
 Source: TarFlow (arXiv 2412.06329), whose guidance runs a conditional and a reference branch.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

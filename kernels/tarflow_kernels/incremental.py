@@ -12,9 +12,10 @@ layer, and each step then only what the window itself has found. Activations are
 writes is contiguous.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -147,9 +148,9 @@ def _whole_network(network: MaskedNetwork) -> Callable[[Tensor], Tensor]:
     def parameters(x: Tensor) -> Tensor:
         inputs = [x] if network.context is None else [x, network.context]
         values = [torch.cat(inputs[::-1] if network.context_first else inputs, -1)]
-        for node, masked in zip(network.nodes, weights, strict=True):
+        for node, masked in zip(network.nodes, weights):
             if isinstance(node, Linear):
-                terms = zip(node.terms, masked, strict=True)
+                terms = zip(node.terms, masked)
                 parts = (F.linear(values[source], weight, layer.bias) for (source, layer), weight in terms)
                 values.append(cast(Tensor, sum(parts)))
             else:
@@ -179,7 +180,6 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
         y.t()[plan.features].t().split(sizes, 1),
         parameters.permute(2, 0, 1).split(sizes, 1),
         plan.features.split(sizes),
-        strict=True,
     )
     for step, (x_step, y_step, parameters_step, features) in enumerate(steps):
         if step % wide == 0:
@@ -195,7 +195,7 @@ def _step_by_step(network: MaskedNetwork, plan: Plan, y: Tensor, inverse: Invers
     return x[rank].t().contiguous(), parameters[rank].permute(2, 0, 1)
 
 
-def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
+def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list[_Units]:
     """Allocate all activations. A map takes the memory of a sum that nothing else reads."""
     readers = Counter(source for node in network.nodes for source in sources_of(node))
     units = [_Units(y.new_zeros(len(plan.orders[0]), len(y)), plan.ends[0])]
@@ -203,7 +203,7 @@ def _allocate(network: MaskedNetwork, plan: Plan, y: Tensor) -> list["_Units"]:
         if isinstance(node, Linear):
             values = y.new_empty(len(plan.orders[k]), len(y))  # a window begins by writing all of it
         else:
-            sources = zip(node.sources, plan.picks[k - 1], strict=True)
+            sources = zip(node.sources, plan.picks[k - 1])
             same_order = (i for i, pick in sources if i and pick is None and plan.ends[i] == plan.ends[k])
             own = next((i for i in same_order if readers[i] == 1 and isinstance(network.nodes[i - 1], Linear)), None)
             values = y.new_zeros(len(plan.orders[k]), len(y)) if own is None else units[own].values
@@ -303,7 +303,7 @@ def _ordered(node: Linear | Map, plan: Plan, k: int, units: list[_Units]) -> _Su
     """Node k with its weights, or extras, in the order of degrees."""
     order = plan.orders[k]
     if isinstance(node, Map):
-        sources = [(units[source], pick) for source, pick in zip(node.sources, plan.picks[k - 1], strict=True)]
+        sources = [(units[source], pick) for source, pick in zip(node.sources, plan.picks[k - 1])]
         extras = [extra.expand(1, -1) if extra.dim() == 1 else extra for extra in node.extras]
         return _Mapped(units[k], node.function, sources, [extra.t()[order] for extra in extras])
     terms, bias = [], units[k].values.new_zeros(len(order), 1)
@@ -316,4 +316,4 @@ def _ordered(node: Linear | Map, plan: Plan, k: int, units: list[_Units]) -> _Su
 
 
 def _differences(ends: list[int]) -> list[int]:
-    return [end - start for start, end in pairwise(ends)]
+    return [end - start for start, end in zip(ends, ends[1:])]

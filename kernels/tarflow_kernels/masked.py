@@ -4,6 +4,8 @@ A masked network (MADE, arXiv 1502.03509) makes the parameters of feature i from
 which feature is read from the masks; it says in which step of an inverse a unit is complete, its *degree*.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -131,7 +133,7 @@ def plan_of(network: MaskedNetwork) -> Plan:
         (network.features, network.context_size, network.context_first, network.parameters_first),
     )
     cached = _plans.get(first)
-    if cached is None or cached[0] != form or any(a is not b for a, b in zip(cached[1], masks, strict=True)):
+    if cached is None or cached[0] != form or any(a is not b for a, b in zip(cached[1], masks)):
         with torch.device("cpu"):
             cached = _plans[first] = form, masks, _plan(network)
     return cached[2]
@@ -149,7 +151,7 @@ def _plan(network: MaskedNetwork) -> Plan:
     degrees[-1], orders[-1] = step[owners], features.argsort()[owners].argsort(stable=True)
     ends = [[0, *torch.bincount(degree, minlength=steps).cumsum(0)[:steps].tolist()] for degree in degrees]
     device = network.layers[0].mask.device
-    kept = [orders[0], *(order[: end[-1]] for order, end in zip(orders[1:], ends[1:], strict=True))]
+    kept = [orders[0], *(order[: end[-1]] for order, end in zip(orders[1:], ends[1:]))]
     picks = [
         [_pick(kept[k], orders[source], device) for source in node.sources] if isinstance(node, Map) else []
         for k, node in enumerate(network.nodes, 1)

@@ -10,6 +10,8 @@ Nothing here forms 1 - F or a logit, and every sum is taken relative to its larg
 and finite however far x is from all components, or between them.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -106,7 +108,7 @@ def _check(name: str, x: Tensor, logits: Tensor, means: Tensor, log_scales: Tens
         )
     theta = ("logits", logits), ("means", means), ("log_scales", log_scales)
     check_tensors(name, x, *((each, tensor, logits.shape, None) for each, tensor in theta))
-    if isinstance(min_log_scale, bool) or not isinstance(min_log_scale, int | float):
+    if isinstance(min_log_scale, bool) or not isinstance(min_log_scale, (int, float)):
         raise TypeError(f"min_log_scale: expected a number; got {min_log_scale!r}")
     if not min_log_scale < math.inf:
         raise ValueError(f"min_log_scale: expected a number below infinity; got {min_log_scale}")
@@ -241,7 +243,7 @@ class _Map(torch.autograd.Function):
             )
         grads = [torch.empty_like(t) for t in (given, logits, means, log_scales)]
         grad_logdet = grad_logdet.view(-1, *[1] * (given.dim() - 1))
-        for rows, parts in zip(ctx.blocks, zip(*[iter(saved)] * len(_Parts._fields), strict=True), strict=True):
+        for rows, parts in zip(ctx.blocks, zip(*[iter(saved)] * len(_Parts._fields))):
             raw = _components_first(log_scales[rows], grad_out.dtype)
             slope = torch.exp(-raw.clamp(min=ctx.min_log_scale))
             parts = _Parts(*parts)
@@ -250,7 +252,7 @@ class _Map(torch.autograd.Function):
             )
             grads[0][rows] = grad_x
             others[2].masked_fill_(raw < ctx.min_log_scale, 0)
-            for grad, value in zip(grads[1:], others, strict=True):
+            for grad, value in zip(grads[1:], others):
                 grad[rows] = value.movedim(0, -1)
         return *grads, None, None, None
 

@@ -1,5 +1,7 @@
 """A residual connection and the layer norm behind it: two of the small operators between a decoding step's products."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -5,6 +5,8 @@ tensor argument and run in the dtype of their inputs, float64 included. Argument
 where shapes, units and errors are documented. No arithmetic is shared with what is tested against it.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
@@ -168,23 +170,22 @@ def _parameters(mu: Tensor, alpha: Tensor, shift: bool, scale: Scale) -> tuple[T
 
 def _log_scale(raw: Tensor, kind: str, first: float, second: float) -> Tensor:
     """The log-scale a as :mod:`~tarflow_kernels.scales` defines each kind of it."""
-    match kind:
-        case "exp":
-            return raw
-        case "softclip":
-            return first * raw / (first + raw.abs())
-        case "softplus":
-            t = raw + first
-            if second:
-                return torch.log(torch.logaddexp(t, torch.zeros_like(t)) + second)
-            return torch.where(t < -40, t, torch.log(torch.logaddexp(t.clamp(min=-40), torch.zeros_like(t))))
-        case "sigmoid":
-            t = raw + first
-            return torch.log(torch.sigmoid(t) + second) if second else -torch.logaddexp(-t, torch.zeros_like(t))
-        case "clamp":
-            return raw + (raw.clamp(first, second) - raw).detach()
-        case "tanh":
-            return first * torch.tanh(raw / first)
+    if kind == "exp":
+        return raw
+    if kind == "softclip":
+        return first * raw / (first + raw.abs())
+    if kind == "softplus":
+        t = raw + first
+        if second:
+            return torch.log(torch.logaddexp(t, torch.zeros_like(t)) + second)
+        return torch.where(t < -40, t, torch.log(torch.logaddexp(t.clamp(min=-40), torch.zeros_like(t))))
+    if kind == "sigmoid":
+        t = raw + first
+        return torch.log(torch.sigmoid(t) + second) if second else -torch.logaddexp(-t, torch.zeros_like(t))
+    if kind == "clamp":
+        return raw + (raw.clamp(first, second) - raw).detach()
+    if kind == "tanh":
+        return first * torch.tanh(raw / first)
     raise ValueError(f"scale: expected a kind of tarflow_kernels.scales; got {kind!r}")
 
 

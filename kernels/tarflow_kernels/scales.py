@@ -85,24 +85,23 @@ def log_scale(raw: Tensor, scale: Scale) -> Tensor:
     tensor([-5.,  0.,  3.])
     """
     kind, first, second = scale
-    match kind:
-        case "exp":
-            return raw
-        case "softclip":
-            return raw / (1 + torch.abs(raw / first))
-        case "softplus":
-            t = raw + first
-            # PyTorch's softplus takes a shortcut from 20 on, which float64 would notice.
-            if second:
-                return torch.log(F.softplus(t, threshold=40) + second)
-            # From -40 down it is exp(t) in any precision, which would underflow.
-            return torch.where(t < -40, t, torch.log(F.softplus(t.clamp(min=-40), threshold=40)))
-        case "sigmoid":
-            return torch.log(torch.sigmoid(raw + first) + second) if second else F.logsigmoid(raw + first)
-        case "clamp":
-            return raw.clamp(first, second).detach() + (raw - raw.detach())
-        case "tanh":
-            return first * torch.tanh(raw / first)
+    if kind == "exp":
+        return raw
+    if kind == "softclip":
+        return raw / (1 + torch.abs(raw / first))
+    if kind == "softplus":
+        t = raw + first
+        # PyTorch's softplus takes a shortcut from 20 on, which float64 would notice.
+        if second:
+            return torch.log(F.softplus(t, threshold=40) + second)
+        # From -40 down it is exp(t) in any precision, which would underflow.
+        return torch.where(t < -40, t, torch.log(F.softplus(t.clamp(min=-40), threshold=40)))
+    if kind == "sigmoid":
+        return torch.log(torch.sigmoid(raw + first) + second) if second else F.logsigmoid(raw + first)
+    if kind == "clamp":
+        return raw.clamp(first, second).detach() + (raw - raw.detach())
+    if kind == "tanh":
+        return first * torch.tanh(raw / first)
     raise ValueError(f"kind: expected the kind of a scale; got {kind!r}")
 
 

@@ -1,5 +1,7 @@
 """Multi-head causal self-attention as a layer: all tokens at once, or a few new ones against a cache."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 

@@ -40,6 +40,7 @@ COMMANDS = {
         Command("encode", "DATASET OUT", "compute the latents of a dataset", "a smaller --batch-size"),
         Command("demo", "[RUN]", "serve a page to play with a model", "a smaller model"),
         Command("convert", "CKPT OUT", "convert a published checkpoint", "a machine with more of it"),
+        Command("push", "RUN OWNER/NAME", "publish a model on the Hugging Face hub", "a machine with more of it"),
     )
 }
 

@@ -19,6 +19,7 @@ from ..encoders import Autoencoder
 from ..features import Extractor, load_extractor
 from ..files import atomic_write
 from ..image_flow import ImageFlow, at_least_one
+from ..pretrained import weights_digest
 from ..reference import LEAST_IMAGES, Reference
 from ..samples import LABELS, QUANTIZATION, Protocol, Sampler, distance_range, draw_labels, score_samples
 from ..training.config import MAX_IMPORTANCE_SAMPLES, DataConfig
@@ -76,7 +77,8 @@ def run(arguments: Sequence[str]) -> None:
             _check_images(dataset, model)
         chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
         processes.by_main(lambda: check_scored(metadata.get("data"), dataset, chosen))
-        record: dict[str, Any] = {"data": dataset.source, "settings": asdict(command)}
+        settings = asdict(command)
+        record: dict[str, Any] = {"data": dataset.source, "weights": weights_digest(command.run), "settings": settings}
         if command.samples:
             with processes.together():
                 command.drawing.check_usable(fields_of(flags), model)

@@ -93,7 +93,7 @@ class FlowPP(ImageFlow):
         num: int,
         labels: Tensor | None = None,
         guidance: Guidance | None = None,
-        denoise_sigma: float = 0.0,
+        denoise_sigma: float | None = None,
         decoder: str | Decoder = "auto",
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
@@ -113,7 +113,7 @@ class FlowPP(ImageFlow):
         _check_no_labels(labels)
         if guidance is not None:
             raise ValueError(f"guidance: expected None, since Flow++ is never guided; got {guidance}")
-        if denoise_sigma != 0:
+        if denoise_sigma:
             raise ValueError(f"denoise_sigma: expected 0, since Flow++ has no Gaussian noise; got {denoise_sigma}")
         if denoising is not None:
             raise ValueError(f"denoising: expected None, since Flow++ has no Gaussian noise; got {denoising}")

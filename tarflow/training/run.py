@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -340,6 +340,7 @@ class Run:
             **self.trainer.model.config_dict(),
             sigma=self.settings.noise_sigma,
             denoising_steps=self.settings.denoising_steps,
+            guidance=self.config.sample_guidance and asdict(self.config.sample_guidance),
             class_names=self.gallery.class_names,
             **(self.trainer.dataset.encoders or {}),
             train=self.config.config_dict(),

@@ -641,7 +641,10 @@ def flags_in(text):
     return set(re.findall(r"(?<![\w`])--[a-z][a-z0-9.-]*[a-z0-9]", text)) - {"--help"}
 
 
-@pytest.mark.parametrize("command", ["sample", "calibrate", "evaluate", "statistics", "demo", "convert"])
+COMMANDS_WITH_FLAGS = ["sample", "calibrate", "evaluate", "statistics", "encode", "demo", "convert", "push"]
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_FLAGS)
 def test_help_lists_every_flag(capsys, command):
     settings = getattr(importlib.import_module(f"tarflow.cli.{command}"), command.capitalize())
     assert {*flags_of(settings)} <= flags_in(help_of(capsys, command))
@@ -733,7 +736,7 @@ def test_a_model_in_double_precision_is_not_drawn_from_in_a_lower_one(run, tmp_p
 
 def test_a_command_that_there_is_not_is_answered_with_those_that_there_are(capsys):
     assert main("trian", "--out=x") == 2
-    commands = "train, sample, calibrate, evaluate, statistics, convert"
+    commands = "train, sample, calibrate, evaluate, statistics, convert, push"
     assert capsys.readouterr().err == f"tarflow: error: command: expected one of {commands}; got 'trian'\n"
 
 
@@ -742,8 +745,10 @@ def broken(run, tmp_path):
     """Files that are not what they should be."""
     for name in DATASET_NAMES:
         (tmp_path / name).write_bytes(b"not a dataset")
+    model = TarFlow.from_pretrained(run)
+    model.metadata = {}
     for name in ("model", "cut", "cut-config", "old-config", "bad-config"):
-        TarFlow.from_pretrained(run).save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
     (tmp_path / "cut" / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:-1000])
     (tmp_path / "cut-config" / "config.json").write_text('{"train": {')
     (tmp_path / "old-config" / "config.json").write_text('{"train": {"data_dir": null, "width": 3}}')

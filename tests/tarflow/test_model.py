@@ -302,8 +302,9 @@ def test_what_is_known_of_a_model_comes_with_it(saved):
     model, folder = saved
     again, settings = load_pretrained(folder)
     assert same(again, model)
-    assert settings == {"sigma": 0.0, "denoising_steps": None, "class_names": [], "train": {}}
-    known = {"sigma": 0.5, "denoising_steps": 2, "class_names": ["a", "b"], "train": {"dataset": "mnist"}, "else": 1}
+    assert settings == {"sigma": 0.0, "denoising_steps": None, "guidance": None, "class_names": [], "train": {}}
+    known = {"sigma": 0.5, "denoising_steps": 2, "guidance": {"weight": 3.0}, "class_names": ["a", "b"]}
+    known |= {"train": {"dataset": "mnist"}, "else": 1}
     write_settings(folder, **known)
     assert load_pretrained(str(folder))[1] == known
 

@@ -15,6 +15,8 @@ and begin another costs as much as a tile. Queries and keys are counted within t
 at half the speed.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl

@@ -5,6 +5,8 @@ looked up by dtype, padded head dim and bucketed length, never by a raw length, 
 and results do not depend on what ran before. ``python -m tarflow_kernels.tune`` writes the files.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json

@@ -9,6 +9,8 @@ every step; a split with nothing to read weighs nothing.
 Bytes to move: the cached keys and values once, ``2 B H n D`` elements at position n, and little else.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,9 @@ A sample is a run of elements, counted by one flat index, and a program owns a t
 of a long one.
 """
 
+from __future__ import annotations
+
 import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def views_of(*tensors: Tensor, shift: bool = False) -> tuple[Space, list[View]]:
     space = Space(tl.constexpr(grain), (tl.constexpr(sizes[0]), *sizes[1:]), token)
     return space, [
         View(_aligned(tensor, before), tl.constexpr(grain), start, steps)
-        for tensor, before, (grain, start, steps) in zip(tensors, starts, places, strict=True)
+        for tensor, before, (grain, start, steps) in zip(tensors, starts, places)
     ]
 
 
@@ -146,4 +147,4 @@ def _lay_out(shape, strides, starts, shift):
         return unit, start // unit, (first, *(stride // unit for stride in others))
 
     space = grain, tuple(sizes), token // grain if shift else None
-    return space, tuple(itertools.starmap(place, zip(starts, *steps, strict=True)))
+    return space, tuple(map(place, starts, *steps))

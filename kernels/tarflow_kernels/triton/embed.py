@@ -13,6 +13,8 @@ tickets to zero, for the next launch. Nobody waits, and no result depends on who
 Bytes to move: the projection once, the rows of context and of the result once, and little else.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import triton

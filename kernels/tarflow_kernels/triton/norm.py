@@ -6,6 +6,8 @@ every 256 channels, which are two loads of 16 bytes for each of its threads in f
 Bytes to move: h twice, delta and the result once.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
