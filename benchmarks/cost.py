@@ -47,6 +47,7 @@ from tarflow import Decoder, TarFlowConfig
 from tarflow.decoding.sequential import count_chains
 from tarflow.files import atomic_write
 from tarflow.hardware import PEAKS
+from tarflow.transformer import UNCONDITIONAL
 
 CHECK = Path(__file__).parent / "predictions" / "decoding-cpu-check.json"
 # Residuals, and the projections at both ends, are in full precision; so are weights before they are cast.
@@ -411,7 +412,7 @@ def _measure(cases: Iterable[tuple[Sizes, Decoder]], duration: float) -> list[tu
         for place, (size, decoder) in enumerate(cases):
             flow = models.build(_one_block(size), CPU).flow
             z = flow.sample_prior(size["batch"], torch.Generator().manual_seed(1))
-            run = functools.partial(flow.blocks[0].inverse, z, None, None, decoder)
+            run = functools.partial(flow.blocks[0].inverse, z, [UNCONDITIONAL], None, decoder)
             passes.append(run()[1])
             runs[str(place)] = devices.Timed(run)
         times = devices.interleave(runs, CPU, duration, flush=False)

@@ -32,6 +32,7 @@ from tarflow.decoding import DISTANCE
 from tarflow.decoding.step import CachedStep, count_branches
 from tarflow.flow import Block
 from tarflow.model import patchify
+from tarflow.transformer import Condition
 
 OPS = {"Jacobi decoders, guided": models.GUIDANCE, "Jacobi decoders, not guided": None}
 # The published settings of a tough block: passes of a segment, passes of another block.
@@ -285,9 +286,9 @@ def latent_errors(inputs: Inputs, frames: list[Tensor]) -> Iterator[Tensor]:
 def latents_of(block: Block, x: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
     """Map tokens to the latents from which the guided block makes them."""
     x = x.flip(1) if block.reverse else x
-    mu, alpha = (parameter[:, :-1] for parameter in block.transformer(x, labels))
+    mu, alpha = (parameter[:, :-1] for parameter in block.transformer(x, Condition(labels)))
     if guidance is not None:
-        dropped = block.transformer(x, torch.full_like(labels, -1))
+        dropped = block.transformer(x, Condition(torch.full_like(labels, -1)))
         weights = guidance.weights(x.shape[1])[1:, None]
         mu, alpha = (v + weights * (v - ref[:, :-1]) for v, ref in zip((mu, alpha), dropped, strict=True))
     z = torch.cat((x[:, :1], (x[:, 1:] - mu) * torch.exp(-alpha)), dim=1)

@@ -1,5 +1,7 @@
 """Settings of all tests, and what several of them need set up."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -7,8 +9,9 @@ from hypothesis import Phase, settings
 from helpers import BACKENDS, DEVICE, INTERPRETED
 from tarflow_kernels import incremental
 
-# The tensors here are tiny: a second thread costs more than it gives, the more so on a busy machine.
+# The tensors here are tiny: a second thread costs more than it gives, the more so beside other processes.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # A slow first example is a compiler or a cold cache at work, not a failure; the same examples come on every run.
 settings.register_profile("tarflow", deadline=None, derandomize=True)
@@ -22,6 +25,14 @@ settings.load_profile("interpreter" if INTERPRETED else "tarflow" if DEVICE == "
 
 # Where no kernel runs: test_jobs.py has it collected in a process that interprets them.
 collect_ignore = [] if "triton" in BACKENDS else ["tarflow_kernels/test_triton.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in as many processes as there are cores, and what is named on the command line in one."""
+    whole = config.args_source is not config.ArgsSource.ARGS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.maxprocesses = "auto", 8
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import itarflow
 import models
 import report
 import sampling
+from helpers import branches
 from tarflow import Decoder, Guidance, TarFlowConfig
 from tarflow.denoising import Denoising, denoise_by_levels
 
@@ -52,9 +53,9 @@ def test_one_row_in_one_window_takes_as_many_tokens_as_its_passes_are_long(guida
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_block_leads_its_tokens_back_to_the_latents_they_were_decoded_from(reverse, guidance):
     inputs = inputs_of(3, guidance, models.build(CONFIG, CPU).double())
-    block = inputs.model.flow.blocks[int(reverse)]
-    z = inputs.z.double()
-    x, _ = block.inverse(z, inputs.labels, guidance, Decoder("sequential"))
+    flow, z = inputs.model.flow, inputs.z.double()
+    block = flow.blocks[int(reverse)]
+    x, _ = block.inverse(z, branches(flow, z, inputs.labels, guidance), guidance, Decoder("sequential"))
     assert (x - z).abs().max() > 0.01
     assert_close(gs_jacobi.latents_of(block, x, inputs.labels, guidance), z)
 

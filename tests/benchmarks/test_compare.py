@@ -18,8 +18,9 @@ def test_row(benchmark, row, contender):
 
 
 @pytest.fixture
-def checkout(tmp_path):
+def checkout(tmp_path, monkeypatch):
     """A checkout in which each row takes so many seconds."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other processes pytest-benchmark measures nothing
 
     def checkout(name, **seconds):
         folder = tmp_path / name / "benchmarks"

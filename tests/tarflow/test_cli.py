@@ -736,7 +736,7 @@ def test_a_model_in_double_precision_is_not_drawn_from_in_a_lower_one(run, tmp_p
 
 def test_a_command_that_there_is_not_is_answered_with_those_that_there_are(capsys):
     assert main("trian", "--out=x") == 2
-    commands = "train, sample, calibrate, evaluate, statistics, convert, push"
+    commands = "train, sample, calibrate, evaluate, statistics, encode, demo, convert, push"
     assert capsys.readouterr().err == f"tarflow: error: command: expected one of {commands}; got 'trian'\n"
 
 

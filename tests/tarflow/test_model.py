@@ -379,7 +379,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ('{"model": ' + DEEP + "}", "truncated or corrupt"),
         ("null", "expected the configuration of a flow; got NoneType"),
         ('{"model": {"volume_preserving": 1}}', "volume_preserving: expected True or False; got 1"),
-        ('{"model": {"coupling": ["affine"]}}', "coupling: expected one of affine, mixture; got "),
+        ('{"model": {"coupling": ["affine"]}}', "coupling: expected one of affine, softplus, mixture; got "),
         ('{"model": null}', "model: expected an object; got None"),
         ('{"model": [1]}', r"model: expected an object; got \[1\]"),
         ('{"model": {"dequantizer": 5}}', "dequantizer: expected an object or null; got 5"),
