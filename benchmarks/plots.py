@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 import records
 from records import Record
 from row import UNCALIBRATED
-from tarflow.files import atomic_write
+from tarflow.pictures import write_figure
 
 SAMPLING = ("guided sampling", "sampling without guidance")
 DPI = 200
@@ -256,5 +256,4 @@ def _title(rows: list[Record]) -> str:
 
 def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=DPI, format="png")
+    write_figure(figure, path, vector=True, dpi=DPI)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from fashion_mnist import RESULTS, ROWS, TRAINING
 from tarflow.evaluation import Estimate
 from tarflow.files import atomic_write
+from tarflow.pictures import write_figure
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs" / "flowpp.md", ROOT / "docs" / "study.png"
@@ -127,8 +128,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images; one run each)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
         axes.legend(framealpha=1, edgecolor="none", loc="upper right")
-        with atomic_write(path) as beside:
-            figure.savefig(beside, dpi=200, format="png")
+        write_figure(figure, path, vector=True, dpi=200)
 
 
 if __name__ == "__main__":

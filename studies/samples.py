@@ -33,6 +33,7 @@ from tarflow.denoising import Denoising
 from tarflow.evaluation import noisy_bits_per_dim
 from tarflow.features import Extractor, load_classifier
 from tarflow.files import atomic_write
+from tarflow.pictures import write_figure
 from tarflow.reference import Reference
 from tarflow.samples import Sampler, draw_labels, score_samples
 from tarflow.training.config import TrainConfig
@@ -298,8 +299,7 @@ def draw(results: Results) -> None:
         axes.legend(frameon=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    with atomic_write(PICTURE) as beside:
-        figure.savefig(beside, dpi=200, format="png")
+    write_figure(figure, PICTURE, vector=True, dpi=200)
 
 
 def _is_whole(results: Results, name: str) -> bool:

@@ -29,7 +29,7 @@ from tarflow.pretrained import load_pretrained
 from tarflow.reference import Reference
 from tarflow.samples import score_samples
 
-RESULT = Path(__file__).with_name("results") / "starflow.json"
+RESULT = Path(__file__).with_name("results") / "starflow" / "scores.json"
 TEXT_LENGTH = 12  # bytes of the longest name of a class, and the end
 
 
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {"minutes": seconds / 60, "steps": command.steps, "autoencoder_steps": command.autoencoder_steps}
     result["weights"] = {f"{w:g}": score(out / "run", command.samples, w) for w in (0.0, 2.5)}
     result["reconstructions"] = score_reconstructions(encoder)
+    RESULT.parent.mkdir(exist_ok=True)
     with atomic_write(RESULT) as beside:
         beside.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

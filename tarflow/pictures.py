@@ -30,7 +30,7 @@ from .image_flow import ImageFlow
 from .noise import Quantization, to_pixels
 from .validation import not_finite
 
-__all__ = ["Gallery", "curves", "sample_grid", "trajectory"]
+__all__ = ["Gallery", "curves", "sample_grid", "trajectory", "write_figure"]
 
 DPI = 200
 # Of a picture and of an image in it, in pixels: matplotlib draws at most 2^16 either way, titles included.
@@ -274,7 +274,7 @@ def _write_grid(cells, path, title, quantization, *, inches, left=(), above=(), 
         for column, label in enumerate(below):
             axes.text((column + 0.5) * column_pitch, len(canvas) + 8, label, color=GRAY, size=7, ha="center", va="top")
         axes.set_title(title, parse_math=False)
-        _write(figure, path, bbox_inches="tight", pad_inches=0.03)
+        write_figure(figure, path, bbox_inches="tight", pad_inches=0.03)
 
 
 def _mosaic(cells: np.ndarray, gap: int) -> tuple[np.ndarray, int, int]:
@@ -303,7 +303,7 @@ def curves(metrics_path: str | Path, path: str | Path, title: str) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.grid(color="0.92", linewidth=0.5)
-        _write(figure, path)
+        write_figure(figure, path)
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -380,6 +380,14 @@ def _marker(steps: np.ndarray) -> str | None:
     return "." if len(steps) < 3 else None  # a line through one point is invisible
 
 
-def _write(figure: Figure, path: str | Path, **options) -> None:
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=DPI, format=Path(path).suffix[1:] or "png", **options)
+def write_figure(figure: Figure, path: str | Path, *, vector: bool = False, dpi: int = DPI, **options: Any) -> None:
+    """Write a figure in the format of the suffix, by default PNG; with ``vector`` as SVG too, beside it.
+
+    The same figure makes the same file.
+    """
+    path = Path(path)
+    for to in (path, path.with_suffix(".svg")) if vector else (path,):
+        kind = to.suffix[1:] or "png"
+        undated: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
+        with atomic_write(to) as beside, rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+            figure.savefig(beside, dpi=dpi, format=kind, **undated, **options)

@@ -33,7 +33,8 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """folder of a run or of a saved model, or the name of one on the Hugging Face hub"""
     out: Path = Path("samples.png")
-    """a picture (.png), uint8 images with their labels (.npz), or a folder of files, which may be gone on with"""
+    """a picture (.png, .pdf, .svg), uint8 images with their labels (.npz), or a folder of files, which may be gone on
+    with"""
     format: Format = "npz"
     """files of a folder: npz, of 500 images with their labels, or png, an image each"""
     num: int = 80
@@ -109,7 +110,7 @@ def _set_prompts(model: ImageFlow, command: Sample, metadata: dict[str, Any]) ->
 def _draw(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
     """Draw a picture of samples, or a file of them, and a trajectory."""
     with Progress(command.num, len(model.stages)) as progress:
-        if command.out.suffix == ".png":
+        if command.out.suffix != ".npz":
             title = f"Samples of {command.run.resolve().name}"
             gallery.save_samples(model, command.out, title, command.num, command.labels, progress.note)
         else:
@@ -150,8 +151,9 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
 
 def _check(command: Sample, given: Collection[str]) -> None:
     """Raise ValueError or OSError for what no model can be asked for, before one is read."""
-    if command.out.suffix not in (".png", ".npz", "") or command.out.name in (".png", ".npz"):
-        raise ValueError(f"out: expected a .png or .npz file, or a folder; got {command.out}")
+    kinds = ".png", ".pdf", ".svg", ".npz"
+    if command.out.suffix not in (*kinds, "") or command.out.name in kinds:
+        raise ValueError(f"out: expected a file of {', '.join(kinds)}, or a folder; got {command.out}")
     if command.out.suffix:
         check_file("out", command.out)
         if "format" in given:
