@@ -90,6 +90,7 @@ SWEEP = {
         for tau in TAUS
     },
 }
+LEVELLED = {"guidance 3": Guidance(3.0), "guidance 3 in the first block": Guidance(3.0, blocks=1)}
 FORMER = "--patch-size 2 --batch-size 16 --optimizer adamw --learning-rate 1e-3 --warmup-steps 100 --max-steps 2200"
 LONGER = "--max-steps 3000 --warmup-steps 300"
 SMALL = "--channels 64 --max-steps 800"
@@ -101,6 +102,12 @@ RECIPES = {
         FORMER, {f"guidance 2, denoised {n}x": Sampling(Guidance(2.0), denoised=n) for n in (1, 2)}, num=2000
     ),
     "longer-8x1": Row(f"{LONGER} --num-blocks 8 --layers-per-block 1", BEST, num=2000),
+    "deep-shallow": Row("--layers-per-block 1 1 1 5", BEST, num=2000),
+    "itarflow": Row(
+        "--layers-per-block 1 1 1 5 --noise-levels 0.01 0.3",
+        {f"{name}, 10 levels": Sampling(guidance, denoised=10) for name, guidance in LEVELLED.items()},
+        num=2000,
+    ),
 }
 FIGURES = {
     "sampling": Row(LONGER, SWEEP),  # of the models of the row "longer", which are not trained again

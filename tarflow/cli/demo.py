@@ -61,6 +61,8 @@ def _load(command: Demo) -> Trained:
     model, metadata = load_model(command.run, command.device)
     if not isinstance(model, TarFlow):
         raise ValueError(f"run: expected a TarFlow; {command.run} holds a {type(model).__name__}")
+    if model.config.in_channels not in (1, 3):
+        raise ValueError(f"run: expected a model of grey or RGB images; got {model.config.in_channels} channels")
     return Trained(model, metadata, command.run.resolve().name)
 
 

@@ -199,6 +199,7 @@ def test_the_model_that_ships_is_small_and_knows_its_test_images():
         (["nowhere"], "source: expected a folder"),
         (["--port=0"], "port: expected an integer from 1 to 65535; got 0"),
         (["{flowpp}"], "run: expected a TarFlow; .* holds a FlowPP"),
+        (["{latents}"], "run: expected a model of grey or RGB images; got 4 channels"),
         (["{tarflow}"], r"demo: the page needs gradio: pip install \"tarflow\[demo\]\""),
     ],
 )
@@ -206,9 +207,10 @@ def test_what_is_missing_is_said_in_a_line(arguments, message, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "tarflow.demo.page", raising=False)
     tarflow().save_pretrained(tmp_path / "tarflow")
+    tarflow(in_channels=4).save_pretrained(tmp_path / "latents")
     small = FlowPPConfig(image_size=4, in_channels=1, stack="squeeze channel1", filters=8, blocks_per_coupling=1)
     FlowPP(small).save_pretrained(tmp_path / "flowpp")
-    folders = {name: tmp_path / name for name in ("tarflow", "flowpp")}
+    folders = {name: tmp_path / name for name in ("tarflow", "latents", "flowpp")}
     assert cli.main(["demo", *(argument.format(**folders) for argument in arguments)]) == 1
     line = capsys.readouterr().err
     assert line.count("\n") == 1
