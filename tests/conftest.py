@@ -30,8 +30,9 @@ collect_ignore = [] if "triton" in BACKENDS else ["tarflow_kernels/test_triton.p
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Run the whole suite in as many processes as there are cores, and what is named on the command line in one."""
+    has_processes = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
     whole = config.args_source is not config.ArgsSource.ARGS
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    if has_processes and whole and config.option.numprocesses is None:
         config.option.numprocesses, config.option.maxprocesses = "auto", 8
 
 
