@@ -345,6 +345,7 @@ def _draw_noise(axes: Axes, results: Results) -> None:
     ):
         _rows(axes, {sigma: results[name] for sigma, name in SIGMAS.items()}, sampling, label, color)
     _rows(axes, {0.0: results["uniform"]}, "guidance 3", "uniform noise", _COLORS[2])
+    axes.set_xticks([0.0, *SIGMAS])
     axes.set_xlabel("sigma of the training noise")
 
 
