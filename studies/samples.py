@@ -352,7 +352,7 @@ def _draw_noise(axes: Axes, results: Results) -> None:
 def _draw_architecture(axes: Axes, results: Results) -> None:
     places = {place: results[name] for place, name in enumerate(ARCHITECTURES)}
     for sampling, color in (("guidance 3", _COLORS[0]), ("no guidance", _COLORS[1])):
-        _rows(axes, places, sampling, sampling, color, line="")
+        _rows(axes, places, sampling, sampling, color, line="none")
     axes.set_xticks(range(len(places)), ARCHITECTURES, rotation=40, ha="right")
 
 
@@ -385,7 +385,7 @@ def _points(axes: Axes, points: dict[float, list[float]], label: str, color: str
     for at, numbers in found.items():
         axes.plot([at] * len(numbers), numbers, ".", color=color, markersize=3.5, alpha=0.7)
     means = [fmean(numbers) for numbers in found.values()]
-    axes.plot([*found], means, line, color=color, linewidth=1, marker="_", markersize=7, label=label)
+    axes.plot([*found], means, linestyle=line, color=color, linewidth=1, marker="_", markersize=7, label=label)
 
 
 def _brief(scores: dict[str, Any]) -> str:
