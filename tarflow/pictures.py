@@ -389,5 +389,5 @@ def write_figure(figure: Figure, path: str | Path, *, vector: bool = False, dpi:
     for to in (path, path.with_suffix(".svg")) if vector else (path,):
         kind = to.suffix[1:] or "png"
         undated: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
-        with atomic_write(to) as beside, rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        with atomic_write(to) as beside, rc_context({"svg.hashsalt": path.stem}):
             figure.savefig(beside, dpi=dpi, format=kind, **undated, **options)
