@@ -87,7 +87,7 @@ class VolumePreservingTransform(AffineTransform):
 class SoftplusTransform(AffineTransform):
     """``z = (x - mu) / sigma`` with ``sigma = softplus(a + log(e - 1))``, 1 at a = 0, and ``alpha = log sigma``.
 
-    Outputs o of the transformer first pass through ``4 tanh(o / 4)``, so that sigma stays within 0.03 and 4.54, and mu
+    Outputs o of the transformer first pass through ``4 tanh(o / 4)``, so that sigma stays within 0.03 and 4.56, and mu
     within 4. Source: STARFlow (arXiv 2506.06276) and its release.
     """
 

@@ -54,6 +54,7 @@ def run(arguments: Sequence[str]) -> None:
     device = pick_device(command.device)
     autoencoder = Autoencoder(command.autoencoder, device)
     texts = None if command.text_encoder is None else TextEncoder(command.text_encoder, length, device)
+    sources: dict[str, str] = {}
     for split in ("train", "test"):
         dataset = datasets.load(
             command.dataset, split, command.data_dir, command.image_size, command.resize or "lanczos"
@@ -62,8 +63,9 @@ def run(arguments: Sequence[str]) -> None:
             raise ValueError(f"text_encoder: expected none for data without classes; got {command.text_encoder}")
         latents, labels = encode(dataset, autoencoder, batch_size)
         prefixes = None if texts is None else texts(["", *dataset.class_names]).cpu()
+        sources[split] = dataset.source
         about: dict[str, Any] = {
-            "source": dataset.source,
+            "source": sources,
             "class_names": dataset.class_names,
             "autoencoder": _in_full(command.autoencoder),
             "text_encoder": command.text_encoder and _in_full(command.text_encoder),

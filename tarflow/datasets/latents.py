@@ -20,7 +20,7 @@ ABOUT = "latents.json"
 def write_latents(
     folder: Path, split: str, latents: Tensor, labels: Tensor, prefixes: Tensor | None, about: dict[str, Any]
 ) -> None:
-    """Write the latents of a split, and what is known of them: ``class_names``, ``source`` and the encoders."""
+    """Write the latents of a split, and what is known of them: names of classes, the source of each split, encoders."""
     tensors = {"latents": latents.contiguous(), "labels": labels}
     if prefixes is not None:
         tensors["prefixes"] = prefixes.contiguous()
@@ -40,7 +40,7 @@ def read_latents(split: str, folder: Path) -> ImageDataset:
     with reading(path, "the latents that `tarflow encode` writes"):
         about, tensors = json.loads((folder / ABOUT).read_text()), load_file(path)
         latents, labels, prefixes = tensors["latents"], tensors["labels"], tensors.get("prefixes")
-        names, source = tuple(about["class_names"]), f"{about['source']}, as latents of {about['autoencoder']}"
+        names, source = tuple(about["class_names"]), f"{about['source'][split]}, as latents of {about['autoencoder']}"
         encoders = {name: about[name] for name in ("autoencoder", "text_encoder", "text_length")}
     if latents.dtype != torch.float32 or not latents.isfinite().all():
         raise Unreadable(f"{path}: expected finite latents of float32, got {latents.dtype}")

@@ -115,7 +115,7 @@ def test_the_card_says_what_the_model_is(hub):
     model.push_to_hub("someone/model", license="cc-by-4.0")
     card = card_of(hub)
     assert card.data.license == "cc-by-4.0"
-    assert card.data.library_name == "tarflow"
+    assert card.data.to_dict()["library_name"] == "tarflow"
     assert {"normalizing-flow", "tarflow"} <= set(card.data.tags)
     for part in ("# model\n", model.config.summary, "sigma 0.2", "Classes: a, b."):
         assert part in card.text

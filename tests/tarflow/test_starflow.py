@@ -148,7 +148,7 @@ def test_the_density_given_a_prefix_integrates_to_one():
 
 ABOUT = {
     "class_names": ["shirt", "a bag"],
-    "source": "pictures",
+    "source": {"train": "pictures to learn", "test": "pictures to test"},
     "autoencoder": None,
     "text_encoder": None,
     "text_length": None,
@@ -169,6 +169,7 @@ def test_latents_are_read_as_they_were_written(latents):
     dataset = datasets.load("latents", "test", latents)
     assert torch.equal(dataset.images, draw(1, 40, 3, 3, 3, dtype=torch.float32))
     assert dataset.class_names == ("shirt", "a bag")
+    assert dataset.source.startswith("pictures to test")
     assert dataset.prefixes.shape == (3, 5, 7)
     assert datasets.fingerprint(dataset)["digest"] != datasets.fingerprint(read_latents("train", latents))["digest"]
 
