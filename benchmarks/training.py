@@ -13,6 +13,7 @@ import eager
 from models import autocast, build, fashion_mnist, imagenet64
 from row import BACKENDS, Contender, Outputs, Row, Run
 from tarflow import TarFlow, TarFlowConfig
+from tarflow.hardware import uses_bfloat16
 from tarflow.model import patchify
 from tarflow.training.throughput import operations
 from tarflow.transformer import Condition
@@ -29,9 +30,11 @@ def training_rows(device: torch.device) -> list[Row]:
             training_row("ImageNet64 2-768-8-8", imagenet64(), *settings, dense=False),
             training_row("ImageNet64 2-768-1-8", imagenet64(1), *settings, note="one of the model's eight blocks"),
         ]
+    precisions = [torch.float32, *[torch.bfloat16] * uses_bfloat16("auto", device)]
     return [
-        training_row(f"28x28 patch {patch_size}", fashion_mnist(patch_size), batch, torch.float32, "float64")
+        training_row(f"28x28 patch {patch_size}", fashion_mnist(patch_size), batch, dtype, "float64", compiles=False)
         for patch_size, batch in ((4, 64), (2, 16))
+        for dtype in precisions
     ]
 
 
@@ -129,9 +132,13 @@ def training_row(
     dtype: torch.dtype,
     exact: str,
     dense: bool = True,
+    compiles: bool = True,
     note: str = "",
 ) -> Row:
-    """Make a row; ``dense`` is whether to measure attention through a dense mask, eager and published, too."""
+    """Make a row; ``dense`` is whether to measure attention through a dense mask, eager and published, too.
+
+    Contenders are also compiled, unless ``compiles`` is false.
+    """
 
     def draw(device: torch.device) -> TrainingInputs:
         model = build(config, device)
@@ -147,7 +154,7 @@ def training_row(
     notes = ["loss, gradients, AdamW", note]
     if dense:
         contenders |= {"eager": Contender(_dense_mask), "published": Contender(_published)}
-    if dtype == torch.bfloat16:
+    if compiles:
         contenders["compiled"] = compiled(_blockwise, _ours)
         notes.append("compiled block by block")
         if dense:

@@ -72,9 +72,11 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scal
 def _torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> Tensor:
     dtype = q.dtype
     if q.device.type == "cpu" and torch.is_grad_enabled():
-        # PyTorch's backward for bfloat16 on a CPU takes up to five times as long as the one for float32.
-        q, k, v = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(scale_queries(q, temperature), k, v, is_causal=True, scale=scale).to(dtype)
+        # PyTorch's backward for bfloat16 on a CPU takes five times as long as the one for float32.
+        q, k, v = in_full_precision(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):  # which would cast them back
+        out = F.scaled_dot_product_attention(scale_queries(q, temperature), k, v, is_causal=True, scale=scale)
+    return out.to(dtype)
 
 
 class _Fused(torch.autograd.Function):
