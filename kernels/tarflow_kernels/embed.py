@@ -123,11 +123,11 @@ def _torch(x, z, mu, alpha, mu_ref, alpha_ref, weights, positions, projection, e
         mu, alpha = torch.lerp(mu, mu_ref.to(x.dtype), w), torch.lerp(alpha, alpha_ref.to(x.dtype), w)
     token = torch.addcmul(mu, z[samples, i], alpha.exp())
     x[samples, i] = token
-    first, *others = h.unflatten(0, (1 if w is None else 2, len(x)))
+    first = h[: len(x)]
     # Autocast leaves a product alone that has a tensor to go to: this one stays in full precision.
     torch.addmm(embedding[i], token, projection, out=first)
-    for other in others:
-        other.copy_(first)
+    if w is not None:
+        h[len(x) :] = first
     if context is not None:
         h += context
     positions += 1

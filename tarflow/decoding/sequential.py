@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tarflow_kernels import embed_next
+from tarflow_kernels import dispatch
 
 from ..guidance import Guidance
 from ..transformer import NO_CONTEXT, CausalTransformer, Context
@@ -111,17 +111,16 @@ def _chain(
     step.positions.fill_(position)
     h = step.embed(batch.repeat(x[:, position : position + 1]))
     tickets = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    fixed = batch.weights, step.positions, weights.proj_in, weights.embedding, step.context, h[:, 0], tickets
 
     def advance_affine() -> None:
         """Decode the next token; guidance, affine map, embedding and the next position are one operator."""
-        mu, alpha = step.run_layers(h)
-        (mu, alpha), (mu_ref, alpha_ref) = batch.branches_to_extrapolate((mu[:, 0], alpha[:, 0]), step.positions)
-        tables = weights.proj_in, weights.embedding, step.context
-        embed_next(x, z, mu, alpha, mu_ref, alpha_ref, batch.weights, step.positions, *tables, h[:, 0], tickets)
+        (mu, alpha), (mu_ref, alpha_ref) = batch.branches_to_extrapolate(step.run_layers(h), step.positions)
+        dispatch.call("embed_next", x, z, mu, alpha, mu_ref, alpha_ref, *fixed)
 
     def advance_mixture() -> None:
         """Decode the next token; guidance, mixture and embedding are one operator after the other."""
-        parameters = step.run_layers(h)
+        parameters = tuple(parameter[:, None] for parameter in step.run_layers(h))
         step.positions.add_(1)
         positions = step.positions[: len(x), None].long()
         token = transformer.transform.inverse(gather_tokens(z, positions), *batch.guide(parameters, positions))

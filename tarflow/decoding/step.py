@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow_kernels import KVCache, decode_attention, dispatch, residual_norm
+from tarflow_kernels import KVCache, dispatch
 
 from ..guidance import Guidance, divide_densities, extrapolate, extrapolate_scale
 from ..transformer import NO_CONTEXT, CausalTransformer, Context, TransformerLayer
@@ -69,7 +69,7 @@ __all__ = [
     "side_streams",
 ]
 
-FEW_ROWS = 8
+FEW_ROWS = 128
 
 # Held during a capture: another that begins meanwhile empties PyTorch's cache of memory, which is refused then.
 _one_at_a_time = threading.Lock()
@@ -88,7 +88,7 @@ class GuidedBatch:
         rows: B, or 2B under guidance.
         context: what is added to the tokens of each row, ``(rows, C)``, and what comes before them, ``(rows, L, C)``;
             None where there is none.
-        temperature: temperature of the attention logits, 1.0 or ``(rows,)``.
+        temperature: temperature of the attention logits, ``(rows,)``, or None where it is 1 for all.
         weights: w_i of guidance for every token, ``(N,)``, or None without guidance.
     """
 
@@ -103,7 +103,7 @@ class GuidedBatch:
         self.num_branches = count_branches(guidance)
         self.guidance = guidance if self.num_branches == 2 else None
         self.rows = self.num_branches * batch
-        self.temperature: float | Tensor = 1.0
+        self.temperature: Tensor | None = None
         self.weights: Tensor | None = None
         if self.guidance is not None:
             passed = int(transformer.start_token is not None)  # which is no token of the data
@@ -205,7 +205,7 @@ class CachedStep:
     and the GELU between them. Around the L layers three more: the last residual, the projection to mu and alpha, the
     guided affine map with the embedding of the next token and its position: ``8 L + 3``, 67 for eight layers. With a
     mixture transform guidance, map and embedding are operators of their own, and 20 in place of three. A block of
-    STARFlow takes ``9 L + 16``, for rotary positions, the last norm and its scale, and in bfloat16 two more per layer.
+    STARFlow takes ``9 L + 10``, for rotary positions, the last norm and its scale, and in bfloat16 two more per layer.
 
     *Bytes.* The weights of the layers once, ``12 L C^2`` elements, and the cache once, ``2 L R n C`` elements at
     position n; everything else, some ``30 L R C`` elements of activations, is small beside them and stays on the chip.
@@ -256,7 +256,8 @@ class CachedStep:
 
         The positions are on the device alone, so that one CUDA graph serves every step.
         """
-        return self.run_layers(self.embed(tokens))
+        parameters = self.run_layers(self.embed(tokens))
+        return tuple(parameter.unflatten(0, tokens.shape[:2]) for parameter in parameters)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens ``(R, G, D)`` at ``positions``: the first activations, ``(R, G, C)``."""
@@ -267,31 +268,33 @@ class CachedStep:
         return h
 
     def run_layers(self, h: Tensor) -> Parameters:
-        """Map the first activations, which are overwritten, to the parameters of the transform."""
-        (rows, new, _), weights = h.shape, self.weights
+        """Map the first activations ``(R, G, C)``, which are overwritten, to parameters of the map, ``(R G, ...)``."""
+        weights = self.weights
         places = self.positions + self.before if self.before else self.positions
         h, delta = self._attend(h, places)
         h.add_(delta)
         if weights.final_norm is not None:
             h = F.rms_norm(h, h.shape[-1:], weights.final_norm, eps=1e-6)
-        outputs = torch.addmm(weights.proj_out_bias, h, weights.proj_out)
-        return weights.split(outputs.unflatten(0, (rows, new)))
+        return weights.split(torch.addmm(weights.proj_out_bias, h, weights.proj_out))
 
     def _attend(self, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Run the layers over ``(R, G, C)`` from their places in the cache on; the result is the sum of two tensors."""
         (rows, new, _), weights = h.shape, self.weights
         rotation = None if self.rotation is None else self._rotation_at(places, new)
-        qkv, hidden, activation, queries_and_keys, q, k, v = self._buffers(rows, new)
+        qkv, hidden, activation, pairs, q, k, v = self._buffers(rows, new)
+        # The arguments are known to fit: the checks of the public operators would be a tenth of a small step on a CPU.
+        op, scale = dispatch.call, self.head_dim**-0.5
         h = h.flatten(0, 1)
         delta: Tensor | None = None
         for layer, (cache_k, cache_v) in zip(weights.layers, self.caches, strict=True):
-            y = residual_norm(h, delta, *layer.attention_norm, dtype=qkv.dtype)
+            y = op("residual_norm", h, delta, *layer.attention_norm, qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             if rotation is not None:
-                _turn(queries_and_keys, rotation)
-            attended = decode_attention(q, k, v, cache_k, cache_v, places, temperature=self.temperature)
-            delta = torch.addmm(layer.proj_bias, attended.transpose(1, 2).reshape(h.shape), layer.proj)
-            y = residual_norm(h, delta, *layer.mlp_norm, dtype=qkv.dtype)
+                _turn(pairs, rotation)
+            attended = op("decode_attention", q, k, v, cache_k, cache_v, places, self.temperature, scale)
+            joined = attended.flatten(1) if new == 1 else attended.transpose(1, 2).reshape(h.shape)
+            delta = torch.addmm(layer.proj_bias, joined, layer.proj)
+            y = op("residual_norm", h, delta, *layer.mlp_norm, qkv.dtype)
             torch.addmm(layer.up_bias, y, layer.up, out=hidden)
             torch.ops.aten.gelu_(activation)
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
@@ -301,8 +304,8 @@ class CachedStep:
     def _rotation_at(self, places: Tensor, new: int) -> Tensor:
         """Return ``exp(i angle)`` of G tokens from each place on, ``(R, G, 1, 1, head_dim / 2)``."""
         assert self.rotation is not None
-        at = (places[:, None] + self.offsets[:new]).long()
-        return self.rotation[at, None, None]
+        at = places if new == 1 else (places[:, None] + self.offsets[:new]).flatten()
+        return self.rotation.index_select(0, at).view(len(places), new, 1, 1, self.rotation.shape[1])
 
     def _fill(self, prefix: Tensor) -> None:
         """Put keys and values of a prefix ``(R, L, C)``, which is overwritten, into the cache."""
@@ -324,7 +327,7 @@ class CachedStep:
         self.caches = [(keys[rows], values[rows]) for keys, values in self.caches]
         if self.context is not None:
             self.context = self.context[rows]
-        if isinstance(self.temperature, Tensor):
+        if self.temperature is not None:
             self.temperature = self.temperature[rows]
 
     def _buffers(self, rows: int, new: int) -> tuple[Tensor, ...]:
@@ -332,7 +335,8 @@ class CachedStep:
         if self.shape != (rows, new):
             qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]
             heads = qkv.view(rows, new, 3, self.heads, self.head_dim)
-            views = self._gelu_view(hidden), heads[:, :, :2], *heads.permute(2, 0, 3, 1, 4).unbind()
+            pairs = None if self.rotation is None else _pairs(heads[:, :, :2])
+            views = self._gelu_view(hidden), pairs, *heads.permute(2, 0, 3, 1, 4).unbind()
             self.shape, self.views = (rows, new), (qkv, hidden, *views)
         return self.views
 
@@ -350,13 +354,18 @@ class _LayerWeights:
     """The weights of a layer: norms in the dtype of the residuals, products in the dtype in which they run."""
 
     def __init__(self, layer: TransformerLayer, residuals: torch.dtype, dtype: torch.dtype):
-        self.attention_norm = layer.attention_norm.weight.to(residuals), layer.attention_norm.bias.to(residuals)
+        self.attention_norm = _norm(layer.attention_norm, residuals)
         self.qkv, self.qkv_bias = _prepare(layer.qkv, dtype)
         self.proj, self.proj_bias = _prepare(layer.proj, dtype)
-        self.mlp_norm = layer.mlp_norm.weight.to(residuals), layer.mlp_norm.bias.to(residuals)
+        self.mlp_norm = _norm(layer.mlp_norm, residuals)
         up, _, down = layer.mlp
         self.up, self.up_bias = _prepare(up, dtype)
         self.down, self.down_bias = _prepare(down, dtype)
+
+
+def _norm(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return weight, bias and epsilon of a layer norm."""
+    return norm.weight.to(dtype), norm.bias.to(dtype), norm.eps
 
 
 def _prepare(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -364,13 +373,19 @@ def _prepare(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return linear.weight.to(dtype).t().contiguous(), linear.bias.to(dtype)
 
 
-def _turn(x: Tensor, rotation: Tensor) -> None:
-    """Turn pairs of neighbouring channels of ``(R, G, ..., D)`` in place, as complex numbers; see ``rotate``."""
-    real = rotation.dtype.to_real()
-    turned = x if x.dtype == real else x.to(real)  # of lower precisions there are no complex numbers
-    torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(rotation)
-    if turned is not x:
-        x.copy_(turned)
+def _pairs(x: Tensor) -> Tensor:
+    """View pairs of neighbouring channels as complex numbers, which there are in float32 and float64 alone."""
+    pairs = x.unflatten(-1, (-1, 2))
+    return torch.view_as_complex(pairs) if x.dtype in (torch.float32, torch.float64) else pairs
+
+
+def _turn(pairs: Tensor, rotation: Tensor) -> None:
+    """Turn what ``_pairs`` returns in place, as complex numbers; see ``rotate``."""
+    if pairs.is_complex():
+        pairs.mul_(rotation)
+    else:
+        turned = torch.view_as_complex(pairs.to(rotation.dtype.to_real())) * rotation
+        pairs.copy_(torch.view_as_real(turned))
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:

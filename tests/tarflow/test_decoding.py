@@ -416,7 +416,7 @@ def test_a_pass_never_waits_for_the_device(monkeypatch, options, guidance):
 
 @pytest.mark.parametrize(
     ("options", "of_layer", "around"),
-    [({}, 8, 3), (MIXTURE, 8, 20), (STARFLOW, 9, 16)],
+    [({}, 8, 3), (MIXTURE, 8, 20), (STARFLOW, 9, 10)],
     ids=["affine", "mixture", "starflow"],
 )
 @pytest.mark.parametrize("num_layers", [1, 3])
