@@ -189,13 +189,13 @@ class PassCost:
 
 
 PASS_COSTS = {
-    ("cpu", "float32"): (PassCost(1, 3.6, 0.042), PassCost(2, 3.6, 0.057), PassCost(4, 3.6, 0.112)),
+    ("cpu", "float32"): (PassCost(1, 3.6, 0.046), PassCost(2, 3.6, 0.066), PassCost(4, 3.6, 0.12)),
 }
 """Costs of passes by kind of device, precision of the layers and rows, for affine maps, where passes may pay.
 
 They are no less than any that ``python benchmarks/pass_costs.py`` measured of three sizes of a block, in windows of 16,
-64 and 195 tokens, on two cores of an Intel Xeon: 4.0, 5.5 and 11.7 steps at most for one row, 4.2, 6.4 and 14.7 for
-two, 4.8, 9.7 and 25.4 for four. Of no other device is anything known yet.
+64 and 195 tokens, on two cores of an Intel Xeon: 4.2, 5.7 and 12.5 steps at most for one row, 4.1, 7.0 and 16.2 for
+two, 5.0, 10.3 and 26.5 for four. Of no other device is anything known yet.
 """
 
 LARGEST_LOSS = 0.05
