@@ -330,7 +330,7 @@ class CachedStep:
         if self.temperature is not None:
             self.temperature = self.temperature[rows]
 
-    def _buffers(self, rows: int, new: int) -> tuple[Tensor, ...]:
+    def _buffers(self, rows: int, new: int) -> tuple[Any, ...]:
         """Return the buffers of qkv and of the hidden layer for so many tokens, and their views for the operators."""
         if self.shape != (rows, new):
             qkv, hidden = self.qkv[: rows * new], self.hidden[: rows * new]

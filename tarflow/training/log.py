@@ -1,4 +1,4 @@
-"""The log of a run: its metrics in ``metrics.jsonl``, the same as events of TensorBoard, and a progress bar."""
+"""The log of a run: its metrics in ``metrics.jsonl``, with TensorBoard as events too, and a progress bar."""
 
 import contextlib
 import json
@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .. import hardware, processes
@@ -24,6 +23,9 @@ from .config import TrainingConfig
 from .interruptions import raise_thread_errors_once
 from .timetable import TimeLeft, work_left
 from .trainer import MEASURES
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["Log"]
 
@@ -90,7 +92,7 @@ class Log:
         with (
             name_full_disk(self.folder),
             raise_thread_errors_once(),
-            SummaryWriter(str(self.folder), purge_step=step + 1) as self._writer,
+            _open_events(self.folder, step) as self._writer,
             tqdm(
                 total=self.config.max_steps,
                 initial=step,
@@ -204,11 +206,14 @@ class Log:
         """Append a row, and write its values as events."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, step)
 
     def write_picture(self, step: int, name: str, path: Path) -> None:
         """Write a picture as an event."""
+        if self._writer is None:
+            return
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
@@ -226,3 +231,15 @@ class Log:
             raise ValueError(f"state.measures: expected a tensor (n,) for each of {', '.join(MEASURES)}")
         steps = zip(*(measures[name] for name in MEASURES), strict=True)
         self.pending = [dict(zip(MEASURES, step, strict=True)) for step in steps]
+
+
+@contextlib.contextmanager
+def _open_events(folder: Path, step: int) -> Iterator["SummaryWriter | None"]:
+    """Open the events of TensorBoard, from behind a step on; None where it, the extra ``train``, is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield None
+        return
+    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+        yield writer

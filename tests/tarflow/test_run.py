@@ -837,6 +837,15 @@ def test_events_without_space_are_one_line(run, monkeypatch, capsys):
     assert kept(run) == before
 
 
+def test_without_tensorboard_a_run_has_its_metrics_alone(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    events = {path: path.read_bytes() for path in run.glob("events.*")}
+    assert main(["train", f"--resume={run}", "--max-steps=9"]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 9
+    assert {path: path.read_bytes() for path in run.glob("events.*")} == events != {}
+
+
 def test_weights_without_space_say_so_and_lose_nothing(run):
     before = kept(run)
     with no_file_beyond(1000), pytest.raises(OSError, match=r"no space left to write .*/model\.safetensors"):
