@@ -1,12 +1,16 @@
-"""Pages lead somewhere: links, their anchors and pictures exist, and generated tables are those of the results."""
+"""Links lead somewhere, generated tables are those of the results, and the first code that a reader sees runs."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import records
 import report
+from tarflow import datasets
+from tarflow.cli.demo import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -62,3 +66,17 @@ def test_a_page_has_the_tables_of_what_is_measured_beside_published_code(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     results = {path.stem: records.load(path) for path in sorted(records.FOLDER.glob("*.json"))}
     assert report.PAGES[name](text, results) == text
+
+
+def test_the_python_of_the_quickstart_runs(tmp_path, monkeypatch):
+    """On the model that ships with tarflow in the place of a run, and a test image in that of a photograph."""
+    pixels, _ = datasets.load("fashion-mnist", "test").get_batch(torch.tensor([7]))
+    Image.fromarray(pixels[0, 0].numpy()).resize((320, 320)).save(tmp_path / "boot.png")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").replace("runs/fashion-mnist", str(SHIPPED))
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+        names["x"] = torch.rand(2, 3, 64, 64) * 2 - 1  # the images of the last block
+    assert names["posterior"].sum().item() == pytest.approx(1, abs=1e-5)
+    assert names["loss"].isfinite()
