@@ -10,6 +10,7 @@ the products between by latency and weights. Samples are independent. So on a GP
 chains on two streams, whose kernels fill each other's gaps: :func:`count_chains`.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,8 @@ from .step import (
 )
 
 __all__ = ["count_chains", "resume", "sequential"]
+
+_embed_next = functools.partial(dispatch.call, "embed_next")  # without the checks of its arguments, as in step
 
 
 def sequential(
@@ -116,7 +119,7 @@ def _chain(
     def advance_affine() -> None:
         """Decode the next token; guidance, affine map, embedding and the next position are one operator."""
         (mu, alpha), (mu_ref, alpha_ref) = batch.branches_to_extrapolate(step.run_layers(h), step.positions)
-        dispatch.call("embed_next", x, z, mu, alpha, mu_ref, alpha_ref, *fixed)
+        _embed_next(x, z, mu, alpha, mu_ref, alpha_ref, *fixed)
 
     def advance_mixture() -> None:
         """Decode the next token; guidance, mixture and embedding are one operator after the other."""

@@ -71,6 +71,10 @@ __all__ = [
 
 FEW_ROWS = 128
 
+# Operators without the checks of their arguments, which fit: on a CPU those would be a tenth of a small step.
+_decode_attention = functools.partial(dispatch.call, "decode_attention")
+_residual_norm = functools.partial(dispatch.call, "residual_norm")
+
 # Held during a capture: another that begins meanwhile empties PyTorch's cache of memory, which is refused then.
 _one_at_a_time = threading.Lock()
 
@@ -282,19 +286,17 @@ class CachedStep:
         (rows, new, _), weights = h.shape, self.weights
         rotation = None if self.rotation is None else self._rotation_at(places, new)
         qkv, hidden, activation, pairs, q, k, v = self._buffers(rows, new)
-        # The arguments are known to fit: the checks of the public operators would be a tenth of a small step on a CPU.
-        op, scale = dispatch.call, self.head_dim**-0.5
-        h = h.flatten(0, 1)
+        h, scale = h.flatten(0, 1), self.head_dim**-0.5
         delta: Tensor | None = None
         for layer, (cache_k, cache_v) in zip(weights.layers, self.caches, strict=True):
-            y = op("residual_norm", h, delta, *layer.attention_norm, qkv.dtype)
+            y = _residual_norm(h, delta, *layer.attention_norm, qkv.dtype)
             torch.addmm(layer.qkv_bias, y, layer.qkv, out=qkv)
             if rotation is not None:
                 _turn(pairs, rotation)
-            attended = op("decode_attention", q, k, v, cache_k, cache_v, places, self.temperature, scale)
+            attended = _decode_attention(q, k, v, cache_k, cache_v, places, self.temperature, scale)
             joined = attended.flatten(1) if new == 1 else attended.transpose(1, 2).reshape(h.shape)
             delta = torch.addmm(layer.proj_bias, joined, layer.proj)
-            y = op("residual_norm", h, delta, *layer.mlp_norm, qkv.dtype)
+            y = _residual_norm(h, delta, *layer.mlp_norm, qkv.dtype)
             torch.addmm(layer.up_bias, y, layer.up, out=hidden)
             torch.ops.aten.gelu_(activation)
             delta = torch.addmm(layer.down_bias, hidden, layer.down)
@@ -343,7 +345,7 @@ class CachedStep:
     def _gelu_view(self, hidden: Tensor) -> Tensor:
         """Return the hidden layer as the GELU takes it: for few float32 rows on a CPU, a view that is not contiguous.
 
-        oneDNN takes longer to set itself up than such a GELU lasts, and leaves tensors that are not contiguous to
+        oneDNN takes longer to set itself up than it saves of such a GELU, and leaves tensors that are not contiguous to
         PyTorch. (It can be turned off, but only for all threads of the process.)
         """
         few = hidden.is_cpu and hidden.dtype == torch.float32 and len(self.hidden) <= FEW_ROWS
