@@ -1,12 +1,13 @@
 """Write the tables of the study between their markers in docs/flowpp.md, and docs/study.png, from studies/results/.
 
 A difference between two rows is the mean over images of their differences, which vary far less than the bits of either.
-All errors are over images: none of them includes how much another seed of training would change.
+Errors are over images, but for means over several seeds of training.
 """
 
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from matplotlib import rc_context
@@ -69,20 +70,27 @@ def table(results: list[dict]) -> str:
 def differences(results: list[dict]) -> str:
     """Make a Markdown table of the bits/dim that are lost, image by image, at equal steps and seeds."""
     lines = [
-        "| lost | steps | bits/dim, paired over images | standard errors over images |",
-        "| --- | --- | --- | --- |",
+        "| lost | steps | seed | bits/dim, paired over images | standard errors over images |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for title, (name, against) in DIFFERENCES.items():
         others = {(steps_of(other), other["seed"]): other for other in results if other["name"] == against}
+        by_steps: dict[int, list[float]] = {}
         for result in (result for result in results if result["name"] == name):
-            other = others.get((steps_of(result), result["seed"]))
-            if other is None:
+            steps, seed = steps_of(result), result["seed"]
+            if (steps, seed) not in others:
                 continue
-            more = Estimate.of(torch.tensor(result["weighted"]) - torch.tensor(other["weighted"]))
+            more = Estimate.of(torch.tensor(result["weighted"]) - torch.tensor(others[steps, seed]["weighted"]))
+            by_steps.setdefault(steps, []).append(more.mean)
             lines.append(
-                f"| {title} | {steps_of(result):,} | {more.mean:+.4f} ± {more.standard_error:.4f} "
+                f"| {title} | {steps:,} | {seed} | {more.mean:+.4f} ± {more.standard_error:.4f} "
                 f"| {more.mean / more.standard_error:+.0f} |"
             )
+        lines += [
+            f"| {title} | {steps:,} | mean of {len(seeds)} | {fmean(seeds):+.4f} ± {stdev(seeds):.4f} | – |"
+            for steps, seeds in by_steps.items()
+            if len(seeds) > 1
+        ]
     return "\n".join(lines)
 
 
@@ -93,7 +101,7 @@ def errors(results: list[dict]) -> str:
     times = "once" if max(runs) == 1 else f"up to {max(runs)} times"
     return (
         f"± is the standard error over {images:,} test images, for one run of training: what other test images would\n"
-        f"change. Each model was trained {times}. What another seed of training would change is in none of the errors."
+        f"change; of a mean it is the standard deviation over seeds of training. Each model was trained {times}."
     )
 
 
@@ -125,7 +133,7 @@ def draw(results: list[dict], path: Path) -> None:
             axes.plot([], [], "o", color=color, markerfacecolor=face, markersize=4, label=f"{noise} dequantization")
         axes.set_yticks(range(len(titles)), titles)
         axes.invert_yaxis()
-        axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images; one run each)")
+        axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images; a mark for each run)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
         axes.legend(framealpha=1, edgecolor="none", loc="upper right")
         write_figure(figure, path, vector=True, dpi=200)
