@@ -50,7 +50,7 @@ def result(name, seed, bits):
     ("seeds", "trained"),
     [((0,), "Each model was trained once"), ((0, 1, 2), "Each model was trained up to 3 times")],
 )
-def test_errors_are_said_to_be_over_images_and_not_over_training(report, seeds, trained):
+def test_errors_are_said_to_be_over_images_and_those_of_means_over_seeds(report, seeds, trained):
     results = [
         result(name, seed, [3.0 + more, 3.5 + 2 * more, 4.0])
         for seed in seeds
@@ -59,8 +59,10 @@ def test_errors_are_said_to_be_over_images_and_not_over_training(report, seeds, 
     said = report.errors(results).replace("\n", " ")
     assert "standard error over 3 test images" in said
     assert trained in said
-    assert "What another seed of training would change is in none of the errors" in said
+    assert "of a mean it is the standard deviation over seeds of training" in said
     assert "standard errors over images" in report.differences(results)
+    means = [line for line in report.differences(results).splitlines() if "+0.2500 ± 0.0000" in line]
+    assert [f"mean of {len(seeds)}" in line for line in means] == [True] * (len(seeds) > 1)
     # The mean of 1/4, 1/2 and 0 with its error over these three, whatever other seeds there are.
     rows = [line for line in report.differences(results).splitlines() if "+0.2500 ± 0.1443" in line]
     assert len(rows) == len(seeds)
@@ -68,7 +70,7 @@ def test_errors_are_said_to_be_over_images_and_not_over_training(report, seeds, 
 
 def test_every_row_of_samples_is_one_of_the_command_and_no_two_are_the_same(samples):
     flags = {name: row.flags for name, row in samples.ROWS.items() if name != "sampling"}
-    configs = [samples.read_flags(f"{told} {samples.COMMON}".split())[0].config for told in flags.values()]
+    configs = [samples.read_flags(f"{samples.COMMON} {told}".split())[0].config for told in flags.values()]
     assert len({str(config) for config in configs}) == len(configs)
 
 
