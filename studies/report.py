@@ -133,7 +133,7 @@ def draw(results: list[dict], path: Path) -> None:
             axes.plot([], [], "o", color=color, markerfacecolor=face, markersize=4, label=f"{noise} dequantization")
         axes.set_yticks(range(len(titles)), titles)
         axes.invert_yaxis()
-        axes.set_xlabel("test bits/dim, importance-weighted (± standard error over images; a mark for each run)")
+        axes.set_xlabel("test bits/dim, importance-weighted (a mark for each run, ± standard error)")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
         axes.legend(framealpha=1, edgecolor="none", loc="upper right")
         write_figure(figure, path, vector=True, dpi=200)
