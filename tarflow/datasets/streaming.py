@@ -142,5 +142,6 @@ def _prepare_reader(worker: int) -> None:
 
 
 def _pass_over_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, ConnectionError | EOFError | AuthenticationError):
+    # One that ends in the midst of a message is an OSError without a kind of its own.
+    if not issubclass(kind, OSError | EOFError | AuthenticationError):
         sys.__excepthook__(kind, error, trace)

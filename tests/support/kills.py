@@ -90,12 +90,17 @@ def check_readable(folder, before):
     return paths
 
 
-def run(folder, kills, sharding, steps, seed=0, longest=12.0):
-    """Train twice, once with processes killed; asserts that both runs are equal, and counts where kills fell."""
+def run(folder, kills, sharding, steps, seed=0, longest=None):
+    """Train twice, once with processes killed; asserts that both runs are equal, and counts where kills fell.
+
+    A try is killed after so many seconds at most, by default less than half of what the undisturbed run takes.
+    """
     draw, moments, known = random.Random(seed), Counter(), []
-    undisturbed = start(folder / "undisturbed", steps, sharding)
+    undisturbed, began = start(folder / "undisturbed", steps, sharding), time.perf_counter()
     printed = undisturbed.communicate(timeout=600)[0]
     assert undisturbed.returncode == 0, printed
+    if longest is None:
+        longest = 0.4 * (time.perf_counter() - began)
     disturbed = start(folder / "disturbed", steps, sharding, restarts=kills)
     saved = folder / "disturbed" / "checkpoints"
     try:
@@ -125,7 +130,7 @@ def cli():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        moments = run(Path(folder), options.kills, options.sharding, options.steps, options.seed)
+        moments = run(Path(folder), options.kills, options.sharding, options.steps, options.seed, longest=12.0)
     done = f"{sum(moments.values())} kills of a process: {', '.join(f'{n} {where}' for where, n in moments.items())}"
     print(f"{done}; no checkpoint was lost or broken, and the weights are those of the undisturbed run, to the bit")
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import tarflow
 from tarflow import datasets
-from tarflow.datasets import ImageDataset, batches, fingerprint, load
+from tarflow.datasets import ImageDataset, batches, fingerprint, load, streaming
 
 DEBIAN = datasets.DEBIAN_FASHION_MNIST
 SUBSET = Path(tarflow.__file__).parent / "data" / "fashion_mnist_subset.npz"
@@ -570,6 +570,26 @@ def test_readers_end_with_the_stream_of_batches(folder, no_collector):
     stream.close()
     assert multiprocessing.active_children() == []
     assert signal.getsignal(signal.SIGCHLD) == before, "a reader that ends could throw at anything that runs"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ConnectionResetError(), False),
+        (EOFError(), False),
+        (OSError("got end of file during message"), False),
+        (multiprocessing.AuthenticationError(), False),
+        (ValueError("an error"), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_reader_is_silent_about_lost_connections_alone(error, shown, monkeypatch, capsys):
+    for name in ("signal", "alarm"):
+        monkeypatch.setattr(signal, name, lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", None)
+    streaming._prepare_reader(0)
+    sys.excepthook(type(error), error, None)
+    assert ("an error" in capsys.readouterr().err) == shown
 
 
 def test_a_reader_that_is_killed_is_one_error_of_a_batch(folder, no_collector):
