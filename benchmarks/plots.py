@@ -3,6 +3,7 @@
 And what is predicted: time per image over batches, and the check of the predictions.
 """
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def sampling(rows: list[Record], path: Path) -> None:
     panels = figure.subplots(-(-len(models) // columns), columns, squeeze=False).flat
     for axes, (model, measured) in zip(panels, models.items(), strict=False):
         _draw_batches(axes, measured)
-        axes.set_title(model, fontsize=8)
+        axes.set_title(textwrap.fill(model, 32), fontsize=8)
     for axes in panels[len(models) :]:
         axes.set_visible(False)
     figure.supylabel("images/s", fontsize=8)
@@ -133,7 +134,7 @@ def prediction(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color="0.9", linewidth=0.5)
-        axes.set_title(model, fontsize=8)
+        axes.set_title(textwrap.fill(model, 32), fontsize=8)
     figure.supylabel("seconds per image", fontsize=8)
     figure.suptitle(title, fontsize=8)
     keys = {key.get_label(): key for axes in panels for key in axes.lines}
