@@ -569,18 +569,20 @@ def test_registration(name, shapes, rest):
     library.opcheck(getattr(torch.ops.tarflow, name).default, (*inputs, *rest))
 
 
-def test_attention_of_bfloat16_has_gradients_in_float32_on_a_cpu_also_under_autocast():
-    """PyTorch's own backward in bfloat16 takes five times as long there, and rounds more."""
+@pytest.mark.parametrize(("length", "error"), [(20, 0.01), (300, 0.0)])
+def test_attention_of_bfloat16_has_the_gradients_of_float32_on_a_cpu_also_under_autocast(length, error):
+    """PyTorch's own backward takes several times as long there, and rounds more."""
     if DEVICE != "cpu":
         pytest.skip("a GPU has kernels")
-    q, k, v, grad = torch.randn(4, 2, 2, 20, 16).bfloat16().unbind()
+    q, k, v, grad = torch.randn(4, 2, 2, length, 16).bfloat16().unbind()
     exact = [tensor.float().requires_grad_() for tensor in (q, k, v)]
     F.scaled_dot_product_attention(*exact, is_causal=True).backward(grad.float())
     with torch.autocast("cpu", torch.bfloat16), use_backend("torch"):
         inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         causal_attention(*inputs).backward(grad)
     for one, other in zip(inputs, exact, strict=True):
-        assert torch.equal(one.grad, other.grad.bfloat16())
+        expected = other.grad.bfloat16()
+        assert torch.linalg.vector_norm(one.grad - expected) <= error * torch.linalg.vector_norm(expected)
 
 
 def test_autocast_reaches_attention_and_leaves_maps():
