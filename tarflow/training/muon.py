@@ -17,7 +17,9 @@ Sources: Jordan et al., *Muon: An optimizer for hidden layers in neural networks
 for LLM training* (arXiv 2502.16982) for the learning rate.
 """
 
+import math
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,6 +32,10 @@ __all__ = ["LayerMuon"]
 
 class LayerMuon(torch.optim.Muon):
     """Muon over the matrices in the layers of a model's transformers; the gradients are those of the model's weights.
+
+    Settings, state and the step itself are those of ``torch.optim.Muon``, which orthogonalizes one matrix after the
+    other, in 15 small products each. Here all matrices of a shape go together: 45 products in a step of the default
+    model in place of 720.
 
     Args:
         model: the model.
@@ -53,19 +59,52 @@ class LayerMuon(torch.optim.Muon):
     def step_unless(self, bad: Tensor) -> None:
         """Do a step, or none where ``bad``, a bool on the device: weights and momenta then stay, to the bit.
 
-        Muon has no switch for that, and gradients of zero would move both. So they are copied before and restored
-        after, without the host looking, at a time when no activations take up memory.
+        The host does not look, and no activations take up memory at that time.
         """
-        for weight, parts in self.matrices:
-            assert weight.grad is not None, "every layer is in the loss"
-            for matrix, gradient in zip(parts, weight.grad.chunk(len(parts)), strict=True):
-                matrix.grad = gradient
-        changing = [*self.weights, *(state["momentum_buffer"] for state in self.state.values())]
-        before = [tensor.clone() for tensor in changing]
-        self.step()
-        for tensor, old in zip(changing, before, strict=True):
-            tensor.copy_(torch.where(bad, old, tensor))
-        self.zero_grad()
+        pairs = [
+            (matrix, gradient)
+            for weight, parts in self.matrices
+            for matrix, gradient in zip(parts, _gradient(weight).chunk(len(parts)), strict=True)
+        ]
+        pairs.sort(key=lambda pair: pair[0].shape)
+        for _, alike in groupby(pairs, key=lambda pair: pair[0].shape):
+            self._move(*zip(*alike, strict=True), bad)
+
+    def _move(self, matrices: tuple[Tensor, ...], gradients: tuple[Tensor, ...], bad: Tensor) -> None:
+        """Move matrices of one shape by their gradients, unless ``bad``."""
+        settings = self.param_groups[0]
+        rate, momentum = settings["lr"], settings["momentum"]
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        weight, average, gradient = map(torch.stack, (matrices, buffers, gradients))
+        new_average = average.lerp(gradient, 1 - momentum)
+        direction = orthogonalize(
+            gradient.lerp(new_average, momentum), settings["ns_coefficients"], settings["ns_steps"], settings["eps"]
+        )
+        size = 0.2 * math.sqrt(max(weight.shape[1:]))
+        new_weight = weight.mul(1 - rate * settings["weight_decay"]).add_(direction, alpha=-rate * size)
+        torch._foreach_copy_([*matrices], [*torch.where(bad, weight, new_weight)])
+        torch._foreach_copy_(buffers, [*torch.where(bad, average, new_average)])
+
+
+def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Bring the singular values of matrices ``(M, rows, columns)`` to about one, by Newton and Schulz in bfloat16.
+
+    ``X <- a X + (b X X^T + c (X X^T)^2) X``, from X of norm one. Singular values end between 0.7 and 1.2 for Muon's
+    coefficients, whose slope at zero is steep, so that five steps do for all but the smallest.
+    """
+    a, b, c = coefficients
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices.bfloat16() if wide else matrices.bfloat16().mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None, "every layer is in the loss"
+    return weight.grad
 
 
 def _layer_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

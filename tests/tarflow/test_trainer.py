@@ -458,6 +458,24 @@ def test_muon_moves_each_map_by_an_orthogonal_matrix_of_the_size_of_a_step_of_ad
     assert checked == 2 * sum(LAYER_MATRICES.values())
 
 
+@torch.no_grad()
+def test_matrices_that_muon_moves_together_move_as_one_by_one():
+    ours, pytorchs = (LayerMuon(build()[0].model, weight_decay=0.1) for _ in range(2))
+    start = [weight.clone() for weight in ours.weights]
+    generator = torch.Generator().manual_seed(0)
+    for muon in (ours, pytorchs):
+        muon.param_groups[0]["lr"] = 0.01
+    for _ in range(3):
+        for weight, (_, parts) in zip(ours.weights, pytorchs.matrices, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            for matrix, gradient in zip(parts, weight.grad.chunk(len(parts)), strict=True):
+                matrix.grad = gradient
+        ours.step_unless(torch.tensor(False))
+        pytorchs.step()
+    for weight, expected, before in zip(ours.weights, pytorchs.weights, start, strict=True):
+        assert torch.linalg.norm(weight - expected) <= 0.02 * torch.linalg.norm(expected - before)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.999])
 def test_the_average_is_its_formula(decay):
     trainer, batches = build(ema_decay=decay, learning_rate=0.01, warmup_steps=0)
