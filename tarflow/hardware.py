@@ -51,7 +51,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # A PyTorch that cannot tell trains a CPU in float32.
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and capabilities.get("amx_bf16", False)
+    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def peak_operations(device: torch.device) -> float | None:
