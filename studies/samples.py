@@ -92,26 +92,26 @@ SWEEP = {
 }
 LEVELLED = {"guidance 3": Guidance(3.0), "guidance 3 in the first block": Guidance(3.0, blocks=1)}
 FORMER = "--patch-size 2 --batch-size 16 --optimizer adamw --learning-rate 1e-3 --warmup-steps 100 --max-steps 2200"
-LONGER = "--max-steps 3000 --warmup-steps 300"
-SMALL = "--channels 64 --max-steps 800"
+SHORTER = "--max-steps 2000 --warmup-steps 200"
+SMALL = "--channels 64 --max-steps 800 --warmup-steps 200"
 
 RECIPES = {
     "default": Row("", BEST, num=2000),
     "default-bfloat16": Row("--precision bfloat16", BEST, num=2000),
-    "longer": Row(LONGER, BEST, num=2000),
+    "shorter": Row(SHORTER, BEST, num=2000),
     "former": Row(
         FORMER, {f"guidance 2, denoised {n}x": Sampling(Guidance(2.0), denoised=n) for n in (1, 2)}, num=2000
     ),
-    "longer-8x1": Row(f"{LONGER} --num-blocks 8 --layers-per-block 1", BEST, num=2000),
-    "deep-shallow": Row("--layers-per-block 1 1 1 5", BEST, num=2000),
-    "itarflow": Row(
-        "--layers-per-block 1 1 1 5 --noise-levels 0.01 0.3",
+    "8x1": Row("--num-blocks 8 --layers-per-block 1", BEST, num=2000),
+    "shorter-deep-shallow": Row(f"{SHORTER} --layers-per-block 1 1 1 5", BEST, num=2000),
+    "shorter-itarflow": Row(
+        f"{SHORTER} --layers-per-block 1 1 1 5 --noise-levels 0.01 0.3",
         {f"{name}, 10 levels": Sampling(guidance, denoised=10) for name, guidance in LEVELLED.items()},
         num=2000,
     ),
 }
 FIGURES = {
-    "sampling": Row(LONGER, SWEEP),  # of the models of the row "longer", which are not trained again
+    "sampling": Row("", SWEEP),  # of the models of the row "default", which are not trained again
     "small": Row(SMALL, NOISY),
     **{f"sigma-{sigma}": Row(f"{SMALL} --sigma {sigma}", NOISY) for sigma in (0.02, 0.05, 0.2)},
     "uniform": Row(f"{SMALL} --noise uniform", USUAL),
@@ -149,7 +149,7 @@ def run(name: str, seed: int, out: Path) -> None:
     if not missing:
         return
     settings, _ = read_flags([*shlex.split(f"{COMMON} {row.flags}"), f"--seed={seed}"])
-    config, folder = settings.config, out / f"{'longer' if name == 'sampling' else name}-{seed}"
+    config, folder = settings.config, out / f"{'default' if name == 'sampling' else name}-{seed}"
     model = trained(config, folder)
     result |= {
         "flags": row.flags,

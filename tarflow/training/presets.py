@@ -78,7 +78,7 @@ PRESETS: dict[str, TrainConfig] = {
         DataConfig(),
         TarFlowConfig(patch_size=4, layers_per_block=2),
         TrainingConfig(
-            max_steps=2000, batch_size=32, optimizer="muon", learning_rate=6e-3, warmup_steps=200,
+            max_steps=3000, batch_size=32, optimizer="muon", learning_rate=6e-3, warmup_steps=300,
             guidance=Guidance(3.0), denoising_steps=2,
         ),
     ),
