@@ -410,6 +410,14 @@ def test_a_published_flowpp_step_is_that_of_adam_on_nats_per_image_clipped_at_no
         assert (flat(trainer.model) - flat(plain)).norm() < 1e-3 * (flat(plain) - begun).norm()
 
 
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_a_cpu_trains_in_bfloat16_as_told_or_where_it_multiplies_in_it(monkeypatch, precision, capabilities):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    expected = any(capabilities.values()) if precision == "auto" else precision == "bfloat16"
+    assert uses_bfloat16(precision, torch.device("cpu")) is expected
+
+
 def test_published_flowpp_trains_in_float32_on_images_as_they_are():
     presets = {name: config for name, config in PRESETS.items() if name.endswith("-flowpp") and "fashion" not in name}
     assert set(presets) == {"cifar10-flowpp", "imagenet32-flowpp", "imagenet64-flowpp"}
