@@ -34,6 +34,7 @@ from tarflow.evaluation import noisy_bits_per_dim
 from tarflow.features import Extractor, load_classifier
 from tarflow.files import atomic_write
 from tarflow.pictures import write_figure
+from tarflow.pretrained import read_config
 from tarflow.reference import Reference
 from tarflow.samples import Sampler, draw_labels, score_samples
 from tarflow.training.config import TrainConfig
@@ -169,8 +170,13 @@ def run(name: str, seed: int, out: Path) -> None:
 
 
 def trained(config: TrainConfig, folder: Path) -> ImageFlow:
-    """Load the model of a run that has ended, or train it, or go on with its training."""
+    """Load the model of a run that has ended, or train it, or go on with its training.
+
+    ValueError where the run is of other settings, as those of a row were before it was changed.
+    """
     if (folder / "trajectory.png").exists():  # a run writes it last
+        if read_config(folder)["train"] != json.loads(json.dumps(config.config_dict())):
+            raise ValueError(f"out: expected the run in {folder} to have the settings of its row; it has others")
         return ImageFlow.from_pretrained(folder)
     return train(config, folder, resume=folder.exists())
 

@@ -25,8 +25,6 @@ from .derivatives import differentiated_again, gradients_of
 
 __all__ = ["causal_attention"]
 
-FEW_TOKENS = 256
-
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, temperature: float | Tensor = 1.0, scale: float | None = None
@@ -72,16 +70,13 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scal
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> Tensor:
-    dtype, trains_on_cpu = q.dtype, q.device.type == "cpu" and torch.is_grad_enabled()
-    q = scale_queries(q, temperature)
+    dtype = q.dtype
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # PyTorch's backward for bfloat16 on a CPU takes five times as long as the one for float32.
+        q, k, v = in_full_precision(q, k, v)
     with torch.autocast(q.device.type, enabled=False):  # which would cast them back
-        # PyTorch's backward for bfloat16 on a CPU takes several times as long as the one for float32. Few tokens do
-        # best by products in bfloat16 that keep all probabilities.
-        if trains_on_cpu and dtype == torch.bfloat16 and q.shape[2] <= FEW_TOKENS:
-            return _attend(q * scale, k, v)
-        if trains_on_cpu:
-            q, k, v = in_full_precision(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).to(dtype)
+        out = F.scaled_dot_product_attention(scale_queries(q, temperature), k, v, is_causal=True, scale=scale)
+    return out.to(dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -116,14 +111,11 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None = None
     """The same attention of operators that can be differentiated any number of times."""
     dtype = q.dtype
     q, k, v = in_full_precision(q, k, v)
-    return _attend(scale_queries(q, temperature) * scale, k, v).to(dtype)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend by stock operators, the logits being ``q k^T`` of queries that are scaled already."""
-    logits = q @ k.mT
+    logits = q @ k.mT * scale
+    if temperature is not None:
+        logits = logits / temperature.view(-1, 1, 1, 1)
     later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return logits.masked_fill_(later, float("-inf")).softmax(-1) @ v
+    return (logits.masked_fill(later, float("-inf")).softmax(-1).to(v.dtype) @ v).to(dtype)
 
 
 def empty_forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ __all__ = ["LayerMuon"]
 class LayerMuon(torch.optim.Muon):
     """Muon over the matrices in the layers of a model's transformers; the gradients are those of the model's weights.
 
-    Settings, state and the step itself are those of ``torch.optim.Muon``, which orthogonalizes one matrix after the
+    State and step are those of ``torch.optim.Muon`` with Nesterov's momentum, which orthogonalizes one matrix after the
     other, in 15 small products each. Here all matrices of a shape go together: 45 products in a step of the default
     model in place of 720.
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.testing import assert_close
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -74,6 +75,16 @@ def test_every_row_of_samples_is_one_of_the_command_and_no_two_are_the_same(samp
     assert len({str(config) for config in configs}) == len(configs)
 
 
+def test_every_score_of_samples_is_of_a_row_as_it_is_now(samples):
+    results = [json.loads(path.read_text()) for path in (STUDIES / "results" / "samples").glob("*.json")]
+    assert results
+    for result in results:
+        row = samples.ROWS[result["name"]]
+        settings = samples.read_flags(f"{samples.COMMON} {row.flags}".split())[0].config.training
+        assert (result["flags"], result["steps"]) == (row.flags, settings.max_steps)
+        assert result["scores"].keys() <= row.samplings.keys()
+
+
 TINY = "--patch-size 7 --channels 64 --num-blocks 2 --layers-per-block 1 --max-steps 2 --device cpu"
 
 
@@ -108,6 +119,14 @@ def test_a_row_is_trained_and_scored_once_for_each_seed_and_reported(samples, mo
     assert page.endswith("after\n")
     assert "old" not in page
     assert (tmp_path / "PICTURE").stat().st_size
+
+
+def test_a_run_of_other_settings_is_not_scored_for_a_row(samples, tmp_path):
+    one, other = (samples.read_flags(f"{TINY} --seed {seed}".split())[0].config for seed in (0, 1))
+    weights = [samples.trained(one, tmp_path / "run").state_dict() for _ in range(2)]  # the second time as it was left
+    assert_close(*weights, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"out: expected the run in .* to have the settings of its row"):
+        samples.trained(other, tmp_path / "run")
 
 
 def test_a_deviation_is_that_of_a_sample_of_seeds(samples):
