@@ -61,28 +61,30 @@ class LayerMuon(torch.optim.Muon):
 
         The host does not look, and no activations take up memory at that time.
         """
-        pairs = [
+        pairs: list[tuple[Tensor, Tensor]] = [
             (matrix, gradient)
             for weight, parts in self.matrices
             for matrix, gradient in zip(parts, _gradient(weight).chunk(len(parts)), strict=True)
         ]
         pairs.sort(key=lambda pair: pair[0].shape)
         for _, alike in groupby(pairs, key=lambda pair: pair[0].shape):
-            self._move(*zip(*alike, strict=True), bad)
+            self._move([*alike], bad)
 
-    def _move(self, matrices: tuple[Tensor, ...], gradients: tuple[Tensor, ...], bad: Tensor) -> None:
-        """Move matrices of one shape by their gradients, unless ``bad``."""
+    def _move(self, pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> None:
+        """Move matrices of one shape by their gradients, given in pairs, unless ``bad``."""
         settings = self.param_groups[0]
         rate, momentum = settings["lr"], settings["momentum"]
+        matrices = [matrix for matrix, _ in pairs]
         buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        weight, average, gradient = map(torch.stack, (matrices, buffers, gradients))
+        weight, average = torch.stack(matrices), torch.stack(buffers)
+        gradient = torch.stack([gradient for _, gradient in pairs])
         new_average = average.lerp(gradient, 1 - momentum)
         direction = orthogonalize(
             gradient.lerp(new_average, momentum), settings["ns_coefficients"], settings["ns_steps"], settings["eps"]
         )
         size = 0.2 * math.sqrt(max(weight.shape[1:]))
         new_weight = weight.mul(1 - rate * settings["weight_decay"]).add_(direction, alpha=-rate * size)
-        torch._foreach_copy_([*matrices], [*torch.where(bad, weight, new_weight)])
+        torch._foreach_copy_(matrices, [*torch.where(bad, weight, new_weight)])
         torch._foreach_copy_(buffers, [*torch.where(bad, average, new_average)])
 
 
