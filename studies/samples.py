@@ -81,6 +81,8 @@ SWEEP = {
     **{f"linear {w}": guided(w) for w in WEIGHTS},
     **{f"constant {w}": guided(w, schedule="constant") for w in (1, 2, 4)},
     **{f"{parameters} 3": guided(3, parameters=parameters) for parameters in ("alpha", "mu")},
+    "linear 3 in the first block": guided(3, blocks=1),
+    "constant 1 in the first block": guided(1, schedule="constant", blocks=1),
     **{f"linear 3, denoised {n}x": Sampling(Guidance(3.0), denoised=n) for n in (0, 1, 3, 5)},
     "no labels": Sampling(labels=False),
     **{
