@@ -26,6 +26,7 @@ DIFFERENCES = {
     "no variational dequantization": ("flowpp-uniform", "flowpp-variational"),
     "no mixture": ("flowpp-affine", "flowpp-variational"),
     "no attention": ("flowpp-without-attention", "flowpp-variational"),
+    "no attention, half as wide": ("flowpp-half-without-attention", "flowpp-half"),
     "TarFlow: no mixture (uniform)": ("tarflow-uniform", "tarflow-mixture-uniform"),
     "TarFlow: no mixture (variational)": ("tarflow-variational", "tarflow-mixture-variational"),
     "TarFlow affine: uniform": ("tarflow-uniform", "tarflow-variational"),
@@ -115,7 +116,7 @@ def draw(results: list[dict], path: Path) -> None:
     """Draw bits/dim by model after the usual number of steps, hollow for uniform and filled for variational noise."""
     titles = list(dict.fromkeys(row.title for row in ROWS.values()))
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6.2, 2.6), layout="constrained")
+        figure = Figure(figsize=(6.2, 3.0), layout="constrained")
         axes = figure.subplots()
         for result in results:
             if steps_of(result) != TRAINING.max_steps:
@@ -133,9 +134,9 @@ def draw(results: list[dict], path: Path) -> None:
             axes.plot([], [], "o", color=color, markerfacecolor=face, markersize=4, label=f"{noise} dequantization")
         axes.set_yticks(range(len(titles)), titles)
         axes.invert_yaxis()
-        axes.set_xlabel("test bits/dim, importance-weighted (a mark for each run, ± standard error)")
+        axes.set_xlabel("test bits/dim, importance-weighted; each run ± standard error")
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
-        axes.legend(framealpha=1, edgecolor="none", loc="upper right")
+        axes.legend(framealpha=1, edgecolor="none", loc="lower right")
         write_figure(figure, path, vector=True, dpi=200)
 
 
