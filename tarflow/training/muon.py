@@ -92,8 +92,8 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
     """Bring the singular values of matrices ``(M, rows, columns)`` to about one, by Newton and Schulz in bfloat16.
 
     ``X <- a X + (b X X^T + c (X X^T)^2) X``, from X of Frobenius norm one, transposed if it is tall; the result is
-    bfloat16. Singular values end between 0.7 and 1.2 for Muon's
-    coefficients, whose slope at zero is steep, so that five steps do for all but the smallest.
+    bfloat16. Singular values end between 0.7 and 1.2 for Muon's coefficients, whose slope at zero is steep, so that
+    five steps do for all but the smallest.
     """
     a, b, c = coefficients
     wide = matrices.shape[1] <= matrices.shape[2]

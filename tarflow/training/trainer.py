@@ -210,8 +210,8 @@ class Trainer:
 
         Where the noise is learned, the model makes it: then these are the pixels, and in place of None the normal
         numbers that it makes the noise of. The level is drawn uniformly for a model with noise levels, and None for any
-        other. The images may be the share of a process, those at every ``num_ranks``-th
-        place of a batch from ``rank`` on: they get the random numbers that they would get in the batch.
+        other. The images may be the share of a process, those at every ``num_ranks``-th place of a batch from ``rank``
+        on: they get the random numbers that they would get in the batch.
         """
         config = self.config.training
         pixels, labels = pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
