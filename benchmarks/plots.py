@@ -250,9 +250,10 @@ def _label(row: Record) -> str:
 
 
 def _title(rows: list[Record]) -> str:
-    latest = max(rows, key=lambda row: row["measured"])
-    machine, dtypes = latest["machine"], sorted({row["dtype"] for row in rows})
-    return f"{machine['device']}, {', '.join(dtypes)}, torch {machine['torch']}, commit {machine['commit']}"
+    machines = [row["machine"] for row in sorted(rows, key=lambda row: row["measured"])]
+    commits, dtypes = dict.fromkeys(machine["commit"] for machine in machines), sorted({row["dtype"] for row in rows})
+    latest = machines[-1]
+    return f"{latest['device']}, {', '.join(dtypes)}, torch {latest['torch']}, commit {', '.join(commits)}"
 
 
 def _write(figure: Figure, path: Path) -> None:
