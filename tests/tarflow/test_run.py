@@ -515,9 +515,12 @@ def test_a_second_interrupt_is_one_line(monkeypatch, capsys):
         assert capsys.readouterr().err == f"tarflow train: {line}\n"
 
 
-# Interrupts itself when it begins to import tarflow, which takes seconds.
+# Interrupts itself when it begins to import tarflow, which takes seconds. A job that a script runs in the background
+# ignores interrupts, and so would this process, which would train.
 IMPATIENT = """
 import os, runpy, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
