@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkout
 import device as devices
 import models
+import plots
 import records
 import sampling
 import training
@@ -136,3 +137,12 @@ def test_gradients_of_the_published_model_are_compared_in_our_order_and_shapes()
     collected = checkout.gradients(SimpleNamespace(named_parameters=theirs.items), model)
     assert all(map(torch.equal, collected, ours.values()))
     assert len(collected) == len(ours)
+
+
+def test_a_plot_names_every_commit_that_its_rows_are_of_in_the_order_of_measurement():
+    machine = {"device": "a CPU", "torch": "2.13.0"}
+    rows = [
+        {"measured": day, "dtype": "float32", "machine": machine | {"commit": commit}}
+        for day, commit in (("2026-11-03", "ccc"), ("2026-11-01", "aaa"), ("2026-11-02", "aaa"))
+    ]
+    assert plots._title(rows) == "a CPU, float32, torch 2.13.0, commit aaa, ccc"
