@@ -15,6 +15,7 @@ import device as devices
 import records
 import rows
 from row import Row
+from tarflow.hardware import keep_freed_memory
 
 # It needs Triton, and has nothing to be collected.
 collect_ignore = ["rehearsal.py"]
@@ -32,7 +33,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Start the clock."""
+    """Keep freed memory, as every command of tarflow does, and start the clock."""
+    keep_freed_memory()
     checkout.use(config.option)
     config.stash[MEASURED] = {}
     config.stash[BEGAN] = time.perf_counter()

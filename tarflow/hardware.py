@@ -1,5 +1,6 @@
 """The device at hand: which one, whether it gains from bfloat16, how much memory it has and what fits into it."""
 
+import ctypes
 import os
 import sys
 
@@ -10,6 +11,7 @@ __all__ = [
     "check_memory",
     "chunk_size",
     "free_bytes",
+    "keep_freed_memory",
     "peak_operations",
     "pick_device",
     "total_bytes",
@@ -82,6 +84,22 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 4 * 2**30
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of tensors that are freed on a CPU, for those that come next.
+
+    By itself glibc gives activations back to the system, and those that come next pay a page fault for every 4 kB: up
+    to two fifths of an evaluation, and a sixth of a training step in bfloat16. Kept are tensors of up to 32 MB, the
+    most that glibc can be asked for. This is a setting of the whole process, so it is for programs to make; what the
+    environment says (``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``) stays. Other C libraries are left as they
+    are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # Each option has the number that malloc.h gives it.
+    for option, variable, value in ((-3, "MALLOC_MMAP_THRESHOLD_", 32 * 2**20), (-1, "MALLOC_TRIM_THRESHOLD_", -1)):
+        if mallopt and variable not in os.environ:
+            mallopt(option, value)
 
 
 def total_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..hardware import keep_freed_memory
 from ..training.interruptions import TrainingDiverged, is_out_of_memory
 from .parsing import UsageError
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tarflow: error: command: expected one of {', '.join(COMMANDS)}; got {name!r}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
+    keep_freed_memory()
     try:
         command.run(arguments)
     except (ValueError, OSError, ImportError, TrainingDiverged) as error:

@@ -1,6 +1,10 @@
 """What training takes is counted: operations by what runs, memory by what is held, shares of time by a profile."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -89,3 +93,32 @@ def test_the_published_model_of_imagenet_fits_eight_devices_at_its_published_bat
     config, training = PRESETS["imagenet64-cond"].model, PRESETS["imagenet64-cond"].training
     needed = memory(config, training, 466_000_000, 8, 1, itemsize=2)
     assert sum(needed.values()) < 80e9
+
+
+KEPT = """
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from tarflow.cli import main
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+main(["sample", "nowhere"])
+before = resident()
+tensors = [torch.ones(2_000_000) for _ in range(20)]
+del tensors
+print((resident() - before) / 160e6)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize(
+    ("environment", "least", "most"), [({}, 0.9, 1.1), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, -0.1, 0.1)]
+)
+def test_a_command_keeps_the_memory_of_freed_tensors_unless_the_environment_says_otherwise(environment, least, most):
+    plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+    found = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, env=plain | environment)
+    assert least < float(found.stdout) < most
