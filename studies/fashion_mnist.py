@@ -20,6 +20,7 @@ import torch
 from tarflow import DequantizerConfig, FlowPPConfig, Guidance, ImageFlow, TarFlowConfig, datasets
 from tarflow.evaluation import Estimate, dequantized_bits_per_dim
 from tarflow.files import atomic_write
+from tarflow.hardware import keep_freed_memory
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
 from tarflow.training.run import train
 
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     command = parser.parse_args()
+    keep_freed_memory()
     for name in command.names or ROWS:
         run(name, command.steps, command.seed, command.out)
 

@@ -33,6 +33,7 @@ from tarflow.denoising import Denoising
 from tarflow.evaluation import noisy_bits_per_dim
 from tarflow.features import Extractor, load_classifier
 from tarflow.files import atomic_write
+from tarflow.hardware import keep_freed_memory
 from tarflow.pictures import write_figure
 from tarflow.pretrained import read_config
 from tarflow.reference import Reference
@@ -137,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/samples"), help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="write the tables and the picture, and run nothing")
     command = parser.parse_args(arguments)
+    keep_freed_memory()
     for seed in [] if command.report else command.seeds:
         for name in command.names or ROWS:
             run(name, seed, command.out)
