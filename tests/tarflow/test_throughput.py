@@ -89,6 +89,24 @@ def test_utilization_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
                 assert row["model_flop_utilization"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("itemsize", "more"), [(4, 1.0), (2, 1.25)])  # attention stays float32 on a CPU
+def test_the_memory_of_activations_is_what_autograd_keeps(itemsize, more):
+    config = TarFlowConfig(patch_size=4, channels=64, num_blocks=1, layers_per_block=6)
+    model, kept = TarFlow(config), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=itemsize == 2):
+        model(torch.zeros(64, 1, 28, 28))
+    found = sum(size for address, (_, size) in kept.items() if address not in weights)
+    assert found / 64 == pytest.approx(more * config.activation_bytes(itemsize), rel=0.1)
+
+
 def test_the_published_model_of_imagenet_fits_eight_devices_at_its_published_batch():
     config, training = PRESETS["imagenet64-cond"].model, PRESETS["imagenet64-cond"].training
     needed = memory(config, training, 466_000_000, 8, 1, itemsize=2)
