@@ -1,12 +1,14 @@
 """Links lead somewhere, generated tables are those of the results, and the first code that a reader sees runs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import predictions
 import records
 import report
 from tarflow import datasets
@@ -66,6 +68,24 @@ def test_a_page_has_the_tables_of_what_is_measured_beside_published_code(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     results = {path.stem: records.load(path) for path in sorted(records.FOLDER.glob("*.json"))}
     assert report.PAGES[name](text, results) == text
+
+
+def test_the_python_of_the_front_page_runs():
+    """On the model that ships with tarflow in the place of a run."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("runs/fashion-mnist", str(SHIPPED))
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    assert names["z"].shape == (10, 49, 16)
+    assert (names["y"] - names["x"]).std().item() == pytest.approx(0.1, rel=0.1)
+    assert names["log_prob"].isfinite().all()
+    assert names["bound"].isfinite().all()
+
+
+def test_the_page_of_predictions_is_what_is_predicted(tmp_path, monkeypatch):
+    """``python benchmarks/predictions.py`` writes it."""
+    monkeypatch.setattr(sys, "argv", ["predictions.py", "--docs", str(tmp_path)])
+    predictions.main()
+    assert (tmp_path / "predictions.md").read_text() == (ROOT / "docs" / "predictions.md").read_text()
 
 
 def test_the_python_of_the_quickstart_runs(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ So, forward, the result maps to latents each of which differs from the one asked
 the inverse, but for rounding, of latents that nobody could tell from those drawn; an error has no way to build up along
 the sequence. That holds for either transform, for each block of a stack and the latents that it is given, and under
 guidance for the guided map. (Rounding is that of the layers' precision: what is within ``eps |x_i|`` of F(x)_i, or by
-so much beyond the bound of an affine map, passes too, which is nothing in float32; in bfloat16, where that of the
+so much beyond the bound of an affine map, passes too, some 1e-5 in float32; in bfloat16, where that of the
 sequential decoder is as large, it keeps the iteration from chasing noise.) In tokens, the distance from the sequential
 decoder is the tolerance times the condition of the inverse: for a trained affine model of four blocks less than once
 the tolerance in root mean square, and at most :data:`DISTANCE` times for any one value. Between two sharp components of

@@ -304,7 +304,7 @@ def _launch(phase, kernel, owned, tensors, strides, temperature, scale):
 
 
 def fallback(phase: str, itemsize: int, block_d: int, length: int) -> Config:
-    """The configuration where nobody has tuned: the fastest that :mod:`..hopper` predicts and that fits 99 KB.
+    """The configuration where nobody has tuned: the fastest that :mod:`..hopper` predicts and that fits 99 KB on sm_80.
 
     Some spill a few registers on sm_90, where more programs side by side are predicted to be worth more: those of
     bfloat16 gradients for heads of 64, and of the forward kernel for padded heads of 96.
