@@ -112,10 +112,11 @@ def _all_scores(
 ) -> dict[str, Tensor]:
     """Compute the scores of a batch, one number an image, ``(B,)``."""
     conditions, size, scores = labels if model.config.num_classes else None, len(pixels), {}
+    kind = "latents" if pixels.is_floating_point() else "images"
     for level in model.noise_levels or ([sigma] if sigma else []):
-        name = f"bits/dim of images with Gaussian noise of sigma {level:g} (a density, comparable at equal sigma only)"
+        name = f"bits/dim of {kind} with Gaussian noise of sigma {level:g} (a density, comparable at equal sigma only)"
         scores[name] = _noisy_bits(model, pixels, conditions, level, size, generator)
-    if model.noise_levels is None:
+    if model.noise_levels is None and kind == "images":
         one_sample, weighted = dequantized_bits_per_dim(model, pixels, conditions, num_samples, size, generator)
         noise = "uniform" if model.dequantizer is None else "variational"
         name = f"bits/dim of 8-bit images, {noise} dequantization"

@@ -47,6 +47,8 @@ def run(arguments: Sequence[str]) -> None:
     command, _ = parse(Statistics, arguments)
     check_file("out", command.out)
     check_resize(command.dataset, command.resize)
+    if command.dataset == "latents":
+        raise ValueError("dataset: expected images, whose features are compared; got latents")
     check_seed(command.seed)
     batch_size = at_least_one("batch_size", command.batch_size)
     with processes.connected(command.device):

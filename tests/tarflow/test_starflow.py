@@ -217,6 +217,24 @@ def test_a_run_on_latents_has_their_texts_and_goes_on_with_them(latents, tmp_pat
     assert train(more, tmp_path / "run", resume=True) is not None
 
 
+@pytest.mark.parametrize("levels", [None, (0.1, 0.3)])
+def test_a_run_on_latents_is_scored_as_a_density(latents, tmp_path, levels):
+    config = small(latents)
+    train(replace(config, model=replace(config.model, noise_levels=levels)), tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run"), "--num-images=8", "--device=cpu"]) == 0
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())["scores"]
+    noisy = [name for name in scores if name.startswith("bits/dim of latents with Gaussian noise of sigma")]
+    assert len(noisy) == (2 if levels else 1)
+    assert not [name for name in scores if "8-bit" in name]
+    assert "accuracy of classification by Bayes' rule" in scores
+
+
+def test_there_are_no_statistics_of_latents(latents, capsys):
+    arguments = ["statistics", "latents", f"--data-dir={latents}", "--out=statistics.npz"]
+    assert main(arguments) == 1
+    assert "dataset: expected images, whose features are compared; got latents" in capsys.readouterr().err
+
+
 def test_latents_have_no_bins_to_fill(latents):
     config = replace(small(latents), training=TrainingConfig(noise="uniform", max_steps=1))
     with pytest.raises(ValueError, match=r"^noise: expected gaussian for latents, which fill no bins; got uniform"):
