@@ -163,8 +163,8 @@ class Log:
         row["share_of_time_waiting_for_data"] = self.waited / seconds
         row |= self._measured
         self._measured = {}
-        if torch.cuda.is_available():
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         row["learning_rate"] = learning_rate
         self._since, self._since_step, self.waited = now, step, 0.0
         self._note_steps(steps, seconds)
@@ -229,7 +229,7 @@ class Log:
         sound = isinstance(measures, dict) and set(measures) == set(MEASURES)
         if not sound or any(not isinstance(part, Tensor) or part.dim() != 1 for part in measures.values()):
             raise ValueError(f"state.measures: expected a tensor (n,) for each of {', '.join(MEASURES)}")
-        steps = zip(*(measures[name] for name in MEASURES), strict=True)
+        steps = zip(*(measures[name].to(self.device) for name in MEASURES), strict=True)
         self.pending = [dict(zip(MEASURES, step, strict=True)) for step in steps]
 
 

@@ -84,6 +84,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> ImageFlow:
             if resume:
                 with processes.together():
                     run.resume()
+                # Of a folder that is not shared, or not yet listed as it is, each would go on from another step.
+                processes.check_same("last checkpoint", str(trainer.step))
             batches = datasets.batches(
                 train_set,
                 config.training.batch_size,

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from tarflow import TarFlow, datasets, processes
 from tarflow.cli import main, shards
+from tarflow.training.run import Run
 from tarflow.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -90,6 +91,11 @@ def bad_samples():
         return images
 
     return in_one(TarFlow, "sample", harmed)
+
+
+def unshared():
+    """The process finds no checkpoint, as in a folder of its own."""
+    return in_one(Run, "resume", lambda run: None)
 
 
 def die_in_a_save(number=2):

@@ -166,6 +166,7 @@ def runs(tmp_path_factory):
 
     assert main(sample(folder, "by one")) == 0
     write_few_images(folder / "few")
+    shutil.copytree(folder / "one", folder / "not shared")
     for name in "by one", "by two", "by four", "in part":
         shutil.copytree(folder / "one", folder / f"scored {name}")
     assert main(evaluate(folder, "scored by one")) == 0
@@ -186,6 +187,7 @@ def runs(tmp_path_factory):
         ("scored in part", evaluate(folder, "scored in part"), {"harm": "bad_samples"}),
         ("one file", sample(folder, "picture.png"), {}),
         ("resumed by two", ["train", f"--resume={folder / 'resumed'}", "--max-steps=14"], {}),
+        ("not shared", ["train", f"--resume={folder / 'not shared'}", "--max-steps=24"], {"harm": "unshared"}),
         ("nan", train(folder / "nan", TARFLOW), {"harm": "nan"}),
         ("nan sharded", train(folder / "nan sharded", TARFLOW, FULL), {"harm": "nan"}),
         ("terminated", train(folder / "terminated", TARFLOW), {"harm": "stop"}),
@@ -241,6 +243,13 @@ def test_a_run_goes_on_with_other_numbers_of_devices_and_another_sharding(runs):
     assert_same(runs, "resumed", "one")
     names = [path.name for path in checkpoints.checkpoints(runs.folder / "resumed" / "checkpoints")]
     assert names == ["step-00000014", "step-00000016.pt", "step-00000020.pt"]
+
+
+def test_processes_that_find_different_checkpoints_do_not_go_on(runs):
+    assert runs.statuses("not shared") == [1, 1]
+    message = "last checkpoint: expected the same in all processes; process 1 has others"
+    assert "\n".join(runs.printed).count(f"tarflow train: error: {message}") == 1
+    assert runs.rows("not shared") == runs.rows("one")
 
 
 @pytest.mark.parametrize("name", ["nan", "nan sharded"])

@@ -38,7 +38,7 @@ from tarflow.training.interruptions import TrainingDiverged, stop_signals
 from tarflow.training.log import Log
 from tarflow.training.presets import PRESETS
 from tarflow.training.run import Run, train
-from tarflow.training.trainer import Trainer
+from tarflow.training.trainer import MEASURES, Trainer
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 # With a warm-up longer than any run, no learning rate depends on max_steps. So a run that is to be killed needs no end
@@ -332,6 +332,13 @@ def test_the_time_left_is_what_the_run_then_takes(tmp_path, monkeypatch):
     for step in range(6, 31):  # at which an evaluation, a picture and a checkpoint have been made
         estimate, at = left[step]
         assert estimate == pytest.approx(finished[0] - at), step
+
+
+def test_measures_of_a_checkpoint_go_to_the_device_that_trains(tmp_path):
+    log = Log(tmp_path, TrainingConfig(), torch.device("meta"), PRESETS["fashion-mnist"].model)
+    log.load_state_dict({name: torch.zeros(7) for name in MEASURES})  # as a checkpoint is read, to the CPU
+    assert len(log.pending) == 7
+    assert {measure.device.type for row in log.pending for measure in row.values()} == {"meta"}
 
 
 @pytest.mark.parametrize(("hours", "seconds"), [(0.1, 20.0), (10, 360.0)])
