@@ -118,13 +118,20 @@ def register_opaque(schema: str, run: Callable, *, fake: Callable) -> Callable:
 
 
 def launcher(module: str, name: str) -> Callable:
-    """The launcher of that name in ``triton/<module>.py``, which imports it, and Triton with it, when it first runs."""
+    """The launcher of that name in ``triton/<module>.py``, which imports it, and Triton with it, when it first runs.
+
+    It runs on the device of its first tensor: Triton launches on the current one, whatever its arguments are on.
+    """
 
     @functools.cache
     def find() -> Callable:
         return getattr(importlib.import_module(f".triton.{module}", __package__), name)
 
-    return lambda *args: find()(*args)
+    def launch(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return find()(*args)
+
+    return launch
 
 
 def call(name: str, *args: Any) -> Any:

@@ -1,6 +1,8 @@
 """The choice of backend: by the device or by name, in its thread, under the compiler, in a CUDA graph."""
 
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,26 @@ def test_a_compiler_meets_the_registered_op_unless_a_backend_is_forced():
     with use_backend("reference"):
         compiled(torch.ones(2, 3))
     assert seen == [True, False]
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_first_tensor(monkeypatch):
+    current = []
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.append(self.tensor)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    kernels = SimpleNamespace(double=lambda x, y: (current[-1] is x, x + y))
+    monkeypatch.setitem(sys.modules, "tarflow_kernels.triton.doubles", kernels)
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    assert dispatch.launcher("doubles", "double")(torch.ones(()), 1) == (True, 2)
+    assert current == []
 
 
 @every_op
