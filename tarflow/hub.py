@@ -3,6 +3,7 @@
 :mod:`tarflow.pretrained` reads them: ``from_pretrained("owner/name")``.
 """
 
+import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["CARD", "model_card", "push"]
 
 CARD = "README.md"
-FILES = ["config.json", "model.safetensors", calibration.FILE, CARD, "samples.png"]
+OPTIONAL = [calibration.FILE, "samples.png"]
+FILES = ["config.json", "model.safetensors", CARD, *OPTIONAL]
+SIGNATURE = "\n<!-- written by tarflow push, sha256 "
 
 
 def push(
@@ -37,39 +40,48 @@ def push(
     """Publish a folder that holds a model, and return the address of the commit.
 
     What is sent are its ``config.json``, ``model.safetensors``, ``calibration.json``, ``samples.png`` and the card,
-    ``README.md``, which is written into the folder where there is none.
+    ``README.md``, which is written into the folder, unless there is one that somebody else has written or changed. Of
+    a repository that has been published to before, a calibration or picture that the folder has no more is removed.
 
     Args:
         model: the model in the folder.
         folder: a folder of ``save_pretrained``, or of a training run.
         repo_id: ``"owner/name"``, a repository that is made where there is none.
-        license: for a card that is to be written: the license of the model, such as ``"mit"``.
+        license: for a card that is to be written: the license of the model, such as ``"mit"``; by default that of the
+            card that was written before.
         private, token, branch, create_pr, commit_message: as ``huggingface_hub.PyTorchModelHubMixin`` takes them.
 
     Raises:
-        ValueError: a card is to be written and there is no license; a repo_id that is none.
+        ValueError: a card is to be written and there is no license; there is a license beside a card that is not to be
+            written; a repo_id that is none.
         ImportError: without huggingface_hub.
         OSError: the hub refuses, or is not reached.
     """
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, ModelCard
         from huggingface_hub.errors import HTTPError
     except ImportError as error:
         raise ImportError('publishing a model needs huggingface_hub: pip install "tarflow[hub]"') from error
     folder = Path(folder)
-    has_card = (folder / CARD).exists()
-    if not has_card and license is None:
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else None
+    writes = card is None or _is_signed(card)
+    if writes and license is None:
+        license = ModelCard(card).data.get("license") if card else None
+    if writes and license is None:
         raise ValueError("license: expected that of the model, such as mit, for its card; got none")
+    if not writes and license is not None:
+        raise ValueError(f"license: expected none beside {folder / CARD}, which is sent as it is; got {license}")
     api = HfApi(token=token)
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not has_card:
+        if writes:
             with atomic_write(folder / CARD) as path:
-                path.write_text(model_card(model, repository, str(license), _scores(folder)), encoding="utf-8")
+                path.write_text(_sign(model_card(model, repository, str(license), _scores(folder))), encoding="utf-8")
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             allow_patterns=FILES,
+            delete_patterns=OPTIONAL,
             revision=branch,
             create_pr=create_pr,
             commit_message=commit_message,
@@ -97,6 +109,16 @@ def model_card(model: "ImageFlow", repo_id: str, license: str, scores: str = "")
         lines.append(f"Classes: {', '.join(names)}.")
     title, description = repo_id.rpartition("/")[2], "\n".join(lines)
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{description}\n\n{_usage(model, repo_id)}{scores}"
+
+
+def _sign(card: str) -> str:
+    """Add the line by which a card that nobody has changed is known."""
+    return f"{card}{SIGNATURE}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def _is_signed(text: str) -> bool:
+    card, signature, _ = text.rpartition(SIGNATURE)
+    return bool(signature) and text == _sign(card)
 
 
 def _usage(model: "ImageFlow", repo_id: str) -> str:

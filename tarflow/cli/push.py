@@ -22,7 +22,7 @@ class Push:
     repository: tyro.conf.Positional[str]
     """owner/name, which is made where there is none"""
     license: str | None = None
-    """license of the model, such as mit, for its card; not needed where the folder has a README.md, which then is it"""
+    """license of the model, such as mit, for its card; that of the card before, where the folder has one"""
     private: bool = False
     """whether a repository that is made is private"""
 

@@ -38,8 +38,13 @@ def hub(tmp_path, monkeypatch):
         asked.append(("create", repo_id, private, exist_ok))
         return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, revision, create_pr, commit_message):
+    def upload_folder(
+        self, *, repo_id, folder_path, allow_patterns, delete_patterns, revision, create_pr, commit_message
+    ):
         asked.append(("upload", revision, create_pr, self.token))
+        there = [path.name for path in (place / repo_id / (revision or "main")).glob("*")]
+        for name in filter_repo_objects(there, allow_patterns=delete_patterns):
+            (place / repo_id / (revision or "main") / name).unlink()
         names = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
             target = place / repo_id / (revision or "main") / name
@@ -195,6 +200,31 @@ def test_a_card_that_is_there_is_left_as_it_is(hub, run):
     assert cli.main(["push", str(run), "someone/model"]) == 0
     assert (run / "README.md").read_text() == "my words"
     assert (hub.place / "someone" / "model" / "main" / "README.md").read_text() == "my words"
+
+
+def test_a_model_that_is_pushed_again_has_a_card_and_files_of_its_own(hub, run):
+    write_scores(run, weights_digest(run))
+    (run / "calibration.json").write_text("[]")
+    assert cli.main(["push", str(run), "someone/model", "--license=mit"]) == 0
+    other = conditional()
+    other.save_pretrained(run, **METADATA)  # which removes the calibration of the weights before
+    write_scores(run, "of others")
+    assert cli.main(["push", str(run), "someone/model"]) == 0
+    assert card_of(hub).data.license == "mit"
+    assert "Scores" not in card_of(hub).text
+    assert not (hub.place / "someone" / "model" / "main" / "calibration.json").exists()
+    assert cli.main(["push", str(run), "someone/model", "--license=apache-2.0"]) == 0
+    assert card_of(hub).data.license == "apache-2.0"
+
+
+def test_a_card_that_somebody_has_changed_is_left_as_it_is(hub, run, capsys):
+    assert cli.main(["push", str(run), "someone/model", "--license=mit"]) == 0
+    changed = (run / "README.md").read_text().replace("# model", "# my model")
+    (run / "README.md").write_text(changed)
+    assert cli.main(["push", str(run), "someone/model", "--license=apache-2.0"]) == 1
+    assert "license: expected none beside" in capsys.readouterr().err
+    assert cli.main(["push", str(run), "someone/model"]) == 0
+    assert (hub.place / "someone" / "model" / "main" / "README.md").read_text() == changed
 
 
 def test_a_new_card_needs_a_license(hub, run, capsys):
