@@ -114,7 +114,8 @@ def map_arrays(paths: list[Path], key: str, shape: tuple[int, ...], name: str) -
     """Map arrays of several .npz files as one tensor of uint8, whose pages all processes of a machine share.
 
     What is packed cannot be mapped: so the rows of all are written, once, to an .npy file beside them or, where nothing
-    can be written to that folder, in that of temporary files. It is written anew when an .npz file is newer.
+    can be written to that folder, in one of the user among the temporary files. It is written anew when an .npz file is
+    newer.
 
     Args:
         paths: the .npz files.
@@ -128,19 +129,34 @@ def map_arrays(paths: list[Path], key: str, shape: tuple[int, ...], name: str) -
     """
     folder = paths[0].parent.absolute()
     out = folder / name
-    if not os.access(folder, os.W_OK):
-        digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
-        out = Path(tempfile.gettempdir()) / f"tarflow-{digest[:16]}-{name}"
-    with locked(out.with_name(f".{out.name}.lock")):
-        if not _is_unpacked(out, paths, shape):
-            for abandoned in out.parent.glob(f".{out.name}.[0-9]*"):
-                abandoned.unlink()
-            with atomic_write(out) as beside, beside.open("wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for path in paths:
-                    file.writelines(_blocks(path, key))
+    if not _is_unpacked(out, paths, shape):
+        if not os.access(folder, os.W_OK):
+            digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
+            out = _own_temporary_folder() / f"{digest[:16]}-{name}"
+        with locked(out.with_name(f".{out.name}.lock")):
+            if not _is_unpacked(out, paths, shape):
+                _unpack(paths, key, shape, out)
     return torch.from_numpy(np.load(out, mmap_mode="c"))  # of "r" PyTorch warns that it could be written to
+
+
+def _unpack(paths: list[Path], key: str, shape: tuple[int, ...], out: Path) -> None:
+    for abandoned in out.parent.glob(f".{out.name}.[0-9]*"):
+        abandoned.unlink()
+    with atomic_write(out) as beside, beside.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for path in paths:
+            file.writelines(_blocks(path, key))
+
+
+def _own_temporary_folder() -> Path:
+    """Make a folder among the temporary files that nobody but this user can write to."""
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"tarflow-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != user:
+        raise PermissionError(f"{folder}: expected a folder of the user {user}; it belongs to another")
+    return folder
 
 
 def _is_unpacked(out: Path, paths: list[Path], shape: tuple[int, ...]) -> bool:

@@ -160,7 +160,7 @@ def read_hub(name: str, split: str, cache_dir: str | Path | None, image_size: in
     source, labels = f"{name}, {len(images):,} images of its split {key}", torch.tensor(rows[label][:])
     if image_size is not None:
         source += f", resized to {image_size} ({resize}) and centre-cropped"
-    return ImageDataset(torch.stack(images), labels, tuple(rows.features[label].names), True, source)
+    return ImageDataset(torch.stack(images), labels, tuple(rows.features[label].names), False, source)
 
 
 def _find_files(folder: Path, names: list[str]) -> list[Path]:

@@ -227,7 +227,31 @@ def test_packed_images_of_a_folder_that_cannot_be_written_to_are_unpacked_elsewh
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert np.array_equal(load("imagenet32", "train", tmp_path / "data").images, images[:10])
     assert sorted((tmp_path / "data").iterdir()) == before
-    assert len([*tmp_path.glob("tarflow-*-imagenet32-train.npy")]) == 1
+    assert len([*tmp_path.glob(f"tarflow-{os.getuid()}/*-imagenet32-train.npy")]) == 1
+
+
+def test_images_that_are_unpacked_in_a_folder_that_cannot_be_written_to_are_read_there(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    images = write_imagenet(tmp_path / "data", 32)
+    load("imagenet32", "train", tmp_path / "data")
+    (tmp_path / "data" / ".imagenet32-train.npy.lock").unlink()
+    (tmp_path / "data").chmod(0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root everything can be written
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert np.array_equal(load("imagenet32", "train", tmp_path / "data").images, images[:10])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_trusted(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_imagenet(tmp_path / "data", 32)
+    user = os.getuid() + 1
+    (tmp_path / f"tarflow-{user}").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    with pytest.raises(PermissionError, match="expected a folder of the user"):
+        load("imagenet32", "train", tmp_path / "data")
 
 
 @pytest.mark.parametrize("labels", [[1.5], [2.0], [[1]], ["cat"]], ids=str)
@@ -437,6 +461,7 @@ def test_hub_reads_the_columns_of_images_and_classes(tmp_path):
     assert train.labels.bincount().tolist() == [3, 3]
     assert (len(test), train.class_names, train.image_size) == (2, ("ant", "bee"), 8)
     assert load(f"hub:{tmp_path / 'data'}", "test", tmp_path / "cache", image_size=5).image_size == 5
+    assert not train.flip  # nothing says that a mirrored image means the same
 
 
 def test_hub_without_the_extra_says_what_to_install(monkeypatch):
