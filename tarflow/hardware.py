@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -77,13 +79,18 @@ def chunk_size(bytes_per_sample: int, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of the device; for a system that does not tell, four gibibytes."""
+    """Return the memory of the device that new tensors can have; for a system that does not tell, four gibibytes.
+
+    What PyTorch keeps of a GPU for them, and what Linux keeps of files that have been read, counts as free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 * 2**30
+        told = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        told = None
+    return 4 * 2**30 if told is None else 1024 * int(told[1])
 
 
 def keep_freed_memory() -> None:

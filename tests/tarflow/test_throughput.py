@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,21 @@ def test_the_published_model_of_imagenet_fits_eight_devices_at_its_published_bat
     config, training = PRESETS["imagenet64-cond"].model, PRESETS["imagenet64-cond"].training
     needed = memory(config, training, 466_000_000, 8, 1, itemsize=2)
     assert sum(needed.values()) < 80e9
+
+
+def test_memory_that_pytorch_keeps_of_a_gpu_is_free(monkeypatch):
+    told = {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 200}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert hardware.free_bytes(torch.device("cuda")) == 100 + 700 - 200
+
+
+@pytest.mark.parametrize(
+    ("told", "free"), [("MemFree:   1 kB\nMemAvailable:   5 kB\nCached:   4 kB\n", 5 * 1024), ("", 4 * 2**30)]
+)
+def test_memory_of_files_that_linux_has_read_is_free(monkeypatch, told, free):
+    monkeypatch.setattr(Path, "read_text", lambda path: told)
+    assert hardware.free_bytes(torch.device("cpu")) == free
 
 
 KEPT = """
