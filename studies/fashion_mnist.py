@@ -5,7 +5,8 @@
 
 All rows see the same images in the same order, unconditionally, without augmentation, for the same number of steps with
 the same optimizer, at about 770,000 parameters, but for two of half the width; ``ROWS`` says in what they differ.
-Bits/dim are those of 1,000 of the 10,000 test images, over all 784 dimensions, under the dequantization of training.
+Bits/dim are those of 1,000 of the 10,000 test images, over all 784 dimensions, under the dequantization of training. A
+training that was interrupted goes on.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from typing import Literal
 
 import torch
 
+from samples import trained
 from tarflow import DequantizerConfig, FlowPPConfig, Guidance, ImageFlow, TarFlowConfig, datasets
 from tarflow.evaluation import Estimate, dequantized_bits_per_dim
 from tarflow.files import atomic_write
 from tarflow.hardware import keep_freed_memory
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
-from tarflow.training.run import train
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -81,9 +82,8 @@ def run(name: str, steps: int, seed: int, out: Path) -> None:
     row = ROWS[name]
     config = TrainConfig(DATA, row.model, replace(TRAINING, noise=row.noise, max_steps=steps, seed=seed))
     folder = out / f"{name}-{steps}-{seed}"
-    began = time.perf_counter()
-    finished = (folder / "trajectory.png").exists()  # a run writes it last
-    model = ImageFlow.from_pretrained(folder) if finished else train(config, folder)
+    begun, began = folder.exists(), time.perf_counter()
+    model = trained(config, folder)
     seconds = time.perf_counter() - began
     test = datasets.load(DATA.dataset, "test", DATA.data_dir)
     pixels, _ = test.get_batch(datasets.evenly_spaced(len(test), NUM_IMAGES))
@@ -93,7 +93,7 @@ def run(name: str, steps: int, seed: int, out: Path) -> None:
         "seed": seed,
         "data": test.source,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": None if finished else seconds,
+        "seconds": None if begun else seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "draws": NUM_SAMPLES,

@@ -22,7 +22,8 @@ def load(name):
 def report(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDIES))
     yield load("report")
-    sys.modules.pop("fashion_mnist", None)
+    for name in ("fashion_mnist", "samples"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
