@@ -6,7 +6,7 @@ conditioned on ``text_encoder(texts)``. Both are read when they are first needed
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,19 +38,34 @@ class Autoencoder:
         except (OSError, ValueError) as error:
             raise ValueError(f"autoencoder: expected an AutoencoderKL of diffusers; got {source} ({error})") from error
         self.module.to(device).eval().requires_grad_(False)
+        self.source = str(source)
         self.scale = float(self.module.config.scaling_factor)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents of images ``(B, C, H, W)`` in [-1, 1]: the mean of their posterior, times the scale."""
-        return self.module.encode(images.to(self.module.dtype)).latent_dist.mode().float() * self.scale
+        self.check("images", images.shape[-3])
+        with torch.autocast(images.device.type, enabled=False):
+            return self.module.encode(images.to(self.module.dtype)).latent_dist.mode().float() * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk_size: int = 64) -> Tensor:
-        """Return the images of latents ``(..., C, h, w)``, so many at a time, nominally in [-1, 1]."""
+        """Return the images of latents ``(..., C, h, w)``, so many at a time, nominally in [-1, 1].
+
+        An autocast in force is that of the flow: an autoencoder runs in its own precision.
+        """
+        self.check("latents", latents.shape[-3])
         parts = (latents.flatten(0, -4).to(self.module.device, self.module.dtype) / self.scale).split(chunk_size)
-        images = torch.cat([self.module.decode(part).sample for part in parts]).to(latents)
+        with torch.autocast(self.module.device.type, enabled=False):
+            images = torch.cat([self.module.decode(part).sample for part in parts]).to(latents)
         return images.unflatten(0, latents.shape[:-3])
+
+    def check(self, what: Literal["images", "latents"], channels: int) -> None:
+        """Raise ValueError where images or latents have other channels than those of this autoencoder."""
+        config = self.module.config
+        own = config.in_channels if what == "images" else config.latent_channels
+        if channels != own:
+            raise ValueError(f"autoencoder: expected one for {what} of {channels} channels; {self.source} has {own}")
 
     def image_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape (C, H, W) of the images of latents of a shape."""

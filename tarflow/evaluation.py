@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from . import processes
 from .compatibility import renamed_arguments, renamed_attributes
 from .image_flow import ImageFlow, in_mode, log_mean_exp
-from .noise import add_gaussian_noise, derive_seed
+from .noise import add_gaussian_noise, derive_seed, levels_per_unit
 from .noise import bits_per_dim as to_bits_per_dim
 
 __all__ = [
@@ -112,6 +112,7 @@ def _all_scores(
 ) -> dict[str, Tensor]:
     """Compute the scores of a batch, one number an image, ``(B,)``."""
     conditions, size, scores = labels if model.config.num_classes else None, len(pixels), {}
+    check_scored_noise(model, pixels, sigma)
     kind = "latents" if pixels.is_floating_point() else "images"
     for level in model.noise_levels or ([sigma] if sigma else []):
         name = f"bits/dim of {kind} with Gaussian noise of sigma {level:g} (a density, comparable at equal sigma only)"
@@ -126,6 +127,12 @@ def _all_scores(
     if model.config.num_classes:
         scores["accuracy of classification by Bayes' rule"] = _hits(model, pixels, labels, sigma, size, generator)
     return scores
+
+
+def check_scored_noise(model: ImageFlow, pixels: Tensor, sigma: float) -> None:
+    """Raise ValueError for latents without the noise under which a model scores them: they fill no bins."""
+    if pixels.is_floating_point() and not sigma and model.noise_levels is None:
+        raise ValueError(f"sigma: expected that of training, more than 0, to score latents; got {sigma:g}")
 
 
 @renamed_arguments(draws="num_samples")
@@ -181,7 +188,8 @@ def noisy_bits_per_dim(
     """Average ``-log2 p / n + 7`` for the density p of images with Gaussian noise of standard deviation sigma.
 
     Training with such noise minimizes it. In spite of its unit, bits/dim, it is no code length of 8-bit images, and
-    comparable only between models of the same sigma. Of a model with noise levels it is the density of that level.
+    comparable only between models of the same sigma. Of a model with noise levels it is the density of that level. Of
+    latents, which are not scaled from 256 levels, it is ``-log2 p / n``.
     """
     return Estimate.of(_noisy_bits(model, pixels, labels, sigma, batch_size, generator))
 
@@ -192,7 +200,8 @@ def _noisy_bits(
     def score(pixels: Tensor, labels: Tensor | None) -> Tensor:
         x = add_gaussian_noise(pixels, sigma, generator).to(model.dtype)
         level = sigma if model.noise_levels else None
-        return to_bits_per_dim(model.log_prob(x, labels, noise_level=level), model.config.num_dims)
+        log_prob = model.log_prob(x, labels, noise_level=level)
+        return to_bits_per_dim(log_prob, model.config.num_dims, levels_per_unit(pixels))
 
     return _score_batches(model, score, pixels, labels, batch_size)
 

@@ -81,7 +81,8 @@ def chunk_size(bytes_per_sample: int, device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """Return the memory of the device that new tensors can have; for a system that does not tell, four gibibytes.
 
-    What PyTorch keeps of a GPU for them, and what Linux keeps of files that have been read, counts as free.
+    What PyTorch keeps of a GPU for them, and what Linux keeps of files that have been read, counts as free; what the C
+    library keeps by :func:`keep_freed_memory` does not.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -23,6 +23,7 @@ __all__ = [
     "add_uniform_noise",
     "bits_per_dim",
     "derive_seed",
+    "levels_per_unit",
     "log_normal",
     "quantization",
     "to_image",
@@ -88,13 +89,19 @@ def log_normal(z: Tensor) -> Tensor:
     return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def bits_per_dim(log_prob: Tensor, num_dims: int) -> Tensor:
-    """Return ``-(log p(x) - n ln 128) / (n ln 2)`` for n dimensions scaled from 256 levels to [-1, 1].
+def levels_per_unit(pixels: Tensor) -> int:
+    """Return how many levels of a pixel are a unit of x: 128 of uint8 images; latents, which have none, have 1."""
+    return 1 if pixels.is_floating_point() else 128
 
-    ``log_prob`` is in nats; ln 128 is the log-det, per dimension, of that scaling. It is the density of an image with
-    uniform noise, or the density less the log-density ``log q(u)`` of other noise within the bins.
+
+def bits_per_dim(log_prob: Tensor, num_dims: int, scale: int = 128) -> Tensor:
+    """Return ``-(log p(x) - n ln scale) / (n ln 2)`` for n dimensions, scaled from 256 levels to [-1, 1] by 128.
+
+    ``log_prob`` is in nats; ln 128 is the log-det, per dimension, of that scaling, of which latents have none, a scale
+    of 1. It is the density of an image with uniform noise, or the density less the log-density ``log q(u)`` of other
+    noise within the bins.
 
     >>> bits_per_dim(torch.tensor(0.0), 10)  # density 1 over a cube of side 2
     tensor(7.)
     """
-    return (math.log(128) - log_prob / num_dims) / math.log(2)
+    return (math.log(scale) - log_prob / num_dims) / math.log(2)

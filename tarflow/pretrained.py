@@ -90,10 +90,11 @@ def load_pretrained(source: Path | str, kind: type[Flow] | None = None, **downlo
 
     Returns:
         the model, on the CPU, in evaluation mode and in the precision that :func:`build_model` tells; and its metadata:
-        ``sigma``, the standard deviation of the Gaussian noise of training, 0 without; ``denoising_steps``, in which
-        it is removed from samples, or None; ``guidance``, the fields of a :class:`tarflow.Guidance` for samples, or
-        None; ``class_names``, a list; ``train``, the settings of the training run, or {}; and whatever else
-        ``config.json`` holds beside the configuration of the model, all of which is the model's ``metadata`` too.
+        ``sigma``, the standard deviation of the Gaussian noise of training, 0 without, and of a model with noise levels
+        the largest; ``denoising_steps``, in which it is removed from samples, or None; ``guidance``, the fields of a
+        :class:`tarflow.Guidance` for samples, or None; ``class_names``, a list; ``train``, the settings of the training
+        run, or {}; and whatever else ``config.json`` holds beside the configuration of the model, all of which is the
+        model's ``metadata`` too.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -112,7 +113,8 @@ def load_pretrained(source: Path | str, kind: type[Flow] | None = None, **downlo
     model = build_model(model_class, config, _read_weights(weights_path), str(weights_path))
     model.load_calibration(folder)
     model.metadata = told
-    untold: dict[str, Any] = {"sigma": 0.0, "denoising_steps": None, "guidance": None, "class_names": [], "train": {}}
+    sigma = model.noise_levels[1] if model.noise_levels else 0.0
+    untold: dict[str, Any] = {"sigma": sigma, "denoising_steps": None, "guidance": None, "class_names": [], "train": {}}
     return model, untold | told
 
 

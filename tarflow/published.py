@@ -74,9 +74,9 @@ def load_published(
     state = _check(source if isinstance(source, Mapping) else _read(source))
     config = infer_config(state, in_channels, noise_levels)
     weights = {_our_name(name): _our_layout(name, t) for name, t in state.items() if not name.endswith(_UNUSED)}
+    in_full = sum(tensor.nbytes for tensor in weights.values())
     if _START in state:
         weights = _in_our_patches(weights, config)
-    in_full = sum(tensor.nbytes for tensor in weights.values())
     if not isinstance(source, Mapping) and in_full > Path(source).stat().st_size:
         raise ValueError(f"source: expected weights that are stored in full; {source} is smaller than they are")
     return build_model(TarFlow, config, weights, "source")

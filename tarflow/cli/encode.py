@@ -61,6 +61,7 @@ def run(arguments: Sequence[str]) -> None:
         )
         if texts is not None and not dataset.num_classes:
             raise ValueError(f"text_encoder: expected none for data without classes; got {command.text_encoder}")
+        autoencoder.check("images", dataset.in_channels)
         latents, labels = encode(dataset, autoencoder, batch_size)
         prefixes = None if texts is None else texts(["", *dataset.class_names]).cpu()
         sources[split] = dataset.source

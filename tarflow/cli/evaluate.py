@@ -26,7 +26,7 @@ from ..training.config import MAX_IMPORTANCE_SAMPLES, DataConfig
 from ..training.folder import check_scored, read_data
 from .drawing import Drawing, Progress
 from .parsing import Flat, fields_of, parse
-from .shared import autocast, check_resize, check_seed, check_writable, load_model
+from .shared import autocast, check_image_channels, check_resize, check_seed, check_writable, load_model
 
 __all__ = ["Evaluate", "run"]
 
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
             model, metadata = load_model(command.run, str(processes.pick_device(command.device)))
             trained = read_data(command.run, metadata)
             dataset = _load_images(command, trained, "test")
-            _check_images(dataset, model)
+            _check_images(dataset, model, metadata.get("sigma", 0.0))
         chosen = command.dataset is not None or command.data_dir is not None or command.image_size is not None
         processes.by_main(lambda: check_scored(metadata.get("data"), dataset, chosen))
         settings = asdict(command)
@@ -82,16 +82,20 @@ def run(arguments: Sequence[str]) -> None:
         if command.samples:
             with processes.together():
                 command.drawing.check_usable(fields_of(flags), model)
+                autoencoder = Autoencoder.of(metadata, model.device)
+                check_image_channels(model, autoencoder)
                 extractor = load_extractor(command.weights, dataset.class_names, model.device)
             reference = _reference(command, trained, extractor)
-            record["samples"] = _score_samples(command, model, metadata, extractor, reference)
+            record["samples"] = _score_samples(command, model, metadata, autoencoder, extractor, reference)
         scores = _score_images(command, model, metadata, dataset)
         record["scores"] = {name: asdict(estimate) for name, estimate in scores.items()}
         processes.by_main(lambda: _write(record, command.run / "evaluation.json"))
 
 
-def _check_images(dataset: ImageDataset | ImageFolder, model: ImageFlow) -> None:
+def _check_images(dataset: ImageDataset | ImageFolder, model: ImageFlow, sigma: float) -> None:
     """Raise ValueError for images that the model cannot score."""
+    if isinstance(dataset, ImageDataset):
+        evaluation.check_scored_noise(model, dataset.images, sigma)
     if model.config.num_classes and not dataset.num_classes:
         raise ValueError(f"dataset: expected labels for a model that is conditional on them; got {dataset.source}")
     if (shape := (dataset.in_channels, *[dataset.image_size] * 2)) != model.config.image_shape:
@@ -173,13 +177,18 @@ def _reference(command: Evaluate, trained: DataConfig, extractor: Extractor) -> 
 
 
 def _score_samples(
-    command: Evaluate, model: ImageFlow, metadata: dict[str, Any], extractor: Extractor, reference: Reference
+    command: Evaluate,
+    model: ImageFlow,
+    metadata: dict[str, Any],
+    autoencoder: Autoencoder | None,
+    extractor: Extractor,
+    reference: Reference,
 ) -> dict[str, Any]:
     """Draw samples, print their scores with the protocol of these, and return both."""
     drawing, num, config = command.drawing, command.samples, model.config
     decoder, guidance, sigma = drawing.make_decoder(), drawing.make_guidance(), drawing.denoise_sigma(metadata)
     denoising = drawing.make_denoising(metadata) if model.supports_guidance else None
-    generator, autoencoder = torch.Generator(model.device), Autoencoder.of(metadata, model.device)
+    generator = torch.Generator(model.device)
     labels = draw_labels(command.protocol, num, config.num_classes, command.seed)
     share = sum(map(len, torch.arange(num).split(command.batch_size)[:: processes.num_ranks()]))  # the main one's
     with Progress(share, len(model.stages), shown=processes.is_main()) as progress:

@@ -19,7 +19,7 @@ from ..pictures import Gallery
 from .drawing import Drawing, Progress
 from .parsing import Flat, fields_of, parse
 from .shards import SHARD_SIZE, Format, draw_shards, missing_shards, save_arrays
-from .shared import autocast, check_file, check_new_folder, check_seed, load_model
+from .shared import autocast, check_file, check_image_channels, check_new_folder, check_seed, load_model
 
 __all__ = ["Sample", "run"]
 
@@ -72,13 +72,13 @@ def run(arguments: Sequence[str]) -> None:
         drawing.check_usable(given, model)
         if command.prompt:
             _set_prompts(model, command, metadata)
+        elif isinstance(model, TarFlow) and (own := model.flow.class_prefixes) is not None and not own.any():
+            raise ValueError("prompt: expected texts, since the model has none of its own; got none")
         if command.autoencoder is not None:
             metadata["autoencoder"] = command.autoencoder
         autoencoder = Autoencoder.of(metadata, model.device)
+        check_image_channels(model, autoencoder)
         _check_labels(command.labels, model.config.num_classes)
-        channels = model.config.image_shape[0] if autoencoder is None else autoencoder.module.config.out_channels
-        if command.format == "png" and channels not in (1, 3):
-            raise ValueError(f"format: expected npz for images of {channels} channels; got png")
         model.check_num(command.num)
         gallery = Gallery(
             metadata.get("class_names", ()),
@@ -130,6 +130,7 @@ def _draw_folder(command: Sample, gallery: Gallery, model: ImageFlow) -> None:
         "num": command.num,
         "labels": command.labels,
         **({"prompt": command.prompt} if command.prompt else {}),
+        **({"autoencoder": gallery.autoencoder.source} if gallery.autoencoder else {}),
         "seed": command.seed,
         "quantization": gallery.quantization,
         "on_nan": command.on_nan,

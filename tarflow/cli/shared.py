@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..decoding import Decoder
+from ..encoders import Autoencoder
 from ..guidance import MAX_WEIGHT
 from ..hardware import pick_device
 from ..image_flow import ImageFlow
@@ -16,6 +17,7 @@ __all__ = [
     "autocast",
     "check_file",
     "check_guidance_weight",
+    "check_image_channels",
     "check_new_folder",
     "check_resize",
     "check_seed",
@@ -35,6 +37,15 @@ def check_guidance_weight(weight: float) -> None:
     """Raise ValueError, by the name of the flag, for a weight that :class:`tarflow.Guidance` does not take."""
     if not 0 <= weight <= MAX_WEIGHT:
         raise ValueError(f"guidance: expected a number from 0 to {MAX_WEIGHT}; got {weight}")
+
+
+def check_image_channels(model: ImageFlow, autoencoder: Autoencoder | None) -> None:
+    """Raise ValueError for samples that would be no images: latents without an autoencoder, or with that of others."""
+    channels = model.config.image_shape[0]
+    if autoencoder is not None:
+        autoencoder.check("latents", channels)
+    elif channels not in (1, 3):
+        raise ValueError(f"autoencoder: expected one, which decodes the latents of {channels} channels; got none")
 
 
 def check_tolerance(decoder: Decoder) -> Decoder:

@@ -20,7 +20,7 @@ from ..datasets import ImageDataset, ImageFolder, evenly_spaced
 from ..hardware import uses_bfloat16
 from ..image_flow import ImageFlow
 from ..model import TarFlow
-from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim, derive_seed
+from ..noise import add_gaussian_noise, add_uniform_noise, bits_per_dim, derive_seed, levels_per_unit
 from . import parallel
 from .config import TrainConfig, TrainingConfig
 from .muon import LayerMuon
@@ -160,7 +160,7 @@ class Trainer:
         self.step += 1
         self._looked_at = None
         self._set_learning_rate(learning_rate(self.step, config))
-        loss, bits, z = self._accumulate(prepared)
+        loss, bits, z = self._accumulate(prepared, levels_per_unit(pixels))
         gradient_norm = parallel.clip_gradients([*self.model.parameters()], config.gradient_clip)
         bad = ~(loss.isfinite() & gradient_norm.isfinite())
         adamw: Any = self.optimizer
@@ -183,7 +183,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row.clone(),
         }
 
-    def _accumulate(self, prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    def _accumulate(self, prepared: Prepared, scale: int) -> tuple[Tensor, Tensor, Tensor]:
         """Add up the gradient over the parts of a share; returns the loss and bits/dim of the batch, and its latents.
 
         Where there is more than one part, of one process or several, the latents are those of a single image, which
@@ -199,7 +199,8 @@ class Trainer:
                 ((loss * dims if config.loss_per == "image" else loss) / parts).backward()
             z = z.detach()
             moments = z.square().mean(0) if self.model.prior_adapts else z.new_zeros(())
-            sums.append((loss.detach(), bits_per_dim(log_prob.detach(), dims).mean(), moments))
+            bits = bits_per_dim(log_prob.detach(), dims, scale).mean()
+            sums.append((loss.detach(), bits, moments))
         if parts == parallel.num_ranks() == 1:
             return *sums[0][:2], z
         loss, bits, moments = (parallel.mean(torch.stack(terms).mean(0)) for terms in zip(*sums, strict=True))

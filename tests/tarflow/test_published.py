@@ -522,6 +522,15 @@ def test_a_file_that_is_no_state_dict_of_the_published_model_is_refused_at_once(
         TarFlow.from_published(tmp_path / "model.pth")
 
 
+def test_a_file_need_not_hold_what_is_no_part_of_the_checkpoint(tmp_path):
+    """Prefixes and the variance of the prior, which are float32, count for nothing in a file of bfloat16."""
+    arguments = cases.STARFLOWS["text"] | {"txt_size": 256, "txt_dim": 2048}
+    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in starflow_shapes(**arguments)}
+    torch.save(state | {"var": torch.ones_like(state["var"])}, tmp_path / "model.pth")
+    model = load_published(tmp_path / "model.pth", arguments["in_channels"])
+    assert model.flow.class_prefixes.shape == (1, 256, 2048)
+
+
 def test_weights_that_the_file_does_not_hold_are_refused(tmp_path):
     """Of stride 0 they take no space in the file, and 400 times its size in memory."""
     state = {name: torch.zeros(()).expand(shape) for name, shape in published_shapes(**SMALL) if name != "var"}

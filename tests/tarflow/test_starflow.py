@@ -1,6 +1,8 @@
 """A flow over latents that is conditioned on texts: the prefix, the encoders, the dataset and the commands."""
 
 import json
+import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -9,10 +11,11 @@ import torch
 from torch.testing import assert_close
 
 from helpers import PREFIX, branches, draw, randomize, tarflow
-from tarflow import Guidance, TarFlow, TokenFlow, datasets
+from tarflow import Guidance, TarFlow, TarFlowConfig, TokenFlow, datasets
 from tarflow.cli import main
 from tarflow.datasets.latents import read_latents, write_latents
 from tarflow.encoders import Autoencoder, TextEncoder
+from tarflow.evaluation import noisy_bits_per_dim
 from tarflow.model import STARFLOW
 from tarflow.pretrained import load_pretrained
 from tarflow.training.config import DataConfig, TrainConfig, TrainingConfig
@@ -229,6 +232,39 @@ def test_a_run_on_latents_is_scored_as_a_density(latents, tmp_path, levels):
     assert "accuracy of classification by Bayes' rule" in scores
 
 
+def test_bits_of_latents_are_those_of_their_density():
+    model = TarFlow(TarFlowConfig(image_size=4, in_channels=3, channels=64, num_blocks=1))
+    latents = draw(0, 256, 3, 4, 4, dtype=torch.float32)
+    found = noisy_bits_per_dim(model, latents, sigma=0.5, generator=torch.Generator().manual_seed(0))
+    # An untrained model is the identity: its latents are N(0, 1), and these images N(0, 1.25).
+    assert found.mean == pytest.approx((math.log(2 * math.pi) + 1.25) / 2 / math.log(2), abs=0.03)
+
+
+@pytest.mark.parametrize("classes", [{"num_classes": 2}, {}], ids=["conditional", "unconditional"])
+def test_latents_are_not_scored_without_the_noise_of_training(latents, tmp_path, capsys, classes):
+    model = TarFlow(TarFlowConfig(image_size=3, in_channels=3, patch_size=1, channels=64, num_blocks=1, **classes))
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", str(tmp_path / "model"), "--dataset=latents", f"--data-dir={latents}", "--device=cpu"]
+    assert main(arguments) == 1
+    assert "sigma: expected that of training, more than 0, to score latents; got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["samples.npz", "samples.png", "folder"])
+def test_latents_are_not_drawn_as_images(tmp_path, monkeypatch, capsys, out):
+    TarFlow(TarFlowConfig(image_size=4, in_channels=16, channels=64, num_blocks=1)).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(TarFlow, "sample", None)  # nothing is drawn
+    assert main(["sample", str(tmp_path / "model"), f"--out={tmp_path / out}"]) == 1
+    message = "autoencoder: expected one, which decodes the latents of 16 channels; got none"
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_the_embedding_of_any_text_needs_a_prompt(tmp_path, capsys):
+    prefix = {"prefix_length": 5, "prefix_dim": 7}
+    TarFlow(TarFlowConfig(image_size=4, channels=64, num_blocks=1, **prefix)).save_pretrained(tmp_path / "model")
+    assert main(["sample", str(tmp_path / "model"), f"--out={tmp_path / 'samples.png'}"]) == 1
+    assert "prompt: expected texts, since the model has none of its own; got none" in capsys.readouterr().err
+
+
 def test_there_are_no_statistics_of_latents(latents, capsys):
     arguments = ["statistics", "latents", f"--data-dir={latents}", "--out=statistics.npz"]
     assert main(arguments) == 1
@@ -274,6 +310,23 @@ def test_latents_and_images_are_those_of_the_autoencoder(encoders):
     assert autoencoder.image_shape(latents.shape[1:]) == (1, 28, 28)
 
 
+def test_an_autoencoder_of_other_channels_is_refused(encoders):
+    autoencoder = Autoencoder(encoders / "autoencoder")
+    with pytest.raises(ValueError, match=r"autoencoder: expected one for images of 3 channels; .* has 1"):
+        autoencoder.encode(torch.zeros(1, 3, 28, 28))
+    with pytest.raises(ValueError, match=r"autoencoder: expected one for latents of 16 channels; .* has 4"):
+        autoencoder.decode(torch.zeros(1, 16, 7, 7))
+
+
+def test_an_autoencoder_runs_in_its_own_precision(encoders):
+    autoencoder, latents = Autoencoder(encoders / "autoencoder"), draw(0, 2, 4, 7, 7, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = autoencoder.decode(latents)
+        again = autoencoder.encode(images)
+    assert torch.equal(images, autoencoder.decode(latents))
+    assert torch.equal(again, autoencoder.encode(images))
+
+
 def test_texts_are_padded_with_zeros_and_cut(encoders):
     encode = TextEncoder(encoders / "texts", length=8)
     embedded = encode(TEXTS)
@@ -317,6 +370,11 @@ def test_a_dataset_is_encoded_trained_on_and_sampled_by_prompts(encoders, tmp_pa
     apart = (by_prompt - by_class).abs().amax((1, 2, 3))
     assert apart[0::2].max() <= 3, "but for rounding, the name of a class is the prompt that it was trained by"
     assert apart[1::2].min() > 3
+    shutil.copytree(encoders / "autoencoder", "another")
+    for autoencoder, status in ((encoders / "autoencoder", 0), ("another", 1)):
+        flags = f"--num 2 --sigma 0 --out folder --autoencoder {autoencoder}"
+        assert main(["sample", "run", *prompts, *flags.split()]) == status
+    assert "autoencoder" in capsys.readouterr().err
     assert main(["sample", "run", *prompts, "--num", "2", "--out", "samples.png", "--trajectory", "way.png"]) == 0
     assert main(["evaluate", "run", "--samples", "40"]) == 1
     assert "statistics: expected those of images" in capsys.readouterr().err
