@@ -187,7 +187,8 @@ class Trainer:
         """Add up the gradient over the parts of a share; returns the loss and bits/dim of the batch, and its latents.
 
         Where there is more than one part, of one process or several, the latents are those of a single image, which
-        have the second moments of all: a prior needs no more.
+        have the second moments of all: a prior needs no more. The ``scale`` is that of
+        :func:`~tarflow.noise.bits_per_dim`.
         """
         config, dims = self.config.training, self.model.config.num_dims
         low, sums, parts = uses_bfloat16(config.precision, self.device), [], config.accumulate
